@@ -1,0 +1,44 @@
+"""softprompt: train, evaluate and use soft prompts for frozen language models. Names load when they are first used."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from softprompt.artifact import load_prompt as load_prompt
+    from softprompt.config import Config as Config
+    from softprompt.config import load_config as load_config
+    from softprompt.data import load_examples as load_examples
+    from softprompt.decode import Sampling as Sampling
+    from softprompt.errors import Error as Error
+    from softprompt.evaluation import evaluate as evaluate
+    from softprompt.generation import generate as generate
+    from softprompt.model import load_base as load_base
+    from softprompt.training import train as train
+
+_HOMES = {
+    "Config": "config",
+    "Error": "errors",
+    "Sampling": "decode",
+    "evaluate": "evaluation",
+    "generate": "generation",
+    "load_base": "model",
+    "load_config": "config",
+    "load_examples": "data",
+    "load_prompt": "artifact",
+    "train": "training",
+}
+
+__all__ = sorted(_HOMES)
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'softprompt' has no attribute {name!r}")
+    value = getattr(import_module(f"softprompt.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -1,0 +1,268 @@
+"""A prompt on disk: a PEFT PROMPT_TUNING adapter folder with a card.
+
+    adapter_config.json        what PEFT reads
+    adapter_model.safetensors  one tensor, prompt_embeddings [P, H] float32; for position "after_bos" the BOS row comes first
+    card.json                  what softprompt checks: base, tokenizer, template, position, data, metrics, versions
+    README.md                  the same for people; a model card on the Hugging Face hub
+
+Only safetensors and JSON are read. Nothing in the folder can make code run: templates are sandboxed and
+`trust_remote_code` is not stored.
+"""
+
+import hashlib
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from softprompt.config import Config, ModelConfig
+from softprompt.encode import Encoder, make_encoder
+from softprompt.errors import ArtifactError
+from softprompt.model import FrozenBase
+from softprompt.prompt import SoftPrompt
+
+TENSOR = "prompt_embeddings"
+PACKAGES = ("softprompt", "torch", "transformers", "peft", "tokenizers")
+LICENCE_NOTE = (
+    "The rows were trained against the base named above and are of no use without it. "
+    "Its licence, and that of the training data, say how they may be used and passed on."
+)
+
+
+class CardModel(BaseModel):
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+
+class BaseCard(CardModel):
+    """The base a prompt was trained for."""
+
+    name: str
+    gguf_file: str | None
+    revision: str | None
+    model_type: str
+    hidden_size: int
+    fingerprint: str
+    tokenizer_fingerprint: str
+    chat_template_sha256: str | None
+
+
+class DataCard(CardModel):
+    """The rows a prompt was trained on; files by name alone, no rows."""
+
+    train: str
+    num_train: int
+    train_fingerprint: str
+    num_eval: int
+    eval_fingerprint: str | None
+    labels: tuple[str, ...]
+    label_words: dict[str, str]
+
+
+class Card(CardModel):
+    """What a prompt is, and what it may be loaded onto."""
+
+    format: Literal[1] = 1
+    base: BaseCard
+    num_virtual_tokens: int
+    position: Literal["after_bos", "start"]
+    bos_id: int | None
+    template: str
+    max_length: int
+    init: str
+    text: str | None
+    data: DataCard
+    seed: int
+    metrics: dict[str, float | int | None]
+    versions: dict[str, str]
+    licence_note: str = LICENCE_NOTE
+
+    @property
+    def model_config_of_base(self) -> ModelConfig:
+        """Where to load the base from. Remote code stays off, whatever the folder says."""
+        return ModelConfig(name=self.base.name, gguf_file=self.base.gguf_file, revision=self.base.revision)
+
+
+@dataclass(frozen=True)
+class StoredPrompt:
+    """A prompt with the card that came with it and the encoder that its texts need."""
+
+    soft: SoftPrompt
+    card: Card
+    encoder: Encoder
+
+
+def chat_template_hash(tokenizer: Any) -> str | None:
+    """sha256 of the tokenizer's chat template, or None."""
+    return hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest() if tokenizer.chat_template else None
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of what decides about numbers."""
+    return {package: version(package) for package in PACKAGES}
+
+
+def write_prompt(folder: Path, soft: SoftPrompt, card: Card, base: FrozenBase) -> None:
+    """Writes the four files into an existing folder."""
+    from peft import PromptTuningConfig
+
+    rows = soft.rows_PH.detach().float().cpu()
+    if card.position == "after_bos" and soft.bos_id is not None:
+        rows = torch.cat([base.embed_ids([soft.bos_id]).cpu(), rows])
+    text = base.model.config.get_text_config(decoder=True)
+    PromptTuningConfig(
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=card.base.name,
+        num_virtual_tokens=rows.shape[0],
+        token_dim=rows.shape[1],
+        num_transformer_submodules=1,
+        num_attention_heads=text.num_attention_heads,
+        num_layers=text.num_hidden_layers,
+        prompt_tuning_init="RANDOM",
+        inference_mode=True,
+    ).save_pretrained(str(folder))
+    save_file({TENSOR: rows.contiguous()}, folder / "adapter_model.safetensors")
+    (folder / "card.json").write_text(card.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    (folder / "README.md").write_text(_model_card(card), encoding="utf-8")
+
+
+def find_prompt(path: str | Path) -> Path:
+    """The prompt folder meant by a path: itself, or the finished prompt of a run folder. Raises ArtifactError."""
+    folder = Path(path)
+    for candidate in (folder, folder / "prompt"):
+        if (candidate / "adapter_model.safetensors").is_file():
+            if not (candidate / "card.json").is_file():
+                raise ArtifactError(f"{candidate} has no card.json: it was not written by softprompt")
+            return candidate
+    if (folder / "config.toml").is_file():
+        raise ArtifactError(f"{folder} is a run that has not finished: name one of its checkpoints, or softprompt train --resume {folder}")
+    raise ArtifactError(f"{folder}: no prompt here (adapter_model.safetensors is missing)")
+
+
+def read_card(path: str | Path) -> Card:
+    """The card of a prompt or run folder. Raises ArtifactError when it is missing or damaged."""
+    folder = find_prompt(path)
+    try:
+        return Card.model_validate_json((folder / "card.json").read_text(encoding="utf-8"))
+    except (ValidationError, UnicodeDecodeError) as error:
+        first = error.errors()[0] if isinstance(error, ValidationError) else {"loc": (), "msg": str(error)}
+        raise ArtifactError(f"{folder / 'card.json'} is damaged: {'.'.join(map(str, first['loc']))} {first['msg']}") from None
+
+
+def load_prompt(path: str | Path, base: FrozenBase, *, allow_other_base: bool = False) -> StoredPrompt:
+    """Reads a prompt and checks that it fits the base.
+
+    `allow_other_base` lets a prompt onto a base or tokenizer with another fingerprint (a fine-tuned or quantised
+    variant, say), never onto one of another width. Raises ArtifactError with what does not fit.
+    """
+    folder = find_prompt(path)
+    card = read_card(folder)
+    rows = _read_rows(folder, card)
+    if rows.shape[1] != base.hidden_size:
+        raise ArtifactError(f"{folder} has rows of {rows.shape[1]} numbers, {base.name} needs {base.hidden_size}: it belongs to {card.base.name}")
+    if not allow_other_base:
+        _check_fingerprints(folder, card, base)
+    encoder = make_encoder(base.tokenizer, card.template)
+    if card.position == "after_bos" and card.bos_id is not None:
+        rows = rows[1:]
+    return StoredPrompt(SoftPrompt(rows.to(base.device), card.position, encoder.bos_id), card, encoder)
+
+
+def _check_fingerprints(folder: Path, card: Card, base: FrozenBase) -> None:
+    anyway = "pass --allow-other-base (allow_other_base=True) to use it all the same"
+    if card.base.fingerprint != base.fingerprint:
+        raise ArtifactError(f"{folder} was trained on {card.base.name}, whose weights differ from those of {base.name}: {anyway}")
+    if card.base.tokenizer_fingerprint != base.tokenizer_fingerprint:
+        raise ArtifactError(f"{folder} was trained with another tokenizer than that of {base.name}: {anyway}")
+    if card.template == "chat" and card.base.chat_template_sha256 != chat_template_hash(base.tokenizer):
+        raise ArtifactError(f"{folder} was trained with another chat template than that of {base.name}: {anyway}")
+
+
+def _read_rows(folder: Path, card: Card) -> torch.Tensor:
+    file = folder / "adapter_model.safetensors"
+    try:
+        tensors = load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise ArtifactError(f"{file} is damaged: {error}") from None
+    if list(tensors) != [TENSOR]:
+        raise ArtifactError(f"{file} must hold one tensor {TENSOR}, it holds {', '.join(sorted(tensors)) or 'none'}")
+    rows = tensors[TENSOR]
+    stored = card.num_virtual_tokens + (card.position == "after_bos" and card.bos_id is not None)
+    if rows.shape != (stored, card.base.hidden_size) or not rows.is_floating_point():
+        raise ArtifactError(f"{file} holds {list(rows.shape)} {rows.dtype}, its card says [{stored}, {card.base.hidden_size}] float32")
+    if not torch.isfinite(rows).all():
+        raise ArtifactError(f"{file} holds numbers that are not finite: the run that wrote it had diverged")
+    return rows.float()
+
+
+def make_card(config: Config, base: FrozenBase, soft: SoftPrompt, encoder: Encoder, data: DataCard, note: str, metrics: dict[str, Any]) -> Card:
+    """The card of a prompt as it is now."""
+    name, gguf_file = config.model.location
+    return Card(
+        base=BaseCard(
+            name=name,
+            gguf_file=gguf_file,
+            revision=config.model.revision,
+            model_type=base.model.config.model_type,
+            hidden_size=base.hidden_size,
+            fingerprint=base.fingerprint,
+            tokenizer_fingerprint=base.tokenizer_fingerprint,
+            chat_template_sha256=chat_template_hash(base.tokenizer),
+        ),
+        num_virtual_tokens=soft.length,
+        position=soft.position,  # type: ignore[arg-type]
+        bos_id=soft.bos_id,
+        template=encoder.template,
+        max_length=config.data.max_length,
+        init=note,
+        text=config.prompt.text,
+        data=data,
+        seed=config.train.seed,
+        metrics=metrics,
+        versions=package_versions(),
+    )
+
+
+def _model_card(card: Card) -> str:
+    on_hub = not Path(card.base.name).is_absolute()
+    front = ["library_name: peft", "tags: [prompt-tuning, soft-prompt, softprompt]", "pipeline_tag: text-generation"]
+    if on_hub:
+        front.insert(0, f"base_model: {card.base.name}")
+    shown = card.base.name if on_hub else Path(card.base.name).name
+    bos = "\nThe first stored row is the BOS token: with PEFT, tokenize without BOS.\n" if card.position == "after_bos" else ""
+    losses = "".join(f"| {name} | {value:.4f} |\n" for name, value in card.metrics.items() if isinstance(value, float))
+    return f"""---
+{chr(10).join(front)}
+---
+# A soft prompt of {card.num_virtual_tokens} virtual tokens for {shown}
+
+Trained with softprompt {card.versions["softprompt"]} on {card.data.num_train} rows of {card.data.train}; {card.data.num_eval} rows were held out.
+Losses are per supervised token, natural logarithm.
+
+| | |
+|---|---|
+{losses}| position | {card.position} |
+| start | {card.init} |
+| seed | {card.seed} |
+
+## Use
+
+```
+softprompt generate THIS_FOLDER "your text"
+```
+
+```python
+from peft import PeftModel
+model = PeftModel.from_pretrained(base_model, "THIS_FOLDER")
+```
+{bos}
+Texts were rendered with the template `{card.template if "{" not in card.template else "given in card.json"}`.
+
+## Licence
+
+{card.licence_note}
+"""

@@ -1,0 +1,207 @@
+"""The command line: one short function per verb. Heavy modules are imported by the verb that needs them."""
+
+import json
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from softprompt.errors import ConfigError, Error
+
+app = typer.Typer(
+    name="softprompt",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Prompt tuning for frozen language models: train, evaluate and use soft prompts.\n\n"
+    "Settings come from a TOML file, from section.key=value, or both; the latter win.",
+)
+
+Settings = Annotated[list[str] | None, typer.Argument(metavar="[CONFIG.toml] [section.key=value ...]", help="Settings.")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[section.key=value ...]", help="Settings, e.g. model.name=FOLDER.")]
+Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the result as one JSON object.")]
+OtherBase = Annotated[bool, typer.Option("--allow-other-base", help="Use a prompt on a base or tokenizer that it was not trained for.")]
+
+
+@app.command()
+def train(
+    settings: Settings = None,
+    resume: Annotated[Path | None, typer.Option(metavar="RUN", help="Go on with the run in this folder.")] = None,
+    json_file: Json = None,
+) -> None:
+    """Train a soft prompt."""
+    config = _resumed(resume, settings) if resume else _config(settings)
+    from softprompt.screen import draw_run
+    from softprompt.training import Finished, train
+
+    result: dict[str, Any] = {}
+
+    def remembered() -> Any:
+        for event in train(config, resume=resume is not None):
+            if isinstance(event, Finished):
+                result.update(event.result)
+            yield event
+
+    try:
+        draw_run(remembered(), config.train.log_every)
+    except KeyboardInterrupt:
+        kept = (Path(config.train.out) / "config.toml").is_file()
+        print(f"stopped; go on with: softprompt train --resume {config.train.out}" if kept else "stopped before the run began", file=sys.stderr)
+        raise typer.Exit(130) from None
+    _write_json(json_file, result)
+
+
+@app.command("eval")
+def evaluate(
+    prompt: Annotated[Path, typer.Argument(metavar="PROMPT", help="Prompt, checkpoint or run folder.")],
+    overrides: Overrides = None,
+    data: Annotated[str | None, typer.Option(metavar="FILE", help="Held-out rows; the same as data.eval=FILE.")] = None,
+    text: Annotated[str | None, typer.Option(help="Text prompt to compare with, instead of the prompt's init text.")] = None,
+    allow_other_base: OtherBase = False,
+    json_file: Json = None,
+) -> None:
+    """Compare a soft prompt with the bare base and with a text prompt on held-out rows."""
+    config = _prompt_config(prompt, overrides, data)
+    if config.data.eval is None:
+        raise ConfigError("which rows? give --data FILE")
+    from softprompt import evaluation, load_base, load_examples, load_prompt
+    from softprompt.screen import draw_evaluation
+
+    loaded = load_examples(config.data.eval, limit=config.data.limit, label_words=config.data.label_words)
+    base = load_base(config.model)
+    stored = load_prompt(prompt, base, allow_other_base=allow_other_base)
+    result = evaluation.evaluate(base, stored, loaded, text=text, tokens_per_batch=config.train.tokens_per_batch)
+    draw_evaluation(result)
+    _write_json(json_file, {"prompt": str(prompt), "data": config.data.eval, **result.as_dict()})
+
+
+@app.command()
+def generate(
+    prompt: Annotated[Path, typer.Argument(metavar="PROMPT", help="Prompt, checkpoint or run folder.")],
+    texts: Annotated[list[str] | None, typer.Argument(metavar="[TEXT ...] [model.key=value ...]", help="Texts; without any, one per line of the input.")] = None,
+    other: Annotated[list[Path] | None, typer.Option("--with", metavar="PROMPT", help="Answer with this prompt too, in the same batch; repeatable.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens of an answer at most.")] = 256,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Sample from the likeliest tokens of this joint probability.")] = 1.0,
+    top_k: Annotated[int, typer.Option(help="Sample from this many likeliest tokens; 0 is all.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of sampling.")] = 0,
+    allow_other_base: OtherBase = False,
+    json_file: Json = None,
+) -> None:
+    """Answer texts with one soft prompt, or with several in one batch."""
+    overrides = [item for item in texts or [] if re.match(r"model\.\w+=", item)]
+    asked = [item for item in texts or [] if item not in overrides] or [line.rstrip("\n") for line in sys.stdin if line.strip()]
+    if not asked:
+        raise ConfigError("no text to answer")
+    config = _prompt_config(prompt, overrides, None)
+    from softprompt import Sampling, load_base, load_prompt
+    from softprompt.generation import check_sampling, stream
+    from softprompt.screen import draw_stream
+
+    sampling = Sampling(max_new_tokens, temperature, top_p, top_k, seed)
+    check_sampling(sampling)
+    base = load_base(config.model)
+    paths = [prompt, *(other or [])]
+    stored = [load_prompt(path, base, allow_other_base=allow_other_base) for path in paths]
+    jobs = [(path, one, text) for text in asked for path, one in zip(paths, stored, strict=True)]
+    headings = [f"{text}  ({path})" if other else text for path, _, text in jobs]
+    answers = draw_stream(stream(base, [one for _, one, _ in jobs], [text for _, _, text in jobs], sampling), headings)
+    rows = [{"prompt": str(path), "text": text, "answer": answer} for (path, _, text), answer in zip(jobs, answers, strict=True)]
+    _write_json(json_file, {"answers": rows})
+
+
+@app.command()
+def show(
+    settings: Settings = None,
+    rows: Annotated[int, typer.Option(min=0, help="Rows to print in full.")] = 3,
+    json_file: Json = None,
+) -> None:
+    """Print rows as the model will see them, supervised tokens coloured, and a summary."""
+    config = _config(settings)
+    from softprompt.screen import draw_rows
+    from softprompt.show import show
+
+    shown = show(config)
+    draw_rows(shown, rows)
+    _write_json(json_file, shown.as_dict(rows))
+
+
+@app.command()
+def plan(settings: Settings = None, json_file: Json = None) -> None:
+    """Count parameters and memory from the base's configuration, without its weights."""
+    config = _config(settings)
+    from softprompt.plan import make_plan
+    from softprompt.screen import draw_plan
+
+    planned = make_plan(config)
+    draw_plan(planned)
+    _write_json(json_file, planned.as_dict())
+
+
+@app.command()
+def demo(overrides: Overrides = None) -> None:
+    """Train, evaluate and try a prompt on the embedded task: customer messages to JSON, with Gemma 3 270M."""
+    from softprompt.demo import run_demo
+
+    run_demo(overrides or [])
+
+
+def main() -> None:
+    """Entry point: errors of the user are one line and exit code 2."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        app()
+    except Error as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _config(settings: list[str] | None) -> Any:
+    from softprompt.config import load_config
+
+    first, *rest = settings or [""]
+    if "=" in first or not first:
+        return load_config(None, settings or ())
+    return load_config(first, rest)
+
+
+def _resumed(run: Path, settings: list[str] | None) -> Any:
+    from softprompt.runlog import RunFolder
+
+    if settings:
+        raise ConfigError(f"--resume takes its settings from {run}: leave out {settings[0]}")
+    return RunFolder.reopen(run).config()
+
+
+def _prompt_config(prompt: Path, overrides: list[str] | None, data: str | None) -> Any:
+    """The configuration that a stored prompt brings with it, then the overrides."""
+    from softprompt.artifact import read_card
+    from softprompt.config import load_config
+
+    card = read_card(prompt)
+    model = card.model_config_of_base.model_dump(exclude_none=True)
+    own: dict[str, Any] = {"model": model, "data": {"label_words": card.data.label_words}}
+    if data is not None:
+        own["data"]["eval"] = data
+    return load_config(own, overrides or ())
+
+
+def _write_json(file: Path | None, result: dict[str, Any]) -> None:
+    if file is None:
+        return
+    from softprompt.atomic import write_text
+
+    try:
+        write_text(file, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
+    except OSError as error:
+        raise ConfigError(f"--json {file}: cannot be written: {error.strerror}") from None
+
+
+if __name__ == "__main__":
+    main()

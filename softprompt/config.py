@@ -1,0 +1,211 @@
+"""The configuration: one typed tree, read once, never changed afterwards.
+
+Precedence, last wins: the defaults below, then the TOML file, then ``section.key=value`` overrides.
+An unknown key is an error that names the nearest known one. This module does not import torch.
+"""
+
+import difflib
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from softprompt.errors import ConfigError
+
+Positive = Annotated[int, Field(ge=1)]
+
+
+class Section(BaseModel):
+    """A frozen, strict table of settings; a field's description stands below it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+
+
+class ModelConfig(Section):
+    """The frozen base."""
+
+    name: str | None = None
+    """Hub id or local folder of the base. May be left out when `gguf_file` is a path."""
+    gguf_file: str | None = None
+    """A GGUF file: a name inside `name`, or a path of its own."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Precision of the base. auto: bfloat16 on a GPU that has it, else float32. The prompt is float32 always."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, mps ... auto takes a GPU where there is one."""
+    trust_remote_code: bool = False
+    """Run model code that comes with the base. Never taken from a prompt folder."""
+
+    @property
+    def location(self) -> tuple[str, str | None]:
+        """(folder or hub id, GGUF file name inside it). Raises ConfigError when neither key is set."""
+        name, gguf_file = self.name, self.gguf_file
+        if name is not None and name.endswith(".gguf") and gguf_file is None:
+            name, gguf_file = None, name
+        if name is None:
+            if gguf_file is None:
+                raise ConfigError("model.name is not set: give a hub id, a local folder, or a GGUF file in model.gguf_file")
+            path = Path(gguf_file)
+            return str(path.parent), path.name
+        return name, gguf_file
+
+
+class DataConfig(Section):
+    """The rows, and how they become text."""
+
+    train: str | None = None
+    """JSON, JSONL, CSV or Parquet file, `save_to_disk` folder, or hub id; may end in `:split` and `[from:to]`."""
+    eval: str | None = None
+    """Held-out rows, named like `train`."""
+    eval_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the training rows to hold out (seeded by `train.seed`) when `eval` is not set."""
+    template: str = "human-assistant"
+    """human-assistant, chat (the tokenizer's own), inline Jinja, or a `.jinja` file. Renders all but the response."""
+    max_length: Annotated[int, Field(ge=2)] = 256
+    """Tokens of a row at most, BOS included, virtual tokens not; the rest is cut and counted."""
+    limit: Positive | None = None
+    """Only the first N rows of `train`."""
+    label_words: dict[str, str] = {}
+    """For text/label rows: the word that stands for each label, e.g. {0 = "negative", 1 = "positive"}."""
+    max_rejected: Annotated[int, Field(ge=0)] = 0
+    """Rows that may be rejected before the run is stopped; each is listed with its reason."""
+
+    @model_validator(mode="after")
+    def _one_split(self) -> "DataConfig":
+        if self.eval is not None and self.eval_fraction:
+            raise ValueError("set data.eval or data.eval_fraction, not both")
+        return self
+
+
+class PromptConfig(Section):
+    """The soft prompt."""
+
+    length: Positive | None = None
+    """Virtual tokens. Left out: as many as `text` has tokens, or 16 without a text."""
+    init: Literal["text", "random"] = "text"
+    """Rows to start from: the embeddings of `text`, or noise of the embedding table's mean and spread."""
+    text: str | None = None
+    """The text of init = "text"; in evaluation also the hard prompt that the soft prompt must beat."""
+    position: Literal["auto", "after_bos", "start"] = "auto"
+    """Where the rows stand. auto: after_bos where the tokenizer adds BOS, else start (as PEFT does)."""
+
+
+class OptimConfig(Section):
+    """AdamW on the prompt's rows, without weight decay."""
+
+    lr: Annotated[float, Field(gt=0)] | None = None
+    """Peak learning rate. Around 10% of the embedding rows' RMS learns (`softprompt plan` prints that RMS)."""
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """Decay to zero after the warm-up, or none."""
+    warmup_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    """Share of the steps in which the rate rises from zero."""
+    clip_norm: Annotated[float, Field(gt=0)] = 1.0
+    """Gradient norm above which the gradient is scaled down."""
+
+
+class TrainConfig(Section):
+    """The run."""
+
+    examples_per_step: Positive = 16
+    """Examples that make one optimizer step. How they are cut into micro-batches never changes the gradient."""
+    epochs: Positive = 1
+    """Passes over the rows; not used when `steps` is set."""
+    steps: Positive | None = None
+    """Optimizer steps."""
+    seed: int = 0
+    """Seed of the order of rows, the held-out split and random init."""
+    tokens_per_batch: Positive = 2048
+    """Tokens (padding included) of one micro-batch at most; lower it when memory is short."""
+    log_every: Positive = 10
+    """Steps between log lines."""
+    eval_every: Positive | None = None
+    """Steps between evaluations on the held-out rows. Always before the first step and after the last."""
+    save_every: Positive = 50
+    """Steps between checkpoints. Always after the last step."""
+    out: str = "runs/prompt"
+    """The run folder. Must not exist yet, unless the run is resumed."""
+    trackers: Annotated[tuple[Literal["tensorboard", "wandb", "trackio"], ...], Field(strict=False)] = ()
+    """Experiment trackers to report to, through accelerate."""
+
+
+class Config(Section):
+    """Everything a run needs to know."""
+
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    prompt: PromptConfig = PromptConfig()
+    optim: OptimConfig = OptimConfig()
+    train: TrainConfig = TrainConfig()
+
+    def to_toml(self) -> str:
+        """The resolved configuration; keys that are not set are left out."""
+        return tomli_w.dumps(self.model_dump(mode="json", exclude_none=True), multiline_strings=True)
+
+
+def load_config(source: str | Path | Mapping[str, Any] | None = None, overrides: Sequence[str] = ()) -> Config:
+    """Reads a TOML file (or takes a mapping of sections), applies overrides and checks all of it.
+
+    Raises ConfigError with the file, the key and what to do.
+    """
+    where = str(source) if isinstance(source, str | Path) else "config"
+    tree = _read_toml(Path(source)) if isinstance(source, str | Path) else _copy(source or {})
+    for override in overrides:
+        _apply(tree, override)
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError("; ".join(_explain(item, where) for item in error.errors())) from None
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read the config {path}: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not valid TOML: {error}") from None
+
+
+def _copy(tree: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: _copy(value) if isinstance(value, Mapping) else value for key, value in tree.items()}
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    """Puts one ``section.key=value`` into the tree; the value is TOML, or a bare string where the key holds text."""
+    key, equals, raw = override.partition("=")
+    parts = key.strip().split(".")
+    if not equals or len(parts) < 2:
+        raise ConfigError(f"{override!r} is not an override: write section.key=value, e.g. train.steps=100")
+    try:
+        value = tomllib.loads(f"value = {raw}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = raw
+    if not isinstance(value, str) and _holds_text(parts[0], parts[1]):
+        value = raw
+    for part in parts[:-1]:
+        tree = tree.setdefault(part, {})
+        if not isinstance(tree, dict):
+            raise ConfigError(f"{override!r}: {part} is a value, not a table")
+    tree[parts[-1]] = value
+
+
+def _holds_text(section: str, key: str) -> bool:
+    if section not in Config.model_fields:
+        return False
+    field = Config.model_fields[section].annotation.model_fields.get(key)  # type: ignore[union-attr]
+    return field is not None and (field.annotation is str or str in get_args(field.annotation))
+
+
+def _explain(item: Any, where: str) -> str:
+    key = ".".join(str(part) for part in item["loc"])
+    if item["type"] == "extra_forbidden":
+        known = [f"{name}.{key}" for name, field in Config.model_fields.items() for key in field.annotation.model_fields]  # type: ignore[union-attr]
+        near = difflib.get_close_matches(key, known + list(Config.model_fields), n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]}?" if near else f"sections are {', '.join(Config.model_fields)}"
+        return f"{where}: unknown key {key}: {hint}"
+    message = item["msg"].removeprefix("Value error, ")
+    return f"{where}: {key}: {message[0].lower()}{message[1:]} (got {item['input']!r})" if key.count(".") else f"{where}: {key}: {message}"

@@ -1,0 +1,43 @@
+"""What a user can get wrong, as a tree. Every message says what is wrong, where, and what to do.
+
+    Error
+    |-- ConfigError      a key or value of the configuration          (also ValueError)
+    |-- DataError        rows that cannot be used                     (also ValueError)
+    |-- ModelError       a base that cannot be loaded or used         (also ValueError)
+    |-- ArtifactError    a prompt folder that does not fit            (also ValueError)
+    |-- RunError         a run folder, or a run that cannot go on     (also RuntimeError)
+    `-- MissingPackage   an extra that is not installed               (also ImportError)
+
+The command line prints the message in one line and exits with 2. Our own mistakes are assertions, not these.
+"""
+
+
+class Error(Exception):
+    """Anything that the user can mend."""
+
+
+class ConfigError(Error, ValueError):
+    """A configuration key or value."""
+
+
+class DataError(Error, ValueError):
+    """Rows that cannot be read or used."""
+
+
+class ModelError(Error, ValueError):
+    """A base model that cannot be found, loaded or used."""
+
+
+class ArtifactError(Error, ValueError):
+    """A prompt folder that is damaged or belongs to something else."""
+
+
+class RunError(Error, RuntimeError):
+    """A run folder in the way, or a run that cannot go on."""
+
+
+class MissingPackage(Error, ImportError):
+    """An optional package that is not installed."""
+
+    def __init__(self, package: str, extra: str) -> None:
+        super().__init__(f"{package} is not installed: pip install 'softprompt[{extra}]'")

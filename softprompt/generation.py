@@ -1,0 +1,86 @@
+"""Answers to texts, with one soft prompt or several side by side in one batch."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from softprompt.artifact import StoredPrompt
+from softprompt.decode import Sampling, decode
+from softprompt.encode import Encoder
+from softprompt.errors import ConfigError, DataError
+from softprompt.model import FrozenBase
+from softprompt.prompt import no_prompt
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The next piece of text number `row`'s answer; `last` when it is complete."""
+
+    row: int
+    text: str
+    last: bool
+
+
+def generate(
+    base: FrozenBase, prompts: StoredPrompt | Sequence[StoredPrompt], texts: Sequence[str], sampling: Sampling = Sampling()
+) -> list[str]:
+    """One answer per text. `prompts`: one for all texts, or one for each, which may differ in length and position."""
+    answers = [""] * len(texts)
+    for piece in stream(base, prompts, texts, sampling):
+        answers[piece.row] += piece.text
+    return answers
+
+
+def stream(
+    base: FrozenBase, prompts: StoredPrompt | Sequence[StoredPrompt], texts: Sequence[str], sampling: Sampling = Sampling()
+) -> Iterator[Piece]:
+    """Like `generate`, piece by piece as the tokens come. Raises DataError for a text that leaves no room for an answer."""
+    each = [prompts] * len(texts) if isinstance(prompts, StoredPrompt) else list(prompts)
+    if len(each) != len(texts):
+        raise DataError(f"{len(each)} prompts for {len(texts)} texts: give one for all, or one for each")
+    check_sampling(sampling)
+    ids = [_question(prompt.encoder, text) for prompt, text in zip(each, texts, strict=True)]
+    distinct = list({id(prompt): prompt for prompt in each}.values())
+    prefixes = [prompt.soft.prefix(base) for prompt in distinct]
+    which = [next(index for index, other in enumerate(distinct) if other is prompt) for prompt in each]
+    needed = max((prefixes[index].length + len(text) for index, text in zip(which, ids, strict=True)), default=0)
+    if base.context_length is not None:
+        if needed >= base.context_length:
+            raise DataError(f"a text with its prompt takes {needed} tokens, the base's context is {base.context_length}: shorten the text")
+        sampling = replace(sampling, max_new_tokens=min(sampling.max_new_tokens, base.context_length - needed))
+    yield from _as_text(base, decode(base, prefixes, which, ids, sampling), len(texts))
+
+
+def without_prompt(base: FrozenBase, prompt: StoredPrompt) -> StoredPrompt:
+    """The bare base behind the same template, to show what an answer was like before."""
+    return replace(prompt, soft=no_prompt(base, prompt.encoder.bos_id))
+
+
+def check_sampling(sampling: Sampling) -> None:
+    """Raises ConfigError for a value that makes no sense."""
+    if sampling.max_new_tokens < 1:
+        raise ConfigError(f"max_new_tokens must be at least 1, this is {sampling.max_new_tokens}")
+    if sampling.temperature < 0:
+        raise ConfigError(f"temperature must not be negative, this is {sampling.temperature}")
+    if not 0 < sampling.top_p <= 1:
+        raise ConfigError(f"top_p must be above 0 and at most 1, this is {sampling.top_p}")
+    if sampling.top_k < 0:
+        raise ConfigError(f"top_k must not be negative, this is {sampling.top_k}")
+
+
+def _question(encoder: Encoder, text: str) -> tuple[int, ...]:
+    if not text.strip():
+        raise DataError("the text is empty: there is nothing to answer")
+    return encoder.question(text)
+
+
+def _as_text(base: FrozenBase, tokens: Iterator, num_rows: int) -> Iterator[Piece]:  # type: ignore[type-arg]
+    """Decodes each row as it grows; a character that is still incomplete waits for its next token."""
+    ids: list[list[int]] = [[] for _ in range(num_rows)]
+    shown = [0] * num_rows
+    for token in tokens:
+        if token.id is not None:
+            ids[token.row].append(token.id)
+        text = base.tokenizer.decode(ids[token.row], skip_special_tokens=True)
+        if token.last or not text.endswith("\ufffd"):
+            yield Piece(token.row, text[shown[token.row] :], token.last)
+            shown[token.row] = len(text)

@@ -1,0 +1,143 @@
+"""The run folder: what was asked for, what it ran with, and what happened.
+
+    config.toml      the resolved configuration          rejected.jsonl   rows that were not used, with reasons
+    run.json         versions and start time             checkpoints/     what the run needs to go on
+    metrics.jsonl    one event a line                    prompt/          the finished prompt
+                                                         result.json      the finished run in numbers
+"""
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from datetime import UTC, datetime
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from softprompt.artifact import package_versions
+from softprompt.atomic import new_folder, write_text
+from softprompt.config import Config, load_config
+from softprompt.data import Rejected
+from softprompt.errors import MissingPackage, RunError
+
+
+class RunFolder:
+    """One run's folder. `create` makes a new one, `reopen` goes on with an old one; neither overwrites anything."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.prompt = path / "prompt"
+        self.checkpoints = path / "checkpoints"
+
+    @classmethod
+    def create(cls, config: Config) -> "RunFolder":
+        """Raises RunError when the folder exists or cannot be written."""
+        path = Path(config.train.out)
+        try:
+            with new_folder(path) as draft:
+                (draft / "config.toml").write_text(config.to_toml(), encoding="utf-8")
+                started = {"started": datetime.now(UTC).isoformat(timespec="seconds"), "versions": package_versions()}
+                (draft / "run.json").write_text(json.dumps(started, indent=2) + "\n", encoding="utf-8")
+                (draft / "metrics.jsonl").touch()
+        except FileExistsError:
+            raise RunError(_in_the_way(path)) from None
+        except OSError as error:
+            raise RunError(f"train.out = {path}: cannot write there: {error.strerror}") from None
+        return cls(path)
+
+    @classmethod
+    def check_free(cls, path: Path) -> None:
+        """Raises RunError early when `create` would, before anything slow is done."""
+        if path.exists():
+            raise RunError(_in_the_way(path))
+        parent = next(folder for folder in [path, *path.absolute().parents] if folder.exists())
+        if not parent.is_dir() or not os.access(parent, os.W_OK):
+            raise RunError(f"train.out = {path}: cannot write in {parent}")
+
+    @classmethod
+    def reopen(cls, path: Path) -> "RunFolder":
+        """Raises RunError when there is no run to go on with."""
+        if not (path / "config.toml").is_file():
+            raise RunError(f"{path} is not a run folder (no config.toml): nothing to resume")
+        return cls(path)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keeps a second process out of the same run. Raises RunError when one is in it."""
+        with open(self.path / ".lock", "w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise RunError(f"{self.path}: another process is running this run") from None
+            for draft in (*self.path.glob(".*.draft"), *self.checkpoints.glob(".*.draft")):  # left half-written by a kill
+                shutil.rmtree(draft) if draft.is_dir() else draft.unlink()
+            yield
+
+    def config(self) -> Config:
+        """The configuration as it was resolved, with the folder's present place."""
+        config = load_config(self.path / "config.toml")
+        return config.model_copy(update={"train": config.train.model_copy(update={"out": str(self.path)})})
+
+    def write_rejected(self, rejected: Sequence[Rejected]) -> None:
+        lines = [json.dumps(asdict(item), ensure_ascii=False) + "\n" for item in rejected]
+        write_text(self.path / "rejected.jsonl", "".join(lines))
+
+    def log(self, event: str, step: int, **values: Any) -> None:
+        """Adds one line to metrics.jsonl."""
+        with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps({"event": event, "step": step, **values}, ensure_ascii=False) + "\n")
+
+    def forget_after(self, step: int) -> None:
+        """Drops the lines of steps that will run again, and a last line that was cut off by a kill."""
+        kept = []
+        for line in (self.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line + "\n")
+            except json.JSONDecodeError:
+                break
+        write_text(self.path / "metrics.jsonl", "".join(kept))
+
+    def write_result(self, result: dict[str, Any]) -> None:
+        write_text(self.path / "result.json", json.dumps(result, indent=2) + "\n")
+
+    def result(self) -> dict[str, Any] | None:
+        """The numbers of a finished run, or None."""
+        file = self.path / "result.json"
+        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+
+
+def _in_the_way(path: Path) -> str:
+    if (path / "result.json").is_file():
+        return f"{path} holds a finished run: choose another train.out"
+    if (path / "config.toml").is_file():
+        return f"{path} holds an unfinished run: softprompt train --resume {path}, or choose another train.out"
+    return f"{path} exists and is not a run: choose another train.out"
+
+
+def check_trackers(config: Config) -> None:
+    """Raises MissingPackage when a tracker that the configuration names is not installed."""
+    for package in config.train.trackers:
+        if find_spec(package) is None:
+            raise MissingPackage(package, package)
+
+
+@contextmanager
+def trackers(config: Config, path: Path) -> Iterator[Callable[[dict[str, float], int], None]]:
+    """Yields a function (values, step) that reports to the experiment trackers of `train.trackers`, through accelerate."""
+    if not config.train.trackers:
+        yield lambda values, step: None
+        return
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=True, log_with=list(config.train.trackers), project_dir=str(path))
+    flat = {f"{section}.{key}": value for section, table in config.model_dump(mode="json").items() for key, value in table.items()}
+    accelerator.init_trackers("softprompt", config={key: value for key, value in flat.items() if isinstance(value, int | float | str | bool)})
+    try:
+        yield lambda values, step: accelerator.log(values, step=step)
+    finally:
+        accelerator.end_training()

@@ -1,0 +1,199 @@
+"""What the command line draws: tables, coloured tokens, the progress of a run. Everything goes through one console."""
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from softprompt.evaluation import Evaluation
+    from softprompt.generation import Piece
+    from softprompt.plan import Plan
+    from softprompt.show import Shown, Summary
+    from softprompt.training import Event, Started
+
+console = Console(highlight=False, soft_wrap=True)
+
+
+def size(num_bytes: float) -> str:
+    """Bytes for people: 1.3 GB, 131 kB."""
+    for unit in ("B", "kB", "MB"):
+        if num_bytes < 1000:
+            return f"{num_bytes:.0f} {unit}"
+        num_bytes /= 1000
+    return f"{num_bytes:.1f} GB"
+
+
+def draw_run(events: "Iterable[Event]", log_every: int) -> None:
+    """Follows a run to its end: a bar with loss, tokens per second and time left, and a line for what matters."""
+    from softprompt.training import Evaluated, Finished, Saved, Started, Step
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[now]}"), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        bar = progress.add_task("loading", total=None, now="")
+        window: list[Step] = []
+        for event in events:
+            match event:
+                case Started():
+                    _draw_started(event)
+                    progress.update(bar, description="training", total=event.num_steps, completed=event.first_step)
+                case Step():
+                    window = [*window, event][-log_every:]
+                    loss = sum(step.loss for step in window) / len(window)
+                    speed = sum(step.num_tokens for step in window) / sum(step.seconds for step in window)
+                    progress.update(bar, completed=event.step, now=f"loss {loss:.4f}  {speed:,.0f} tokens/s")
+                    if event.step % log_every == 0:
+                        console.print(f"step {event.step:>5}  loss {loss:.4f}  lr {event.lr:.2e}  grad {event.grad_norm:.2e}  {speed:,.0f} tokens/s")
+                case Evaluated():
+                    console.print(f"step {event.step:>5}  [bold]held-out loss {event.loss:.4f}[/]")
+                case Saved():
+                    progress.update(bar, completed=event.step)
+                case Finished():
+                    progress.remove_task(bar)
+                    _draw_result(event.result)
+
+
+def _draw_started(started: "Started") -> None:
+    from softprompt.plan import trainable_line
+
+    console.print(f"[bold]{escape(str(started.run))}[/]: {started.num_steps} steps over {started.num_train} rows, {started.num_eval} held out")
+    if started.num_rejected:
+        console.print(f"{started.num_rejected} rows rejected, listed in {escape(str(started.run / 'rejected.jsonl'))}")
+    if not started.num_eval:
+        console.print("[yellow]no held-out rows: set data.eval or data.eval_fraction to know whether the prompt helps[/]")
+    if started.first_step:
+        console.print(f"resumed after step {started.first_step}")
+    console.print(escape(started.note))
+    console.print(f"{trainable_line(started.num_trainable, started.num_parameters)} || embedding rows' RMS: {started.row_rms:.3g}")
+
+
+def _draw_result(result: dict[str, object]) -> None:
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    names = {
+        "steps": "steps",
+        "train_loss": "mean loss",
+        "eval_loss_before": "held-out loss before",
+        "eval_loss_after": "held-out loss after",
+        "seconds": "seconds",
+        "samples_per_second": "samples/s",
+    }
+    for key, name in names.items():
+        value = result[key]
+        table.add_row(name, "-" if value is None else f"{value:.4f}" if "loss" in key else f"{value:.4g}" if isinstance(value, float) else str(value))
+    table.add_row("peak memory", size(float(str(result["peak_bytes"]))))
+    table.add_row("prompt", escape(str(result["prompt"])))
+    console.print(table)
+
+
+def draw_evaluation(evaluation: "Evaluation") -> None:
+    """The contestants side by side."""
+    table = Table(title=f"{evaluation.num_rows} rows, {evaluation.num_supervised:,} supervised tokens", title_justify="left")
+    for name in ("contestant", "loss", "perplexity", "accuracy"):
+        table.add_column(name, justify="left" if name == "contestant" else "right")
+    for name, score in (("bare base", evaluation.base), ("text prompt", evaluation.text), ("soft prompt", evaluation.prompt)):
+        if score is None:
+            table.add_row(name, "-", "-", "-")
+        else:
+            accuracy = "-" if score.accuracy is None else f"{score.accuracy:.1%}"
+            table.add_row(name, f"{score.loss:.4f}", f"{score.perplexity:.3f}", accuracy)
+    console.print(table)
+    if evaluation.num_rejected:
+        console.print(f"{evaluation.num_rejected} rows could not be used")
+
+
+def draw_rows(shown: "Shown", num_rows: int) -> None:
+    """Rows token by token, the supervised ones coloured, then a summary of each split."""
+    from softprompt.show import summarize
+
+    for row in shown.train.encoded[:num_rows]:
+        facts = shown.row(row)
+        cut = f", {row.num_cut} cut away" if row.num_cut else ""
+        console.print(f"[bold]{escape(row.source)}[/]: {len(facts['input_ids'])} tokens, {row.num_supervised} supervised{cut}")
+        console.print(_coloured(shown, facts["input_ids"], facts["labels"]))
+        console.print(Text("labels: " + repr(facts["supervised_text"]), style="dim"))
+        console.print()
+    draw_summary("train", summarize(shown.train, shown.encoder))
+    if shown.held is not None:
+        draw_summary("held out", summarize(shown.held, shown.encoder))
+    rejected = shown.train.rejected + (shown.held.rejected if shown.held else ())
+    for item in rejected[:10]:
+        console.print(f"[yellow]rejected[/] {escape(item.source)}: {escape(item.reason)}")
+    if len(rejected) > 10:
+        console.print(f"[yellow]and {len(rejected) - 10} more[/]")
+
+
+def _coloured(shown: "Shown", ids: Sequence[int], labels: Sequence[int]) -> Text:
+    """Neighbouring tokens of one kind are decoded together, so that characters of several tokens stay whole."""
+    text = Text()
+    start = 0
+    for end in range(1, len(ids) + 1):
+        if end == len(ids) or (labels[end] == -100) != (labels[start] == -100):
+            style = "dim" if labels[start] == -100 else "bold green"
+            text.append(shown.encoder.tokenizer.decode(ids[start:end]), style=style)
+            start = end
+    return text
+
+
+def draw_summary(name: str, summary: "Summary") -> None:
+    """One split in a line or two."""
+    line = f"[bold]{name}[/]: {summary.num_rows} rows, {summary.num_supervised:,} supervised tokens, {summary.num_cut} rows cut, {summary.num_rejected} rejected"
+    if summary.lengths and summary.supervised:
+        lengths, supervised = summary.lengths, summary.supervised
+        line += f"; length {lengths.smallest} to {lengths.largest} (median {lengths.median:g})"
+        line += f", supervised {supervised.smallest} to {supervised.largest} (median {supervised.median:g})"
+    console.print(line)
+
+
+def draw_plan(plan: "Plan") -> None:
+    """Architecture, parameters and memory by part."""
+    console.print(
+        f"[bold]{plan.architecture}[/]: {plan.num_layers} layers, hidden size {plan.hidden_size}, {plan.num_heads} heads, "
+        f"vocabulary {plan.vocabulary:,}, context {plan.context_length or 'not stated'}"
+    )
+    console.print(f"{plan.num_virtual_tokens} virtual tokens; {plan.trainable_line}")
+    table = Table(title="memory of a training step", title_justify="left")
+    table.add_column("part")
+    table.add_column("bytes", justify="right")
+    memory = plan.memory
+    parts = {
+        f"weights ({plan.dtype})": memory.weights,
+        "activations (estimate)": memory.activations,
+        "logits of one chunk": memory.logits_chunk,
+        "prompt and its gradient": memory.prompt,
+        "optimizer": memory.optimizer,
+        "together": memory.total,
+        "full fine-tuning in fp32, without activations": plan.full_finetuning_bytes,
+    }
+    for name, value in parts.items():
+        table.add_row(name, size(value), end_section=name == "optimizer")
+    console.print(table)
+
+
+def draw_stream(pieces: "Iterable[Piece]", headings: Sequence[str]) -> list[str]:
+    """Answers in the order of the texts: the first unfinished one as it comes, later ones as soon as it is their turn."""
+    answers = [""] * len(headings)
+    done = [False] * len(headings)
+    current = printed = 0
+    _heading(headings, 0)
+    for piece in pieces:
+        answers[piece.row] += piece.text
+        done[piece.row] = piece.last
+        while True:
+            console.print(answers[current][printed:], end="", markup=False)
+            printed = len(answers[current])
+            if not done[current] or current + 1 == len(headings):
+                break
+            console.print()
+            current, printed = current + 1, 0
+            _heading(headings, current)
+    console.print()
+    return answers
+
+
+def _heading(headings: Sequence[str], index: int) -> None:
+    if len(headings) > 1:
+        console.print(f"[bold cyan]{escape(headings[index])}[/]")
