@@ -120,7 +120,7 @@ def write_prompt(folder: Path, soft: SoftPrompt, card: Card, base: FrozenBase) -
         num_virtual_tokens=rows.shape[0],
         token_dim=rows.shape[1],
         num_transformer_submodules=1,
-        num_attention_heads=text.num_attention_heads,
+        num_attention_heads=getattr(text, "num_attention_heads", 1),  # recurrent bases have none, PEFT asks anyway
         num_layers=text.num_hidden_layers,
         prompt_tuning_init="RANDOM",
         inference_mode=True,

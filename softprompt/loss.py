@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy
 from softprompt.batch import Batch
 from softprompt.model import Continued, FrozenBase
 
-CHUNK_LOGITS = 2**25  # float32 logits of one chunk, at most: 128 MB
+CHUNK_LOGITS = 2**26  # float32 logits of one chunk, at most: 256 MB
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -30,8 +30,8 @@ class _HeadLoss(torch.autograd.Function):
             with torch.set_grad_enabled(wants_grad):
                 chunk_NH = chunk_NH.detach().requires_grad_(wants_grad)
                 loss_N = cross_entropy(base.logits(chunk_NH).float(), chunk_targets, reduction="none")
-            if wants_grad:
-                grads.append(torch.autograd.grad(loss_N.sum(), chunk_NH)[0])
+                if wants_grad:
+                    grads.append(torch.autograd.grad(loss_N.sum(), chunk_NH)[0])
             losses.append(loss_N.detach())
         if wants_grad:
             ctx.save_for_backward(torch.cat(grads))

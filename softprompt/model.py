@@ -17,11 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
 from softprompt.config import ModelConfig
 from softprompt.errors import ConfigError, ModelError
 from softprompt.hub import endpoint
+from softprompt.unpack import keep_unpacked, unpacked_folder
 
 SAMPLE = 4096  # embedding rows looked at for their mean, spread and RMS
 
@@ -212,13 +214,16 @@ def _continue_plain(
 def load_base(config: ModelConfig) -> FrozenBase:
     """Loads, freezes and checks a base. Raises ModelError when it cannot be found, loaded or used with a soft prompt."""
     name, gguf_file = config.location
-    refuse_unsupported(load_settings(config))
+    settings = load_settings(config)
+    refuse_unsupported(settings)
     tokenizer = load_tokenizer(config)
-    device = _device(config.device)
-    model, info = _from_pretrained(AutoModelForCausalLM, config, dtype=_dtype(config.dtype, device), output_loading_info=True)
+    model, info = _from_pretrained(AutoModelForCausalLM, config, config=settings, dtype=load_dtype(config), output_loading_info=True)
     if info["missing_keys"]:
         raise ModelError(f"{name}: the files lack weights ({', '.join(sorted(info['missing_keys'])[:3])} ...): the base would be partly random")
-    return freeze(model.to(device), tokenizer, name if gguf_file is None else f"{name}/{gguf_file}")
+    if getattr(model, "hf_quantizer", None) is not None and gguf_file is not None:
+        model.hf_quantizer.remove_quantization_config(model)  # the weights are plain numbers by now
+        keep_unpacked(model, tokenizer, _unpacked(config))
+    return freeze(model.to(_device(config.device)), tokenizer, name if gguf_file is None else f"{name}/{gguf_file}")
 
 
 def load_settings(config: ModelConfig) -> Any:
@@ -231,16 +236,25 @@ def load_tokenizer(config: ModelConfig) -> Any:
     return _from_pretrained(AutoTokenizer, config)
 
 
-def _from_pretrained(kind: Any, config: ModelConfig, **how: Any) -> Any:
-    name, gguf_file = config.location
+def _from_pretrained(kind: Any, wanted: ModelConfig, **how: Any) -> Any:
+    name, gguf_file = wanted.location
     transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
     address = endpoint()
-    places = {"revision": config.revision, "gguf_file": gguf_file}
     try:
+        places = {"revision": wanted.revision, "gguf_file": gguf_file}
+        if gguf_file is not None and _unpacked(wanted).is_dir():
+            name, places = str(_unpacked(wanted)), {}
         given = {key: value for key, value in places.items() if value is not None}
-        return kind.from_pretrained(name, trust_remote_code=config.trust_remote_code, **given, **how)
+        return kind.from_pretrained(name, trust_remote_code=wanted.trust_remote_code, **given, **how)
     except (OSError, ValueError, ImportError, KeyError) as error:
         raise ModelError(_cannot_load(name, gguf_file, address, error)) from None
+
+
+def _unpacked(config: ModelConfig) -> Path:
+    name, gguf_file = config.location
+    file = cached_file(name, gguf_file, revision=config.revision)
+    return unpacked_folder(Path(file), str(load_dtype(config)).removeprefix("torch."))
 
 
 def refuse_unsupported(settings: Any) -> None:
@@ -276,6 +290,13 @@ def freeze(model: Any, tokenizer: Any, name: str) -> FrozenBase:
     )
 
 
+def load_dtype(config: ModelConfig) -> torch.dtype:
+    """The precision that a base is loaded in. auto: bfloat16 on a GPU that computes in it, else float32."""
+    if config.dtype != "auto":
+        return getattr(torch, config.dtype)
+    return torch.bfloat16 if _device(config.device).type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+
+
 def context_length(settings: Any) -> int | None:
     """Positions that the base was made for, or None where its configuration does not say."""
     text = settings.get_text_config(decoder=True)
@@ -304,12 +325,6 @@ def _device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(f"model.device = {name!r} cannot be used here: {str(error).splitlines()[0]}") from None
     return torch.device(name)
-
-
-def _dtype(name: str, device: torch.device) -> torch.dtype:
-    if name != "auto":
-        return getattr(torch, name)
-    return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
 
 
 def _sample_rows(model: Any) -> Tensor:

@@ -13,7 +13,7 @@ from softprompt.config import Config
 from softprompt.errors import ConfigError
 from softprompt.init import prompt_length
 from softprompt.loss import CHUNK_LOGITS
-from softprompt.model import context_length, load_settings, load_tokenizer, refuse_unsupported
+from softprompt.model import context_length, load_dtype, load_settings, load_tokenizer, refuse_unsupported
 from softprompt.training import check_context
 
 BYTES_PER_FULL_PARAMETER = 16  # fp32 weight, gradient and Adam's two moments
@@ -81,7 +81,7 @@ def make_plan(config: Config) -> Plan:
     width = model.get_input_embeddings()(torch.zeros(1, dtype=torch.long, device="meta")).shape[-1]
     length = _length(config)
     check_context(context_length(settings), length, config.data.max_length)
-    dtype = _planned_dtype(config.model.dtype)
+    dtype = load_dtype(config.model)
     rows_bytes = 4 * length * width
     memory = Memory(
         weights=sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize,
@@ -112,12 +112,6 @@ def _length(config: Config) -> int:
             raise ConfigError("prompt.text or prompt.length is needed to plan")
         return prompt_length(config.prompt, None)
     return prompt_length(config.prompt, load_tokenizer(config.model))
-
-
-def _planned_dtype(name: str) -> torch.dtype:
-    if name != "auto":
-        return getattr(torch, name)
-    return torch.bfloat16 if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else torch.float32
 
 
 def _activations(model: Any, num_tokens: int, num_virtual_tokens: int) -> int:

@@ -1,0 +1,47 @@
+"""Shared fixtures: one tiny base per family and session, a run's settings, and a home of its own for caches."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+
+from softprompt.config import Config, load_config
+from softprompt.model import FrozenBase
+
+
+@pytest.fixture(scope="session")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., FrozenBase]:
+    """bases("llama", adds_bos=False): loaded once per kind."""
+    loaded: dict[str, FrozenBase] = {}
+
+    def get(family: str = "llama", **how: Any) -> FrozenBase:
+        key = f"{family}{sorted(how.items())}"
+        if key not in loaded:
+            loaded[key] = tiny.tiny_base(tmp_path_factory.mktemp(family), family, **how)
+        return loaded[key]
+
+    return get
+
+
+@pytest.fixture
+def make_config(tmp_path: Path, bases: Callable[..., FrozenBase]) -> Callable[..., Config]:
+    """make_config("train.steps=3", ...): a small run on the tiny llama."""
+    rows = tiny.write_rows(tmp_path / "train.jsonl", tiny.some_rows(24))
+    held = tiny.write_rows(tmp_path / "eval.jsonl", tiny.some_rows(7))
+
+    def make(*overrides: str) -> Config:
+        own = [
+            f"model.name={bases().name}",
+            "model.device=cpu",
+            f"data.train={rows}",
+            f"data.eval={held}",
+            "prompt.text=Repeat the drink.",
+            "optim.lr=0.05",
+            "train.examples_per_step=4",
+            f"train.out={tmp_path / 'run'}",
+        ]
+        return load_config(None, [*own, *overrides])
+
+    return make
