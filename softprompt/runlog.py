@@ -92,14 +92,15 @@ class RunFolder:
             file.write(json.dumps({"event": event, "step": step, **values}, ensure_ascii=False) + "\n")
 
     def forget_after(self, step: int) -> None:
-        """Drops the lines of steps that will run again, and a last line that was cut off by a kill."""
+        """Drops the lines of what will happen again, and a last line that was cut off by a kill."""
         kept = []
         for line in (self.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
             try:
-                if json.loads(line)["step"] <= step:
-                    kept.append(line + "\n")
+                event = json.loads(line)
             except json.JSONDecodeError:
                 break
+            if event["step"] <= step and event["event"] != "finished":
+                kept.append(line + "\n")
         write_text(self.path / "metrics.jsonl", "".join(kept))
 
     def write_result(self, result: dict[str, Any]) -> None:

@@ -131,7 +131,7 @@ def _run(
     progress = checkpoint.progress if checkpoint else Progress(data_fingerprint=rows.fingerprint)
     if progress.data_fingerprint != rows.fingerprint:
         raise RunError(f"{config.data.train} has changed since {run.path} started: its rows must be the same to resume")
-    run.forget_after(progress.step)
+    run.forget_after(progress.step if checkpoint else -1)
     rows_PH = (checkpoint.rows_PH.to(base.device) if checkpoint else start_PH).clone().requires_grad_()
     soft = SoftPrompt(rows_PH, position, encoder.bos_id)
     optimizer = RowOptimizer(rows_PH, config.optim, num_steps)
@@ -188,8 +188,8 @@ def _run(
             with new_folder(run.prompt) as draft:
                 write_prompt(draft, soft, card(), base)
         result = _result(progress, run.prompt)
-        run.write_result(result)
         run.log("finished", progress.step, **result)
+        run.write_result(result)
         yield Finished(result)
 
 

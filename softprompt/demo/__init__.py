@@ -8,6 +8,7 @@ from softprompt.config import Config, load_config
 from softprompt.errors import MissingPackage
 
 HOME = Path(str(files("softprompt.demo")))
+NUM_EVAL = 64  # of the 128 held-out rows: half the waiting, and the gain is far larger than the difference
 
 
 def demo_base() -> Path:
@@ -21,7 +22,7 @@ def demo_base() -> Path:
 
 def demo_config(overrides: Sequence[str] = ()) -> Config:
     """demo.toml with the packaged rows, and Gemma 3 270M unless an override names another base."""
-    own = [f"data.train={HOME / 'train.jsonl'}", f"data.eval={HOME / 'eval.jsonl'}"]
+    own = [f"data.train={HOME / 'train.jsonl'}", f"data.eval={HOME / 'eval.jsonl'}[:{NUM_EVAL}]"]
     if not any(override.startswith(("model.name=", "model.gguf_file=")) for override in overrides):
         own.append(f"model.gguf_file={demo_base()}")
     return load_config(HOME / "demo.toml", [*own, *overrides])

@@ -1,0 +1,165 @@
+"""Answers: the same alone and in a batch, whole characters only, and limits that are said in a sentence."""
+
+import math
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from transformers import AutoModelForCausalLM
+
+from softprompt.artifact import StoredPrompt, load_prompt
+from softprompt.config import ModelConfig, load_config
+from softprompt.decode import Sampling
+from softprompt.errors import ConfigError, DataError
+from softprompt.generation import generate, stream, without_prompt
+from softprompt.model import FrozenBase, load_base
+from softprompt.training import train
+
+TEXTS = ["bring tea", "please please bring 咖啡", "x", "a longer question than the others, so that padding is needed"]
+GREEDY = Sampling(max_new_tokens=12)
+SAMPLED = Sampling(max_new_tokens=12, temperature=1.5, top_p=0.95, top_k=50, seed=7)
+
+
+def make_prompt(base: FrozenBase, home: Path, text: str) -> StoredPrompt:
+    rows = tiny.write_rows(home / "rows.jsonl", tiny.some_rows(12))
+    settings = [
+        f"model.name={base.name}", "model.device=cpu", f"data.train={rows}", f"prompt.text={text}", "optim.lr=0.05", "train.steps=1",
+        f"train.out={home / 'run'}",
+    ]  # fmt: skip
+    list(train(load_config(None, settings), base=base))
+    return load_prompt(home / "run", base)
+
+
+@pytest.fixture(scope="module")
+def prompts(bases, tmp_path_factory) -> list[StoredPrompt]:
+    """Two prompts of different lengths."""
+    return [make_prompt(bases(), tmp_path_factory.mktemp("prompt"), text) for text in ("Repeat the drink.", "Say it.")]
+
+
+@pytest.fixture(scope="module")
+def parrot(tmp_path_factory) -> FrozenBase:
+    """A base whose next token follows from the last one alone; after a question it says 水咖 and ends."""
+    tokenizer = tiny.tiny_tokenizer(adds_bos=False)
+    chain = [*tokenizer(" 水咖")["input_ids"], tiny.EOS]
+    folder = tiny.tiny_folder(tmp_path_factory.mktemp("parrot"), adds_bos=False)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    rows = torch.nn.functional.normalize(torch.randn(tiny.VOCABULARY, 32, generator=torch.Generator().manual_seed(0)))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(("o_proj.weight", "down_proj.weight")):
+                parameter.zero_()
+        model.get_input_embeddings().weight.copy_(rows)
+        head = model.get_output_embeddings().weight.zero_()
+        for token, following in zip(chain, chain[1:], strict=False):
+            head[following] = rows[token]
+    model.save_pretrained(folder)
+    return load_base(ModelConfig(name=str(folder), device="cpu"))
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+def test_texts_in_a_batch_are_answered_as_each_alone(bases, prompts, sampling):
+    together = generate(bases(), prompts[0], TEXTS, sampling)
+    assert together == [generate(bases(), prompts[0], [text], sampling)[0] for text in TEXTS]
+    assert len(set(together)) > 1
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+def test_different_prompts_in_a_batch_answer_as_each_alone(bases, prompts, sampling):
+    jobs = [(prompt, text) for text in TEXTS for prompt in prompts]
+    together = generate(bases(), [prompt for prompt, _ in jobs], [text for _, text in jobs], sampling)
+    assert prompts[0].soft.length != prompts[1].soft.length
+    assert together == [generate(bases(), prompt, [text], sampling)[0] for prompt, text in jobs]
+    assert together[0::2] != together[1::2], "both prompts say the same: nothing was compared"
+
+
+def test_the_bare_base_stands_in_a_batch_beside_a_prompt(bases, prompts):
+    bare = without_prompt(bases(), prompts[0])
+    together = generate(bases(), [bare, prompts[0]], ["bring tea"] * 2, GREEDY)
+    assert together == [generate(bases(), prompt, ["bring tea"], GREEDY)[0] for prompt in (bare, prompts[0])]
+
+
+def test_the_seed_decides_about_sampling(bases, prompts):
+    one, same, other = (generate(bases(), prompts[0], TEXTS, Sampling(20, temperature=1.5, seed=seed)) for seed in (1, 1, 2))
+    assert one == same != other
+
+
+@pytest.mark.parametrize("sampling", [Sampling(8, temperature=1, seed=1), Sampling(8, temperature=2.0, top_p=1, seed=1)])
+def test_whole_numbers_are_taken_for_sampling(bases, prompts, sampling):
+    assert generate(bases(), prompts[0], ["bring tea"], sampling)
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+def test_streamed_pieces_join_to_the_answers(bases, prompts, sampling):
+    pieces = list(stream(bases(), prompts[0], TEXTS, sampling))
+    answers = generate(bases(), prompts[0], TEXTS, sampling)
+    for row, answer in enumerate(answers):
+        own = [piece for piece in pieces if piece.row == row]
+        assert "".join(piece.text for piece in own) == answer
+        assert [piece.last for piece in own] == [False] * (len(own) - 1) + [True]
+
+
+def test_max_new_tokens_is_kept(bases, prompts):
+    longer = generate(bases(), prompts[0], TEXTS, Sampling(6, temperature=2.0))
+    shorter = generate(bases(), prompts[0], TEXTS, Sampling(2, temperature=2.0))
+    tokens = [len(bases().tokenizer(answer, add_special_tokens=False)["input_ids"]) for answer in longer]
+    assert shorter != longer
+    assert max(tokens) > 2
+    assert all(len(answer) <= 2 for answer in shorter)
+
+
+def test_an_answer_ends_at_the_end_of_text_token(parrot, tmp_path):
+    prompt = without_prompt(parrot, make_prompt(parrot, tmp_path, "Say it."))
+    assert generate(parrot, prompt, ["bring tea"], Sampling(50)) == ["水咖"]
+
+
+def test_a_character_of_several_tokens_comes_in_one_piece(parrot, tmp_path):
+    prompt = without_prompt(parrot, make_prompt(parrot, tmp_path, "Say it."))
+    pieces = [piece.text for piece in stream(parrot, prompt, ["bring tea"], Sampling(50))]
+    assert [piece for piece in pieces if piece] == ["水", "咖"]
+
+
+def test_no_texts_have_no_answers(bases, prompts):
+    assert generate(bases(), prompts[0], []) == []
+
+
+@pytest.mark.parametrize("text", ["", " \n"])
+def test_an_empty_text_is_refused(bases, prompts, text):
+    with pytest.raises(DataError, match="the text is empty"):
+        generate(bases(), prompts[0], ["fine", text])
+
+
+def test_a_text_that_fills_the_context_is_refused(bases, prompts):
+    with pytest.raises(DataError, match="context is 512: shorten the text"):
+        generate(bases(), prompts[0], ["x" * 500])
+
+
+def test_an_answer_ends_where_the_context_ends(bases, prompts):
+    taken = 1 + prompts[0].soft.length + len(prompts[0].encoder.question("x"))
+    said = generate(bases(), prompts[0], ["x" * (512 - taken - 3 + 1)], Sampling(50, temperature=2.0, seed=3))[0]
+    assert 0 < len(said) <= 3
+
+
+def test_a_long_text_does_not_cut_the_answers_beside_it(bases, prompts):
+    texts = ["bring tea", "x" * 470]
+    together = generate(bases(), prompts[0], texts, Sampling(40))
+    assert together == [generate(bases(), prompts[0], [text], Sampling(40))[0] for text in texts]
+
+
+def test_one_prompt_for_all_or_one_for_each(bases, prompts):
+    with pytest.raises(DataError, match="2 prompts for 1 texts"):
+        generate(bases(), prompts, ["bring tea"])
+
+
+BAD = {
+    "max_new_tokens": [0, -1],
+    "temperature": [-0.1, math.nan, math.inf],
+    "top_p": [0.0, -1.0, 1.1, math.nan],
+    "top_k": [-1],
+}
+
+
+@pytest.mark.parametrize(("key", "value"), [(key, value) for key, values in BAD.items() for value in values])
+def test_senseless_sampling_is_refused(bases, prompts, key, value):
+    with pytest.raises(ConfigError, match=key):
+        generate(bases(), prompts[0], ["bring tea"], Sampling(**{key: value}))

@@ -1,0 +1,62 @@
+"""Parameters and memory from a configuration alone, against published numbers and against the loaded model."""
+
+import pytest
+import tiny
+from transformers import BloomConfig
+
+from softprompt.config import load_config
+from softprompt.errors import ConfigError
+from softprompt.plan import make_plan
+from softprompt.screen import size
+
+
+@pytest.fixture
+def bloom(tmp_path) -> str:
+    """bloom-1b4-zh: its configuration, no weights, no tokenizer."""
+    BloomConfig(vocab_size=46145, hidden_size=2048, n_layer=24, n_head=16).save_pretrained(tmp_path)
+    return str(tmp_path)
+
+
+def plan_of(name: str, *overrides: str):
+    return make_plan(load_config(None, [f"model.name={name}", "model.device=cpu", "prompt.init=random", *overrides]))
+
+
+def test_bloom_1b4_zh_has_the_numbers_of_the_tutorial(bloom):
+    plan = plan_of(bloom, "prompt.length=16")
+    assert plan.trainable_line == "trainable params: 32,768 || all params: 1,303,144,448 || trainable%: 0.0025"
+    assert size(plan.full_finetuning_bytes) == "20.8 GB"
+    assert (plan.architecture, plan.num_layers, plan.hidden_size, plan.num_heads) == ("BloomForCausalLM", 24, 2048, 16)
+
+
+def test_the_parts_of_memory_add_up(bloom):
+    memory = plan_of(bloom).as_dict()["memory"]
+    total = memory.pop("total")
+    assert total == sum(memory.values())
+    assert all(part > 0 for part in memory.values())
+
+
+def test_half_precision_halves_the_weights(bloom):
+    full, half = (plan_of(bloom, f"model.dtype={dtype}").memory for dtype in ("float32", "bfloat16"))
+    assert full.weights == 2 * half.weights == 4 * (1_303_144_448 - 32_768)
+
+
+@pytest.mark.parametrize("family", sorted(tiny.FAMILIES))
+def test_the_plan_counts_what_is_loaded(bases, family):
+    base = bases(family)
+    plan = plan_of(base.name, "prompt.length=7")
+    assert plan.num_base == base.num_parameters
+    assert plan.num_trainable == 7 * base.hidden_size
+
+
+def test_the_length_comes_from_the_text(bases):
+    assert plan_of(bases().name, "prompt.init=text", "prompt.text=Repeat it.").num_virtual_tokens == len("Repeat it.")
+
+
+def test_a_prompt_longer_than_the_context_is_refused(bases):
+    with pytest.raises(ConfigError, match="exceed the base's context of 512"):
+        plan_of(bases().name, "prompt.length=300", "data.max_length=300")
+
+
+def test_a_plan_needs_a_length_or_a_text(bases):
+    with pytest.raises(ConfigError, match=r"prompt\.text or prompt\.length"):
+        plan_of(bases().name, "prompt.init=text")

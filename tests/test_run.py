@@ -1,0 +1,208 @@
+"""The run folder and its promises: resume with the same bits, overwrite nothing, keep what a stop leaves."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file
+
+from softprompt.checkpoint import latest_checkpoint
+from softprompt.config import load_config
+from softprompt.errors import ConfigError, DataError, MissingPackage, RunError
+from softprompt.runlog import RunFolder
+from softprompt.training import Evaluated, Finished, Saved, Started, Step, train
+
+
+def rows_of(run: Path) -> torch.Tensor:
+    return load_file(run / "prompt" / "adapter_model.safetensors")["prompt_embeddings"]
+
+
+def events_of(run: Path) -> list[dict]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    clock = ("seconds", "samples_per_second", "peak_bytes", "prompt")
+    return [{key: value for key, value in line.items() if key not in clock} for line in lines]
+
+
+def test_events_come_in_order(make_config):
+    events = list(train(make_config("train.steps=4", "train.eval_every=2", "train.save_every=2")))
+    kinds = [type(event) for event in events]
+    assert kinds == [Started, Evaluated, Step, Step, Evaluated, Saved, Step, Step, Evaluated, Saved, Finished]
+
+
+def test_epochs_make_steps(make_config):
+    started = next(iter(train(make_config("train.epochs=2", "train.examples_per_step=5"))))
+    assert (started.num_train, started.num_steps) == (24, 10)
+
+
+def test_ten_thousand_rows_make_625_steps():
+    from softprompt.training import count_steps
+
+    assert count_steps(load_config(None, ["train.examples_per_step=16"]), 10_000) == 625
+
+
+def test_same_seed_same_bits(make_config, tmp_path):
+    for name in ("a", "b"):
+        list(train(make_config("train.steps=5", f"train.out={tmp_path / name}")))
+    list(train(make_config("train.steps=5", "train.seed=1", f"train.out={tmp_path / 'c'}")))
+    assert torch.equal(rows_of(tmp_path / "a"), rows_of(tmp_path / "b"))
+    assert not torch.equal(rows_of(tmp_path / "a"), rows_of(tmp_path / "c"))
+
+
+@pytest.mark.parametrize("stop_after", [1, 2, 3, 5])
+def test_a_resumed_run_equals_the_straight_run_bit_for_bit(make_config, tmp_path, stop_after):
+    settings = ("train.steps=6", "train.save_every=2", "train.eval_every=3", "optim.schedule=cosine")
+    list(train(make_config(*settings, f"train.out={tmp_path / 'straight'}")))
+    config = make_config(*settings)
+    events = train(config)
+    for event in events:
+        if isinstance(event, Step) and event.step == stop_after:
+            break
+    events.close()  # as abrupt as it gets inside one process: nothing after this step is written
+    run = Path(config.train.out)
+    assert run.is_dir()
+    assert not (run / "prompt").exists()
+    resumed = list(train(RunFolder.reopen(run).config(), resume=True))
+    assert resumed[0].first_step == (stop_after - 1) // 2 * 2
+    assert torch.equal(rows_of(run), rows_of(tmp_path / "straight"))
+    assert events_of(run) == events_of(tmp_path / "straight")
+
+
+@pytest.mark.parametrize("wait", [0.0, 0.4, 0.9])
+def test_kill_9_at_any_moment_then_resume_gives_the_same_bits(make_config, tmp_path, wait):
+    settings = ("train.steps=250", "train.save_every=3", "train.eval_every=50")
+    straight = make_config(*settings, f"train.out={tmp_path / 'straight'}")
+    list(train(straight))
+    run = tmp_path / "killed"
+    config = make_config(*settings, f"train.out={run}")
+    file = tmp_path / "config.toml"
+    file.write_text(config.to_toml())
+    process = subprocess.Popen([sys.executable, "-m", "softprompt.cli", "train", str(file)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 60
+    while not (run / "config.toml").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    time.sleep(wait)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL, "the run ended before it could be killed: nothing was tested"
+    for _ in train(RunFolder.reopen(run).config(), resume=True):
+        pass
+    assert torch.equal(rows_of(run), rows_of(straight_run := Path(straight.train.out)))
+    assert events_of(run) == events_of(straight_run)
+    assert not list(run.rglob("*.draft"))
+
+
+def test_ctrl_c_keeps_the_state_and_says_how_to_go_on(make_config, tmp_path):
+    config = make_config("train.steps=100000", "train.save_every=100000")
+    file = tmp_path / "config.toml"
+    file.write_text(config.to_toml())
+    process = subprocess.Popen([sys.executable, "-m", "softprompt.cli", "train", str(file)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    run = Path(config.train.out)
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and not (run / "metrics.jsonl").exists():
+        time.sleep(0.05)
+    while time.monotonic() < deadline and '"step"' not in (run / "metrics.jsonl").read_text():
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    error = process.communicate(timeout=60)[1].decode()
+    assert process.returncode == 130
+    assert f"softprompt train --resume {run}" in error
+    assert "Traceback" not in error
+    checkpoint = latest_checkpoint(run / "checkpoints")
+    assert checkpoint is not None
+    assert checkpoint.progress.step > 0
+
+
+def test_resuming_a_finished_run_returns_its_result_and_changes_nothing(make_config):
+    config = make_config("train.steps=2")
+    result = list(train(config))[-1].result
+    before = {path: path.stat().st_mtime_ns for path in Path(config.train.out).rglob("*")}
+    again = list(train(RunFolder.reopen(Path(config.train.out)).config(), resume=True))
+    assert [event.result for event in again] == [result]
+    assert before == {path: path.stat().st_mtime_ns for path in Path(config.train.out).rglob("*")}
+
+
+def test_a_run_folder_is_never_overwritten(make_config):
+    config = make_config("train.steps=2")
+    list(train(config))
+    content = (Path(config.train.out) / "metrics.jsonl").read_bytes()
+    with pytest.raises(RunError, match="finished run"):
+        list(train(config))
+    assert (Path(config.train.out) / "metrics.jsonl").read_bytes() == content
+
+
+def test_changed_rows_are_noticed_on_resume(make_config):
+    config = make_config("train.steps=4", "train.save_every=1")
+    events = train(config)
+    next(event for event in events if isinstance(event, Saved))
+    events.close()
+    tiny.write_rows(Path(config.data.train), tiny.some_rows(23))
+    with pytest.raises(RunError, match="has changed"):
+        list(train(RunFolder.reopen(Path(config.train.out)).config(), resume=True))
+
+
+def test_a_second_process_is_kept_out(make_config):
+    config = make_config("train.steps=4")
+    events = train(config)
+    next(iter(events))
+    with pytest.raises(RunError, match="another process"):
+        list(train(RunFolder.reopen(Path(config.train.out)).config(), resume=True))
+    events.close()
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_step(make_config):
+    config = make_config("train.steps=9", "model.dtype=float16", "optim.lr=1e6", "train.save_every=1")
+    with pytest.raises(RunError, match=r"not finite: lower optim\.lr"):
+        list(train(config))
+    checkpoint = latest_checkpoint(Path(config.train.out) / "checkpoints")
+    assert checkpoint is not None, "the steps before are kept"
+
+
+def test_nothing_is_written_when_the_set_up_is_wrong(make_config):
+    for override, error in (
+        ("data.max_length=5000", ConfigError),
+        ("prompt.text=''", ConfigError),
+        ("data.max_length=8", DataError),
+        ("train.trackers=['wandb']", MissingPackage),
+    ):
+        config = make_config(override)
+        with pytest.raises(error):
+            list(train(config))
+        assert not Path(config.train.out).exists()
+
+
+def test_the_run_folder_tells_what_ran(make_config):
+    config = make_config("train.steps=2")
+    list(train(config))
+    run = Path(config.train.out)
+    assert load_config(run / "config.toml").train.steps == 2
+    assert "torch" in json.loads((run / "run.json").read_text())["versions"]
+    assert [event["event"] for event in events_of(run)] == ["evaluated", "step", "step", "evaluated", "finished"]
+    assert (run / "rejected.jsonl").read_text() == ""
+
+
+def test_tensorboard_receives_the_losses(make_config):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    config = make_config("train.steps=3", "train.trackers=['tensorboard']")
+    list(train(config))
+    folder = next(path.parent for path in Path(config.train.out).rglob("events.out.tfevents.*") if path.parent.name == "softprompt")
+    reader = EventAccumulator(str(folder))
+    reader.Reload()
+    assert [event.step for event in reader.Scalars("loss")] == [1, 2, 3]
+    assert [event.step for event in reader.Scalars("eval_loss")] == [0, 3]
+
+
+def test_paths_of_a_run_are_absolute(make_config, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = make_config("train.steps=1", "data.train=train.jsonl[0:9]")
+    list(train(config))
+    kept = RunFolder.reopen(Path(config.train.out)).config()
+    assert kept.data.train == f"{tmp_path / 'train.jsonl'}[0:9]"
+    assert os.path.isabs(kept.model.name or "")
