@@ -163,7 +163,9 @@ def load_prompt(path: str | Path, base: FrozenBase, *, allow_other_base: bool = 
     card = read_card(folder)
     rows = _read_rows(folder, card)
     if rows.shape[1] != base.hidden_size:
-        raise ArtifactError(f"{folder} has rows of {rows.shape[1]} numbers, {base.name} needs {base.hidden_size}: it belongs to {card.base.name}")
+        raise ArtifactError(
+            f"{folder} has rows of {rows.shape[1]} numbers, {base.name} needs {base.hidden_size}: it belongs to {card.base.name}"
+        )
     if not allow_other_base:
         _check_fingerprints(folder, card, base)
     encoder = make_encoder(base.tokenizer, card.template)
@@ -199,7 +201,9 @@ def _read_rows(folder: Path, card: Card) -> torch.Tensor:
     return rows.float()
 
 
-def make_card(config: Config, base: FrozenBase, soft: SoftPrompt, encoder: Encoder, data: DataCard, note: str, metrics: dict[str, Any]) -> Card:
+def make_card(
+    config: Config, base: FrozenBase, soft: SoftPrompt, encoder: Encoder, data: DataCard, note: str, metrics: dict[str, Any]
+) -> Card:
     """The card of a prompt as it is now."""
     name, gguf_file = config.model.location
     return Card(

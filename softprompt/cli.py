@@ -50,7 +50,10 @@ def train(
         draw_run(remembered(), config.train.log_every)
     except KeyboardInterrupt:
         kept = (Path(config.train.out) / "config.toml").is_file()
-        print(f"stopped; go on with: softprompt train --resume {config.train.out}" if kept else "stopped before the run began", file=sys.stderr)
+        print(
+            f"stopped; go on with: softprompt train --resume {config.train.out}" if kept else "stopped before the run began",
+            file=sys.stderr,
+        )
         raise typer.Exit(130) from None
     _write_json(json_file, result)
 
@@ -82,8 +85,12 @@ def evaluate(
 @app.command()
 def generate(
     prompt: Annotated[Path, typer.Argument(metavar="PROMPT", help="Prompt, checkpoint or run folder.")],
-    texts: Annotated[list[str] | None, typer.Argument(metavar="[TEXT ...] [model.key=value ...]", help="Texts; without any, one per line of the input.")] = None,
-    other: Annotated[list[Path] | None, typer.Option("--with", metavar="PROMPT", help="Answer with this prompt too, in the same batch; repeatable.")] = None,
+    texts: Annotated[
+        list[str] | None, typer.Argument(metavar="[TEXT ...] [model.key=value ...]", help="Texts; without any, one per line of the input.")
+    ] = None,
+    other: Annotated[
+        list[Path] | None, typer.Option("--with", metavar="PROMPT", help="Answer with this prompt too, in the same batch; repeatable.")
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens of an answer at most.")] = 256,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Sample from the likeliest tokens of this joint probability.")] = 1.0,

@@ -116,7 +116,11 @@ def _decode_plain(base: FrozenBase, prefix: Prefix, text: Sequence[int], row: in
     greedy = sampling.temperature == 0
     how = {} if greedy else {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
     settings = GenerationConfig(
-        max_new_tokens=sampling.max_new_tokens, do_sample=not greedy, eos_token_id=sorted(base.stop_ids), pad_token_id=min(base.stop_ids), **how
+        max_new_tokens=sampling.max_new_tokens,
+        do_sample=not greedy,
+        eos_token_id=sorted(base.stop_ids),
+        pad_token_id=min(base.stop_ids),
+        **how,
     )
     with torch.random.fork_rng():
         torch.manual_seed(sampling.seed)

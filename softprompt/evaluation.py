@@ -46,7 +46,9 @@ class Evaluation:
 
     def as_dict(self) -> dict[str, Any]:
         """The documented JSON of `softprompt eval`."""
-        contestants = {name: asdict(score) if score else None for name, score in (("base", self.base), ("text", self.text), ("prompt", self.prompt))}
+        contestants = {
+            name: asdict(score) if score else None for name, score in (("base", self.base), ("text", self.text), ("prompt", self.prompt))
+        }
         return {
             "contestants": contestants,
             "rows": self.num_rows,

@@ -162,9 +162,7 @@ def _prefill(backbone: Any, embeds_SH: Tensor) -> tuple[tuple[Tensor, Tensor], .
     return _layers(cache)
 
 
-def _continue_shared(
-    backbone: Any, embeds_BTH: Tensor, prefixes: Sequence[Prefix], prefix_B: Sequence[int], mask_BT: Tensor
-) -> Continued:
+def _continue_shared(backbone: Any, embeds_BTH: Tensor, prefixes: Sequence[Prefix], prefix_B: Sequence[int], mask_BT: Tensor) -> Continued:
     which_B = torch.tensor(list(prefix_B), device=mask_BT.device)
     length_K = torch.tensor([prefix.length for prefix in prefixes], device=mask_BT.device)
     longest = int(length_K.max())
@@ -194,9 +192,7 @@ def _spread(prefixes: Sequence[Prefix], which_B: Tensor, longest: int) -> list[t
     return [(bank(layer, 0), bank(layer, 1)) for layer in range(len(shapes))]
 
 
-def _continue_plain(
-    backbone: Any, embeds_BTH: Tensor, prefixes: Sequence[Prefix], prefix_B: Sequence[int], mask_BT: Tensor
-) -> Continued:
+def _continue_plain(backbone: Any, embeds_BTH: Tensor, prefixes: Sequence[Prefix], prefix_B: Sequence[int], mask_BT: Tensor) -> Continued:
     """Row by row [prefix][text] without a cache. No padding stands before a real token, so no mask is needed."""
     hidden = []
     for row, which in enumerate(prefix_B):
@@ -219,7 +215,9 @@ def load_base(config: ModelConfig) -> FrozenBase:
     tokenizer = load_tokenizer(config)
     model, info = _from_pretrained(AutoModelForCausalLM, config, config=settings, dtype=load_dtype(config), output_loading_info=True)
     if info["missing_keys"]:
-        raise ModelError(f"{name}: the files lack weights ({', '.join(sorted(info['missing_keys'])[:3])} ...): the base would be partly random")
+        raise ModelError(
+            f"{name}: the files lack weights ({', '.join(sorted(info['missing_keys'])[:3])} ...): the base would be partly random"
+        )
     if getattr(model, "hf_quantizer", None) is not None and gguf_file is not None:
         model.hf_quantizer.remove_quantization_config(model)  # the weights are plain numbers by now
         keep_unpacked(model, tokenizer, _unpacked(config))

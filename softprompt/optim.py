@@ -30,7 +30,9 @@ class RowOptimizer:
         if step < warmup:
             return self.config.lr * (step + 1) / warmup
         done = (step - warmup) / max(1, self.num_steps - warmup)
-        return self.config.lr * {"constant": 1.0, "linear": 1.0 - done, "cosine": 0.5 * (1.0 + math.cos(math.pi * done))}[self.config.schedule]
+        return (
+            self.config.lr * {"constant": 1.0, "linear": 1.0 - done, "cosine": 0.5 * (1.0 + math.cos(math.pi * done))}[self.config.schedule]
+        )
 
     def step(self, step: int) -> tuple[float, float]:
         """Applies the collected gradient and clears it. Returns (gradient norm before clipping, learning rate)."""

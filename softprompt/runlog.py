@@ -1,9 +1,9 @@
 """The run folder: what was asked for, what it ran with, and what happened.
 
-    config.toml      the resolved configuration          rejected.jsonl   rows that were not used, with reasons
-    run.json         versions and start time             checkpoints/     what the run needs to go on
-    metrics.jsonl    one event a line                    prompt/          the finished prompt
-                                                         result.json      the finished run in numbers
+config.toml      the resolved configuration          rejected.jsonl   rows that were not used, with reasons
+run.json         versions and start time             checkpoints/     what the run needs to go on
+metrics.jsonl    one event a line                    prompt/          the finished prompt
+                                                     result.json      the finished run in numbers
 """
 
 import fcntl
@@ -137,7 +137,9 @@ def trackers(config: Config, path: Path) -> Iterator[Callable[[dict[str, float],
 
     accelerator = Accelerator(cpu=True, log_with=list(config.train.trackers), project_dir=str(path))
     flat = {f"{section}.{key}": value for section, table in config.model_dump(mode="json").items() for key, value in table.items()}
-    accelerator.init_trackers("softprompt", config={key: value for key, value in flat.items() if isinstance(value, int | float | str | bool)})
+    accelerator.init_trackers(
+        "softprompt", config={key: value for key, value in flat.items() if isinstance(value, int | float | str | bool)}
+    )
     try:
         yield lambda values, step: accelerator.log(values, step=step)
     finally:

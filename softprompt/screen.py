@@ -47,7 +47,9 @@ def draw_run(events: "Iterable[Event]", log_every: int) -> None:
                     speed = sum(step.num_tokens for step in window) / sum(step.seconds for step in window)
                     progress.update(bar, completed=event.step, now=f"loss {loss:.4f}  {speed:,.0f} tokens/s")
                     if event.step % log_every == 0:
-                        console.print(f"step {event.step:>5}  loss {loss:.4f}  lr {event.lr:.2e}  grad {event.grad_norm:.2e}  {speed:,.0f} tokens/s")
+                        console.print(
+                            f"step {event.step:>5}  loss {loss:.4f}  lr {event.lr:.2e}  grad {event.grad_norm:.2e}  {speed:,.0f} tokens/s"
+                        )
                 case Evaluated():
                     console.print(f"step {event.step:>5}  [bold]held-out loss {event.loss:.4f}[/]")
                 case Saved():
@@ -60,7 +62,9 @@ def draw_run(events: "Iterable[Event]", log_every: int) -> None:
 def _draw_started(started: "Started") -> None:
     from softprompt.plan import trainable_line
 
-    console.print(f"[bold]{escape(str(started.run))}[/]: {started.num_steps} steps over {started.num_train} rows, {started.num_eval} held out")
+    console.print(
+        f"[bold]{escape(str(started.run))}[/]: {started.num_steps} steps over {started.num_train} rows, {started.num_eval} held out"
+    )
     if started.num_rejected:
         console.print(f"{started.num_rejected} rows rejected, listed in {escape(str(started.run / 'rejected.jsonl'))}")
     if not started.num_eval:
@@ -83,7 +87,9 @@ def _draw_result(result: dict[str, object]) -> None:
     }
     for key, name in names.items():
         value = result[key]
-        table.add_row(name, "-" if value is None else f"{value:.4f}" if "loss" in key else f"{value:.4g}" if isinstance(value, float) else str(value))
+        table.add_row(
+            name, "-" if value is None else f"{value:.4f}" if "loss" in key else f"{value:.4g}" if isinstance(value, float) else str(value)
+        )
     table.add_row("peak memory", size(float(str(result["peak_bytes"]))))
     table.add_row("prompt", escape(str(result["prompt"])))
     console.print(table)

@@ -124,7 +124,15 @@ def train(config: Config, *, resume: bool = False, base: FrozenBase | None = Non
 
 
 def _run(
-    config: Config, run: RunFolder, base: FrozenBase, encoder: Encoder, rows: Rows, held: Rows | None, start_PH: Tensor, note: str, position: str
+    config: Config,
+    run: RunFolder,
+    base: FrozenBase,
+    encoder: Encoder,
+    rows: Rows,
+    held: Rows | None,
+    start_PH: Tensor,
+    note: str,
+    position: str,
 ) -> Iterator[Event]:
     num_steps = count_steps(config, len(rows.encoded))
     checkpoint = latest_checkpoint(run.checkpoints)
@@ -193,7 +201,9 @@ def _run(
         yield Finished(result)
 
 
-def _step(config: Config, base: FrozenBase, soft: SoftPrompt, rows: Rows, optimizer: RowOptimizer, progress: Progress) -> tuple[Step, Progress]:
+def _step(
+    config: Config, base: FrozenBase, soft: SoftPrompt, rows: Rows, optimizer: RowOptimizer, progress: Progress
+) -> tuple[Step, Progress]:
     """One optimizer step over the next `examples_per_step` rows."""
     began = time.perf_counter()
     count = _examples_of_step(config, len(rows.encoded), progress.step)

@@ -171,7 +171,9 @@ def test_greedy_generation_equals_transformers(bases, family):
     assert all(ended)
     for index, row in enumerate(rows):
         embeds = torch.cat([prefixes[which[index]].embeds_SH, base.embed_ids(row.ids)])[None]
-        expected = base.model.generate(inputs_embeds=embeds, max_new_tokens=20, do_sample=False, eos_token_id=tiny.EOS, pad_token_id=tiny.PAD)
+        expected = base.model.generate(
+            inputs_embeds=embeds, max_new_tokens=20, do_sample=False, eos_token_id=tiny.EOS, pad_token_id=tiny.PAD
+        )
         assert said[index] == [token for token in expected[0].tolist() if token != tiny.EOS]
     assert len({tuple(tokens) for tokens in said}) > 1, "all rows say the same: nothing was compared"
 

@@ -83,7 +83,9 @@ def test_kill_9_at_any_moment_then_resume_gives_the_same_bits(make_config, tmp_p
     config = make_config(*settings, f"train.out={run}")
     file = tmp_path / "config.toml"
     file.write_text(config.to_toml())
-    process = subprocess.Popen([sys.executable, "-m", "softprompt.cli", "train", str(file)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "softprompt.cli", "train", str(file)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
     deadline = time.monotonic() + 60
     while not (run / "config.toml").exists() and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -102,7 +104,9 @@ def test_ctrl_c_keeps_the_state_and_says_how_to_go_on(make_config, tmp_path):
     config = make_config("train.steps=100000", "train.save_every=100000")
     file = tmp_path / "config.toml"
     file.write_text(config.to_toml())
-    process = subprocess.Popen([sys.executable, "-m", "softprompt.cli", "train", str(file)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "softprompt.cli", "train", str(file)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
     run = Path(config.train.out)
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and not (run / "metrics.jsonl").exists():
