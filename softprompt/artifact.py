@@ -28,6 +28,7 @@ from softprompt.prompt import SoftPrompt
 
 TENSOR = "prompt_embeddings"
 PACKAGES = ("softprompt", "torch", "transformers", "peft", "tokenizers")
+ANYWAY = "pass --allow-other-base (allow_other_base=True) to use it all the same"
 LICENCE_NOTE = (
     "The rows were trained against the base named above and are of no use without it. "
     "Its licence, and that of the training data, say how they may be used and passed on."
@@ -169,19 +170,20 @@ def load_prompt(path: str | Path, base: FrozenBase, *, allow_other_base: bool = 
     if not allow_other_base:
         _check_fingerprints(folder, card, base)
     encoder = make_encoder(base.tokenizer, card.template)
+    if encoder.bos_id != card.bos_id and not allow_other_base:
+        raise ArtifactError(f"{folder} was trained with another use of the BOS token than that of {base.name}'s tokenizer: {ANYWAY}")
     if card.position == "after_bos" and card.bos_id is not None:
         rows = rows[1:]
     return StoredPrompt(SoftPrompt(rows.to(base.device), card.position, encoder.bos_id), card, encoder)
 
 
 def _check_fingerprints(folder: Path, card: Card, base: FrozenBase) -> None:
-    anyway = "pass --allow-other-base (allow_other_base=True) to use it all the same"
     if card.base.fingerprint != base.fingerprint:
-        raise ArtifactError(f"{folder} was trained on {card.base.name}, whose weights differ from those of {base.name}: {anyway}")
+        raise ArtifactError(f"{folder} was trained on {card.base.name}, whose weights differ from those of {base.name}: {ANYWAY}")
     if card.base.tokenizer_fingerprint != base.tokenizer_fingerprint:
-        raise ArtifactError(f"{folder} was trained with another tokenizer than that of {base.name}: {anyway}")
+        raise ArtifactError(f"{folder} was trained with another tokenizer than that of {base.name}: {ANYWAY}")
     if card.template == "chat" and card.base.chat_template_sha256 != chat_template_hash(base.tokenizer):
-        raise ArtifactError(f"{folder} was trained with another chat template than that of {base.name}: {anyway}")
+        raise ArtifactError(f"{folder} was trained with another chat template than that of {base.name}: {ANYWAY}")
 
 
 def _read_rows(folder: Path, card: Card) -> torch.Tensor:

@@ -8,7 +8,7 @@ import difflib
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -143,7 +143,8 @@ class Config(Section):
 
     def to_toml(self) -> str:
         """The resolved configuration; keys that are not set are left out."""
-        return tomli_w.dumps(self.model_dump(mode="json", exclude_none=True), multiline_strings=True)
+        readable = "\r" not in f"{self.data.template}{self.prompt.text}"  # multi-line strings would turn \r\n into \n
+        return tomli_w.dumps(self.model_dump(mode="json", exclude_none=True), multiline_strings=readable)
 
 
 def load_config(source: str | Path | Mapping[str, Any] | None = None, overrides: Sequence[str] = ()) -> Config:
@@ -184,7 +185,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         value = tomllib.loads(f"value = {raw}")["value"]
     except tomllib.TOMLDecodeError:
         value = raw
-    if not isinstance(value, str) and _holds_text(parts[0], parts[1]):
+    if not isinstance(value, str) and _holds_text(*parts):
         value = raw
     for part in parts[:-1]:
         tree = tree.setdefault(part, {})
@@ -193,11 +194,13 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     tree[parts[-1]] = value
 
 
-def _holds_text(section: str, key: str) -> bool:
+def _holds_text(section: str, key: str, *below: str) -> bool:
     if section not in Config.model_fields:
         return False
     field = Config.model_fields[section].annotation.model_fields.get(key)  # type: ignore[union-attr]
-    return field is not None and (field.annotation is str or str in get_args(field.annotation))
+    if field is None or (get_origin(field.annotation) is dict and not below):
+        return False
+    return field.annotation is str or str in get_args(field.annotation)
 
 
 def _explain(item: Any, where: str) -> str:

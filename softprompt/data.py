@@ -6,6 +6,7 @@ Four shapes are understood, by their fields: `messages` (a chat), `instruction`/
 
 import csv
 import hashlib
+import io
 import json
 import random
 import re
@@ -178,6 +179,10 @@ def _text(row: Mapping[str, Any], key: str, default: str | None = None) -> str:
         return default
     if not isinstance(value, str):
         raise _Unusable(f"field {key} must be text, this is {type(value).__name__}")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise _Unusable(f"field {key} holds half of a surrogate pair, which is no text") from None
     return value
 
 
@@ -238,6 +243,8 @@ def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
         rows = json.loads(text)
     except json.JSONDecodeError as error:
         raise DataError(f"{path}:{error.lineno}: not valid JSON: {error.msg} (column {error.colno})") from None
+    except (RecursionError, ValueError) as error:
+        raise DataError(f"{path}: not usable JSON: {error}") from None
     for number, row in enumerate(rows, 1):
         yield f"{path}: row {number}", row
 
@@ -250,17 +257,19 @@ def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
             row = json.loads(line)
         except json.JSONDecodeError as error:
             row = _Unusable(f"not valid JSON: {error.msg} (column {error.colno})")
+        except (RecursionError, ValueError) as error:  # nested too deep, or a number of thousands of digits
+            row = _Unusable(f"not usable JSON: {error}")
         yield f"{path}:{number}", row
 
 
 def _csv_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    reader = csv.DictReader(_read_text(path).splitlines(keepends=True), strict=True)
+    reader = csv.DictReader(io.StringIO(_read_text(path)), strict=True)
     try:
         for row in reader:
             place = f"{path}:{reader.line_num}"
             yield place, _Unusable("more cells than the header has columns") if None in row else row
     except csv.Error as error:
-        raise DataError(f"{path}:{reader.line_num}: not valid CSV: {error}") from None
+        raise DataError(f"{path}:{reader.line_num + 1}: not valid CSV: {error}") from None
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:

@@ -44,16 +44,17 @@ def decode(
         for row, (which, text) in enumerate(zip(prefix_B, texts, strict=True)):
             yield from _decode_plain(base, prefixes[which], text, row, sampling)
         return
+    limits = [_limit(base, prefixes[which], text, sampling) for which, text in zip(prefix_B, texts, strict=True)]
     streams = [_stream(sampling.seed, text, base.device) for text in texts]
     alive = list(range(len(texts)))
     with torch.inference_mode():
         past = _read_texts(base, prefixes, prefix_B, texts)
-        for count in range(1, sampling.max_new_tokens + 1):
+        for count in range(1, max(limits) + 1):
             chosen = _choose(base.logits(past.hidden_BTH[:, -1]), [streams[row] for row in alive], sampling)
             going = []
             for index, token in enumerate(chosen):
                 stop = token in base.stop_ids
-                last = stop or count == sampling.max_new_tokens
+                last = stop or count == limits[alive[index]]
                 yield Token(alive[index], None if stop else token, last)
                 if not last:
                     going.append(index)
@@ -93,13 +94,19 @@ def _keep(past: Continued, rows: Sequence[int]) -> Continued:
 def _choose(logits_BV: Tensor, streams: Sequence[torch.Generator], sampling: Sampling) -> list[int]:
     if sampling.temperature == 0:
         return logits_BV.argmax(dim=-1).tolist()
-    warpers = LogitsProcessorList([TemperatureLogitsWarper(sampling.temperature)])
+    warpers = LogitsProcessorList([TemperatureLogitsWarper(float(sampling.temperature))])
     if sampling.top_k:
         warpers.append(TopKLogitsWarper(sampling.top_k))
     if sampling.top_p < 1:
         warpers.append(TopPLogitsWarper(sampling.top_p))
     probabilities_BV = warpers(torch.empty(0, dtype=torch.long), logits_BV.float()).softmax(dim=-1)
     return [int(torch.multinomial(row, 1, generator=stream)) for row, stream in zip(probabilities_BV, streams, strict=True)]
+
+
+def _limit(base: FrozenBase, prefix: Prefix, text: Sequence[int], sampling: Sampling) -> int:
+    """Tokens that a row may say: `max_new_tokens`, or what the base's context leaves it."""
+    room = sampling.max_new_tokens if base.context_length is None else base.context_length - prefix.length - len(text)
+    return min(sampling.max_new_tokens, room)
 
 
 def _stream(seed: int, text: Sequence[int], device: torch.device) -> torch.Generator:
@@ -114,9 +121,9 @@ def _decode_plain(base: FrozenBase, prefix: Prefix, text: Sequence[int], row: in
     """One row by transformers' own generate, for bases whose state cannot be shared; its tokens come all at once."""
     embeds_SH = torch.cat([prefix.embeds_SH, base.embed_ids(text).to(base.dtype)])
     greedy = sampling.temperature == 0
-    how = {} if greedy else {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
+    how = {} if greedy else {"temperature": float(sampling.temperature), "top_p": sampling.top_p, "top_k": sampling.top_k}
     settings = GenerationConfig(
-        max_new_tokens=sampling.max_new_tokens,
+        max_new_tokens=_limit(base, prefix, text, sampling),
         do_sample=not greedy,
         eos_token_id=sorted(base.stop_ids),
         pad_token_id=min(base.stop_ids),

@@ -83,14 +83,14 @@ class Encoder:
         ids = self.tokenizer(segment.text, add_special_tokens=False)["input_ids"]
         eos_id, bos_id = self.tokenizer.eos_token_id, self.tokenizer.bos_token_id
         if self.template != "chat":
-            return (ids + [eos_id], len(ids) + 1) if segment.ends else (ids, len(ids))
+            return ([*ids, eos_id], len(ids) + 1) if segment.ends else (ids, len(ids))
         if bos_id is not None and bos_id != eos_id:
             ids = [token for token in ids if token != bos_id]
         if not segment.supervised:
             return ids, len(ids)
         special = set(self.tokenizer.all_special_ids)
         ends = [index for index, token in enumerate(ids) if token in special]
-        return (ids, ends[-1] + 1) if ends else (ids + [eos_id], len(ids) + 1)
+        return (ids, ends[-1] + 1) if ends else ([*ids, eos_id], len(ids) + 1)
 
 
 def _question_fields(text: str) -> Mapping[str, str]:
@@ -217,7 +217,7 @@ class _Jinja:
         turns = [{"role": message.role, "content": message.content} for message in before if message.role != "system"]
         try:
             question = Segment(system + self.template.render({**example.fields, "messages": turns}))
-        except jinja2.TemplateError as error:
+        except Exception as error:  # a template is the user's program: 1 / 0 raises as freely as an undefined name
             raise DataError(f"{example.source}: data.template cannot be filled in: {error}") from None
         return [question, Segment(example.response, supervised=True, ends=True)] if answered else [question]
 

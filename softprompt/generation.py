@@ -1,5 +1,6 @@
 """Answers to texts, with one soft prompt or several side by side in one batch."""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -43,11 +44,10 @@ def stream(
     prefixes = [prompt.soft.prefix(base) for prompt in distinct]
     which = [next(index for index, other in enumerate(distinct) if other is prompt) for prompt in each]
     needed = max((prefixes[index].length + len(text) for index, text in zip(which, ids, strict=True)), default=0)
-    if base.context_length is not None:
-        if needed >= base.context_length:
-            raise DataError(f"a text with its prompt takes {needed} tokens, the base's context is {base.context_length}: shorten the text")
-        sampling = replace(sampling, max_new_tokens=min(sampling.max_new_tokens, base.context_length - needed))
-    yield from _as_text(base, decode(base, prefixes, which, ids, sampling), len(texts))
+    if base.context_length is not None and needed >= base.context_length:
+        raise DataError(f"a text with its prompt takes {needed} tokens, the base's context is {base.context_length}: shorten the text")
+    if texts:
+        yield from _as_text(base, decode(base, prefixes, which, ids, sampling), len(texts))
 
 
 def without_prompt(base: FrozenBase, prompt: StoredPrompt) -> StoredPrompt:
@@ -59,8 +59,8 @@ def check_sampling(sampling: Sampling) -> None:
     """Raises ConfigError for a value that makes no sense."""
     if sampling.max_new_tokens < 1:
         raise ConfigError(f"max_new_tokens must be at least 1, this is {sampling.max_new_tokens}")
-    if sampling.temperature < 0:
-        raise ConfigError(f"temperature must not be negative, this is {sampling.temperature}")
+    if not 0 <= sampling.temperature < math.inf:
+        raise ConfigError(f"temperature must be 0 or a positive number, this is {sampling.temperature}")
     if not 0 < sampling.top_p <= 1:
         raise ConfigError(f"top_p must be above 0 and at most 1, this is {sampling.top_p}")
     if sampling.top_k < 0:

@@ -25,8 +25,10 @@ def endpoint() -> str:
 @cache
 def _answers(address: str) -> bool:
     """True when a connection opens. Behind a proxy, the proxy is asked instead."""
-    proxy = urllib.request.getproxies().get(urlsplit(address).scheme)
-    target = urlsplit(proxy or address)
+    target = urlsplit(address)
+    proxy = urllib.request.getproxies().get(target.scheme)
+    if proxy and not urllib.request.proxy_bypass(target.hostname or ""):
+        target = urlsplit(proxy)
     port = target.port or (443 if target.scheme == "https" else 80)
     try:
         socket.create_connection((target.hostname or "", port), timeout=TIMEOUT_SECONDS).close()

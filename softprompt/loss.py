@@ -45,4 +45,4 @@ class _HeadLoss(torch.autograd.Function):
 
 def token_losses(base: FrozenBase, continued: Continued, batch: Batch) -> Tensor:
     """[N] cross-entropy of every supervised token of a batch, float32, natural log, in the order of `batch.targets_N`."""
-    return _HeadLoss.apply(continued.hidden_BTH[batch.scored_BT], batch.targets_N, base)
+    return _HeadLoss.apply(continued.hidden_BTH[batch.scored_BT], batch.targets_N, base)  # type: ignore[no-untyped-call]

@@ -113,7 +113,7 @@ def test_another_base_is_refused_unless_allowed(trained, bases):
 
 
 def test_another_width_is_refused_even_when_another_base_is_allowed(trained, bases):
-    with pytest.raises(ArtifactError, match="rows of 32 numbers.*needs 64"):
+    with pytest.raises(ArtifactError, match=r"rows of 32 numbers.*needs 64"):
         load_prompt(trained, bases(hidden_size=64), allow_other_base=True)
 
 

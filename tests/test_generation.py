@@ -1,6 +1,7 @@
 """Answers: the same alone and in a batch, whole characters only, and limits that are said in a sentence."""
 
 import math
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -51,7 +52,7 @@ def parrot(tmp_path_factory) -> FrozenBase:
                 parameter.zero_()
         model.get_input_embeddings().weight.copy_(rows)
         head = model.get_output_embeddings().weight.zero_()
-        for token, following in zip(chain, chain[1:], strict=False):
+        for token, following in pairwise(chain):
             head[following] = rows[token]
     model.save_pretrained(folder)
     return load_base(ModelConfig(name=str(folder), device="cpu"))
