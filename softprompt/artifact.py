@@ -246,8 +246,8 @@ def _model_card(card: Card) -> str:
 ---
 # A soft prompt of {card.num_virtual_tokens} virtual tokens for {shown}
 
-Trained with softprompt {card.versions["softprompt"]} on {card.data.num_train} rows of {card.data.train}; {card.data.num_eval} rows were held out.
-Losses are per supervised token, natural logarithm.
+Trained with softprompt {card.versions["softprompt"]} on {card.data.num_train} rows of {card.data.train};
+{card.data.num_eval} rows were held out. Losses are per supervised token, natural logarithm.
 
 | | |
 |---|---|

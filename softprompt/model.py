@@ -262,7 +262,8 @@ def refuse_unsupported(settings: Any) -> None:
         raise ModelError(f"{settings.model_type} is an encoder-decoder model: softprompt works with decoder-only language models")
     if getattr(text, "hidden_size_per_layer_input", 0):
         raise ModelError(
-            f"{settings.model_type} looks up embeddings again in every layer, by token id: a soft prompt has no ids, so it cannot be used here"
+            f"{settings.model_type} looks up embeddings again in every layer, by token id: "
+            "a soft prompt has no ids, so it cannot be used here"
         )
 
 

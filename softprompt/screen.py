@@ -146,7 +146,8 @@ def _coloured(shown: "Shown", ids: Sequence[int], labels: Sequence[int]) -> Text
 
 def draw_summary(name: str, summary: "Summary") -> None:
     """One split in a line or two."""
-    line = f"[bold]{name}[/]: {summary.num_rows} rows, {summary.num_supervised:,} supervised tokens, {summary.num_cut} rows cut, {summary.num_rejected} rejected"
+    line = f"[bold]{name}[/]: {summary.num_rows} rows, {summary.num_supervised:,} supervised tokens"
+    line += f", {summary.num_cut} rows cut, {summary.num_rejected} rejected"
     if summary.lengths and summary.supervised:
         lengths, supervised = summary.lengths, summary.supervised
         line += f"; length {lengths.smallest} to {lengths.largest} (median {lengths.median:g})"
