@@ -169,6 +169,8 @@ def load_prompt(path: str | Path, base: FrozenBase, *, allow_other_base: bool = 
         )
     if not allow_other_base:
         _check_fingerprints(folder, card, base)
+    if card.template.endswith(".jinja") and "{" not in card.template:
+        raise ArtifactError(f"{folder / 'card.json'} names a template file; a card must hold the template itself")
     encoder = make_encoder(base.tokenizer, card.template)
     if encoder.bos_id != card.bos_id and not allow_other_base:
         raise ArtifactError(f"{folder} was trained with another use of the BOS token than that of {base.name}'s tokenizer: {ANYWAY}")

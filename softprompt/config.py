@@ -97,13 +97,13 @@ class PromptConfig(Section):
 class OptimConfig(Section):
     """AdamW on the prompt's rows, without weight decay."""
 
-    lr: Annotated[float, Field(gt=0)] | None = None
-    """Peak learning rate. Around 10% of the embedding rows' RMS learns (`softprompt plan` prints that RMS)."""
+    lr: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """Peak learning rate. Around 10% of the RMS of the base's embedding rows learns; training prints that RMS, and without a rate says which to try."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     """Decay to zero after the warm-up, or none."""
     warmup_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.05
     """Share of the steps in which the rate rises from zero."""
-    clip_norm: Annotated[float, Field(gt=0)] = 1.0
+    clip_norm: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
     """Gradient norm above which the gradient is scaled down."""
 
 

@@ -238,7 +238,7 @@ def _from_pretrained(kind: Any, wanted: ModelConfig, **how: Any) -> Any:
     name, gguf_file = wanted.location
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    address = endpoint()
+    address = "" if Path(name).exists() else endpoint()  # a local folder needs no hub
     try:
         places = {"revision": wanted.revision, "gguf_file": gguf_file}
         if gguf_file is not None and _unpacked(wanted).is_dir():

@@ -106,10 +106,12 @@ def train(config: Config, *, resume: bool = False, base: FrozenBase | None = Non
     else:
         RunFolder.check_free(folder)
         config = _with_absolute_paths(config)
-    if config.optim.lr is None:
-        raise ConfigError("optim.lr is not set: around 10% of the embedding rows' RMS learns; `softprompt plan` prints that RMS")
     check_trackers(config)
     base = base or load_base(config.model)
+    if config.optim.lr is None:
+        raise ConfigError(
+            f"optim.lr is not set: around 10% of the RMS of the base's embedding rows learns, here optim.lr={base.rms / 10:.2g}"
+        )
     encoder = make_encoder(base.tokenizer, config.data.template)
     rows, held = load_rows(config, encoder)
     _check_rows(config, rows, held)
