@@ -98,7 +98,7 @@ class OptimConfig(Section):
     """AdamW on the prompt's rows, without weight decay."""
 
     lr: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
-    """Peak learning rate. Around 10% of the RMS of the base's embedding rows learns; training prints that RMS, and without a rate says which to try."""
+    """Peak learning rate. Around 10% of the RMS of the base's embedding rows learns; without a rate, training says which to try."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     """Decay to zero after the warm-up, or none."""
     warmup_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.05

@@ -196,7 +196,7 @@ class _Chat:
     def _render(self, turns: list[dict[str, str]], ask: bool, example: Example) -> str:
         try:
             return self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=ask)
-        except jinja2.TemplateError as error:
+        except Exception as error:  # a template may raise anything
             raise DataError(f"{example.source}: the chat template refuses this conversation: {error}") from None
 
 

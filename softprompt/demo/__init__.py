@@ -41,6 +41,7 @@ def run_demo(overrides: Sequence[str]) -> None:
 
     config = demo_config(overrides)
     assert config.data.eval is not None
+    console.print("loading the base; a GGUF file takes about a minute the first time")
     base = load_base(config.model)
     draw_run(train(config, base=base), config.train.log_every)
     folder = Path(config.train.out) / "prompt"
