@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-import jinja2.meta
 import jinja2.sandbox
 
 from softprompt.config import Config

@@ -5,6 +5,7 @@ it and add up their gradients there; one backward through the prompt's own posit
 over supervised tokens divided by the number of them in the whole step.
 """
 
+import math
 import resource
 import signal
 import time
@@ -22,7 +23,7 @@ from softprompt.atomic import new_folder
 from softprompt.batch import batches, order_of_rows
 from softprompt.checkpoint import Progress, latest_checkpoint, save_checkpoint
 from softprompt.config import Config
-from softprompt.data import RANGE
+from softprompt.data import RANGE, Rejected
 from softprompt.encode import Encoder, Rows, check_rejected, load_rows, make_encoder
 from softprompt.errors import ConfigError, DataError, RunError
 from softprompt.evaluation import held_out_loss
@@ -120,7 +121,7 @@ def train(config: Config, *, resume: bool = False, base: FrozenBase | None = Non
     check_context(base.context_length, len(start.rows_PH), config.data.max_length)
     if not resume:
         run = RunFolder.create(config)
-        run.write_rejected(rows.rejected + (held.rejected if held else ()))
+        run.write_rejected(_rejected(rows, held))
     with run.locked():
         yield from _run(config, run, base, encoder, rows, held, start.rows_PH, start.note, position)
 
@@ -174,7 +175,7 @@ def _run(
             first_step=progress.step,
             num_train=len(rows.encoded),
             num_eval=len(held.encoded) if held else 0,
-            num_rejected=len(rows.rejected) + (len(held.rejected) if held else 0),
+            num_rejected=len(_rejected(rows, held)),
             note=note,
             num_trainable=rows_PH.numel(),
             num_parameters=base.num_parameters,
@@ -220,7 +221,7 @@ def _step(
         loss = token_losses(base, continued, batch).sum()
         (loss / num_supervised).backward()
         loss_sum += loss.item()
-    if not _finite(loss_sum):
+    if not math.isfinite(loss_sum):
         raise RunError(f"the loss of step {progress.step + 1} is not finite: lower optim.lr; the last checkpoint is kept")
     prefix.backward_from(leaf)
     norm, lr = optimizer.step(progress.step)
@@ -275,12 +276,12 @@ def peak_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _finite(value: float) -> bool:
-    return value - value == 0.0
+def _rejected(rows: Rows, held: Rows | None) -> tuple[Rejected, ...]:
+    return rows.rejected + (held.rejected if held else ())
 
 
 def _check_rows(config: Config, rows: Rows, held: Rows | None) -> None:
-    check_rejected(rows.rejected + (held.rejected if held else ()), config.data.max_rejected)
+    check_rejected(_rejected(rows, held), config.data.max_rejected)
     for name, split in (("data.train", rows), ("data.eval", held)):
         if split is not None and not split.encoded:
             raise DataError(f"{name}: no usable row is left ({len(split.rejected)} rejected)")
@@ -320,14 +321,10 @@ def _with_absolute_paths(config: Config) -> Config:
         path, rest = (match["source"], (source or "")[len(match["source"]) :]) if match else (source, "")
         return f"{Path(path).absolute()}{rest}" if path and Path(path.partition(":")[0]).exists() else source
 
-    model = config.model.model_copy(update=_model_places(config, absolute))
+    name, gguf_file = config.model.location
+    model = config.model.model_copy(update={"name": absolute(name), "gguf_file": gguf_file})
     data = config.data.model_copy(update={"train": absolute(config.data.train), "eval": absolute(config.data.eval)})
     return config.model_copy(update={"model": model, "data": data})
-
-
-def _model_places(config: Config, absolute: Any) -> dict[str, str | None]:
-    name, gguf_file = config.model.location
-    return {"name": absolute(name), "gguf_file": gguf_file}
 
 
 @contextmanager
