@@ -30,6 +30,7 @@ class Progress:
     eval_loss_before: float | None = None
     eval_loss: float | None = None
     data_fingerprint: str = ""
+    base_fingerprint: str = ""
 
 
 @dataclass(frozen=True)

@@ -182,9 +182,10 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     if not equals or len(parts) < 2:
         raise ConfigError(f"{override!r} is not an override: write section.key=value, e.g. train.steps=100")
     try:
-        value = tomllib.loads(f"value = {raw}")["value"]
+        read = tomllib.loads(f"value = {raw}")
     except tomllib.TOMLDecodeError:
-        value = raw
+        read = {}
+    value = read["value"] if len(read) == 1 else raw
     if not isinstance(value, str) and _holds_text(*parts):
         value = raw
     for part in parts[:-1]:

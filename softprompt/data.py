@@ -157,7 +157,7 @@ def _from_text(row: Mapping[str, Any], place: str, label_words: Mapping[str, str
         raise _Unusable("label is missing" if label is None else f"label must be text or a whole number, this is {label!r}")
     if label_words and str(label) not in label_words:
         raise _Unusable(f"label {label!r} has no word in data.label_words")
-    word = label_words.get(str(label), str(label))
+    word = _whole_characters(label_words.get(str(label), str(label)), "label")
     _not_empty(word, "label")
     return Example((Message("user", text), Message("assistant", word)), place, label=word, fields={"text": text, "prompt": text})
 
@@ -179,6 +179,10 @@ def _text(row: Mapping[str, Any], key: str, default: str | None = None) -> str:
         return default
     if not isinstance(value, str):
         raise _Unusable(f"field {key} must be text, this is {type(value).__name__}")
+    return _whole_characters(value, key)
+
+
+def _whole_characters(value: str, key: str) -> str:
     try:
         value.encode()
     except UnicodeEncodeError:
@@ -236,16 +240,16 @@ def _read_text(path: Path) -> str:
 
 def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
     text = _read_text(path)
-    if not text.lstrip().startswith("["):
-        yield from _json_lines(path)
-        return
     try:
         rows = json.loads(text)
     except json.JSONDecodeError as error:
+        if not text.lstrip().startswith("["):
+            yield from _json_lines(path)
+            return
         raise DataError(f"{path}:{error.lineno}: not valid JSON: {error.msg} (column {error.colno})") from None
     except (RecursionError, ValueError) as error:
         raise DataError(f"{path}: not usable JSON: {error}") from None
-    for number, row in enumerate(rows, 1):
+    for number, row in enumerate(rows if isinstance(rows, list) else [rows], 1):
         yield f"{path}: row {number}", row
 
 

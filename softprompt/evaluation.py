@@ -132,13 +132,13 @@ def _in_first_turn(wish: str, system: Sequence[str], spoken: Sequence[Message]) 
 def _accuracy(
     base: FrozenBase, soft: SoftPrompt, prompt: StoredPrompt, rows: Rows, labels: Sequence[str], wish: str | None, tokens_per_batch: int
 ) -> float:
-    """Share of rows whose own label word (with EOS) is the likeliest of all label words."""
+    """Share of rows whose own label word (with EOS) is the likeliest of all label words, each of them whole, never cut."""
     sums_by_label = []
     for label in labels:
         encoded = []
         for example in rows.examples:
             guess = replace(example, messages=(*example.messages[:-1], Message("assistant", label)))
-            encoded.append(_with_wish(prompt.encoder, guess, prompt.encoder.encode(guess, prompt.card.max_length), wish))
+            encoded.append(_with_wish(prompt.encoder, guess, prompt.encoder.encode(guess), wish))
         sums_by_label.append(losses_by_row(base, soft, encoded, tokens_per_batch))
     chosen = torch.stack(sums_by_label).argmin(dim=0)
     return sum(labels[index] == example.label for index, example in zip(chosen.tolist(), rows.examples, strict=True)) / len(rows.examples)

@@ -139,9 +139,12 @@ def _run(
 ) -> Iterator[Event]:
     num_steps = count_steps(config, len(rows.encoded))
     checkpoint = latest_checkpoint(run.checkpoints)
-    progress = checkpoint.progress if checkpoint else Progress(data_fingerprint=rows.fingerprint)
-    if progress.data_fingerprint != rows.fingerprint:
+    fresh = Progress(data_fingerprint=rows.fingerprint, base_fingerprint=base.fingerprint)
+    progress = checkpoint.progress if checkpoint else fresh
+    if progress.data_fingerprint != fresh.data_fingerprint:
         raise RunError(f"{config.data.train} has changed since {run.path} started: its rows must be the same to resume")
+    if progress.base_fingerprint != fresh.base_fingerprint:
+        raise RunError(f"{base.name} has other weights than when {run.path} started: they must be the same to resume")
     run.forget_after(progress.step if checkpoint else -1)
     rows_PH = (checkpoint.rows_PH.to(base.device) if checkpoint else start_PH).clone().requires_grad_()
     soft = SoftPrompt(rows_PH, position, encoder.bos_id)

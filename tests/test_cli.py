@@ -105,6 +105,18 @@ def test_eval_gives_an_accuracy_for_labels(run, config_file, tmp_path):
     assert all(0 <= score["accuracy"] <= 1 for score in contestants.values())
 
 
+def test_label_words_are_compared_whole_where_rows_are_cut(run, config_file, tmp_path):
+    words = ("goodness gracious me", "good")
+    both = tiny.write_rows(tmp_path / "both.jsonl", [{"text": "a", "label": word} for word in words])
+    held = tiny.write_rows(tmp_path / "held.jsonl", [{"text": "b", "label": "good"}])
+    cut_after_good = len("<" + "Human: b\n\nAssistant: " + "good")
+    assert run("train", config_file(f"data.train={both}", f"data.eval={held}", f"data.max_length={cut_after_good}"))[0] == 0
+    assert run("eval", tmp_path / "run", "--data", held, "model.device=cpu", "--json", tmp_path / "eval.json")[0] == 0
+    evaluated = json.loads((tmp_path / "eval.json").read_text())
+    assert evaluated["supervised_tokens"] == 4, "EOS is cut: both words begin alike"
+    assert evaluated["contestants"]["prompt"]["accuracy"] == 1.0
+
+
 def test_generate_answers_with_several_prompts(run, finished, tmp_path):
     checkpoint = finished / "checkpoints" / "step-000002"
     words = ("generate", finished, "bring tea", "a = b", "model.device=cpu", "--with", checkpoint, "--max-new-tokens", 5)

@@ -89,6 +89,7 @@ def test_overrides_leave_the_given_mapping_alone():
         ("prompt.text=", ""),
         ("prompt.text=说中文", "说中文"),
         ('prompt.text="a\\nb"', "a\nb"),
+        ('prompt.text="a"\nb = 1', '"a"\nb = 1'),
         ("data.template={{ prompt }} = ", "{{ prompt }} = "),
         ("prompt.init=random", "random"),
         ("train.steps=100", 100),

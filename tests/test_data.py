@@ -133,6 +133,19 @@ def test_a_byte_order_mark_and_windows_line_ends_are_read_over(tmp_path):
     assert [example.source for example in load(tmp_path / "a.jsonl").examples] == [f"{tmp_path}/a.jsonl:1", f"{tmp_path}/a.jsonl:3"]
 
 
+def test_a_json_file_may_hold_one_object_over_several_lines(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(PAIR, indent=2))
+    assert answers(load(path)) == ["hi"]
+
+
+def test_half_a_character_is_no_label(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "a", "label": "\\ud800"}\n')
+    (rejected,) = load(path).rejected
+    assert rejected.reason.startswith("field label holds half of a surrogate pair")
+
+
 @pytest.mark.parametrize("inside", ["\u2028", "\x0c", "\x85", "\n"])
 def test_a_csv_cell_may_hold_any_separator(tmp_path, inside):
     cell = f"a{inside}b" if inside != "\n" else '"a\nb"'

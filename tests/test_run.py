@@ -151,6 +151,16 @@ def test_changed_rows_are_noticed_on_resume(make_config):
         list(train(RunFolder.reopen(Path(config.train.out)).config(), resume=True))
 
 
+def test_other_weights_are_noticed_on_resume(make_config, tmp_path):
+    config = make_config("train.steps=4", "train.save_every=1", f"model.name={tiny.tiny_folder(tmp_path / 'base')}")
+    events = train(config)
+    next(event for event in events if isinstance(event, Saved))
+    events.close()
+    tiny.tiny_folder(tmp_path / "base", seed=1)
+    with pytest.raises(RunError, match="other weights"):
+        list(train(RunFolder.reopen(Path(config.train.out)).config(), resume=True))
+
+
 def test_a_second_process_is_kept_out(make_config):
     config = make_config("train.steps=4")
     events = train(config)
