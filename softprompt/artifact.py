@@ -139,6 +139,9 @@ def find_prompt(path: str | Path) -> Path:
             if not (candidate / "card.json").is_file():
                 raise ArtifactError(f"{candidate} has no card.json: it was not written by softprompt")
             return candidate
+    several = sorted(path.parent for path in (*folder.glob("*/card.json"), *folder.glob("prompts/*/card.json")))
+    if several:
+        raise ArtifactError(f"{folder} holds {len(several)} prompts: name one, e.g. {several[0]}")
     if (folder / "config.toml").is_file():
         raise ArtifactError(f"{folder} is a run that has not finished: name one of its checkpoints, or softprompt train --resume {folder}")
     raise ArtifactError(f"{folder}: no prompt here (adapter_model.safetensors is missing)")

@@ -16,19 +16,19 @@ from softprompt.encode import Encoded
 
 @dataclass(frozen=True)
 class Batch:
-    """A micro-batch, padded on the right. `ids_BT` and `mask_BT` are long; `scored_BT` marks the hidden states whose next
-    token is supervised, and `targets_N` holds those tokens in the same (row by row) order."""
+    """A micro-batch, padded on the right. `ids_BT` and `mask_BT` are long; `which_B` says which prefix a row continues from.
+
+    `scored_N` are the flat positions (row x T + column) of the hidden states whose next token is supervised, `targets_N`
+    those tokens and `row_N` their rows, in the same row by row order. `rows` are the numbers of the rows as they were given.
+    """
 
     ids_BT: Tensor
     mask_BT: Tensor
-    scored_BT: Tensor
+    which_B: Tensor
+    scored_N: Tensor
     targets_N: Tensor
+    row_N: Tensor
     rows: tuple[int, ...]
-
-    @property
-    def row_of_target(self) -> Tensor:
-        """[N]: the batch row that each target belongs to."""
-        return self.scored_BT.nonzero()[:, 0]
 
 
 def order_of_rows(num_rows: int, first: int, count: int, seed: int) -> list[int]:
@@ -54,8 +54,8 @@ def cut_by_length(lengths: Sequence[int], tokens_per_batch: int) -> list[list[in
     return groups
 
 
-def collate(rows: Sequence[Encoded], numbers: Sequence[int], device: torch.device) -> Batch:
-    """The tensors of `rows[number]` for every number."""
+def collate(rows: Sequence[Encoded], numbers: Sequence[int], which: Sequence[int], device: torch.device) -> Batch:
+    """The tensors of `rows[number]` for every number; `which[number]` is the prefix it continues from."""
     picked = [rows[number] for number in numbers]
     width = max(len(row) for row in picked)
     ids_BT = torch.zeros(len(picked), width, dtype=torch.long)
@@ -65,12 +65,19 @@ def collate(rows: Sequence[Encoded], numbers: Sequence[int], device: torch.devic
         ids_BT[index, : len(row)] = torch.tensor(row.ids)
         mask_BT[index, : len(row)] = 1
         supervised_BT[index, : len(row)] = torch.tensor(row.supervised)
-    scored_BT = torch.zeros_like(supervised_BT)
-    scored_BT[:, :-1] = supervised_BT[:, 1:]
-    return Batch(ids_BT.to(device), mask_BT.to(device), scored_BT.to(device), ids_BT[supervised_BT].to(device), tuple(numbers))
+    next_N = supervised_BT.flatten().nonzero()[:, 0]
+    which_B = torch.tensor([which[number] for number in numbers])
+    tensors = (ids_BT, mask_BT, which_B, next_N - 1, ids_BT.flatten()[next_N], next_N // width)
+    ids_BT, mask_BT, which_B, scored_N, targets_N, row_N = (_sent(tensor, device) for tensor in tensors)
+    return Batch(ids_BT, mask_BT, which_B, scored_N, targets_N, row_N, tuple(numbers))
 
 
-def batches(rows: Sequence[Encoded], numbers: Sequence[int], tokens_per_batch: int, device: torch.device) -> Iterator[Batch]:
-    """The micro-batches of the rows with these numbers, longest first."""
-    for group in cut_by_length([len(rows[number]) for number in numbers], tokens_per_batch):
-        yield collate(rows, [numbers[index] for index in group], device)
+def _sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """To the device without waiting for it: a GPU goes on with what it is doing while rows are prepared."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def batches(rows: Sequence[Encoded], which: Sequence[int], tokens_per_batch: int, device: torch.device) -> Iterator[Batch]:
+    """The micro-batches of rows, longest first; row i continues from prefix `which[i]`."""
+    for group in cut_by_length([len(row) for row in rows], tokens_per_batch):
+        yield collate(rows, group, which, device)

@@ -1,11 +1,12 @@
 """What a run needs to go on with the same bits: the rows, the optimizer's moments and a few counters.
 
 The order of rows is a function of seed and step, and the base has no dropout, so there is no random state to keep.
-A checkpoint folder is also a prompt folder: it loads like a finished prompt.
+A checkpoint folder is also a prompt folder (that of a bank holds one for each prompt): it loads like a finished prompt.
 """
 
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from safetensors.torch import load_file, save_file
@@ -18,39 +19,72 @@ from softprompt.prompt import SoftPrompt
 
 
 @dataclass(frozen=True)
-class Progress:
-    """Counters of a run after `step` optimizer steps."""
+class Scores:
+    """Sums and losses of one prompt so far."""
 
-    step: int = 0
     loss_sum: float = 0.0
     num_supervised: int = 0
+    eval_loss_before: float | None = None
+    eval_loss: float | None = None
+
+    @property
+    def train_loss(self) -> float:
+        """Mean loss per supervised token over all steps."""
+        return self.loss_sum / max(1, self.num_supervised)
+
+    def trained(self, loss: float, num_supervised: int) -> "Scores":
+        """After a step with this mean loss over so many supervised tokens."""
+        return replace(self, loss_sum=self.loss_sum + loss * num_supervised, num_supervised=self.num_supervised + num_supervised)
+
+    def evaluated(self, loss: float, first: bool) -> "Scores":
+        """After an evaluation on the held-out rows; the first one is before any step."""
+        return replace(self, eval_loss=loss, eval_loss_before=loss if first else self.eval_loss_before)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Counters of a run after `step` optimizer steps; `num_examples` counts a row once for every prompt that saw it."""
+
+    step: int = 0
     num_examples: int = 0
     seconds: float = 0.0
     peak_bytes: int = 0
-    eval_loss_before: float | None = None
-    eval_loss: float | None = None
     data_fingerprint: str = ""
     base_fingerprint: str = ""
+    scores: dict[str, Scores] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint read back: counters, rows [P, H] and the optimizer's moments."""
+    """A checkpoint read back: counters, and rows [P, H] and the optimizer's moments of every prompt by name."""
 
     progress: Progress
-    rows_PH: Tensor
-    moments: dict[str, Tensor]
+    rows: dict[str, Tensor]
+    moments: dict[str, dict[str, Tensor]]
 
 
-def save_checkpoint(folder: Path, progress: Progress, soft: SoftPrompt, moments: dict[str, Tensor], card: Card, base: FrozenBase) -> Path:
-    """Writes `folder/step-000123`, whole or not at all; one that is there already holds the same bits and is kept."""
+def save_checkpoint(
+    folder: Path, progress: Progress, prompts: Mapping[str, tuple[SoftPrompt, dict[str, Tensor], Card]], base: FrozenBase
+) -> Path:
+    """Writes `folder/step-000123` with (prompt, moments, card) of every name, whole or not at all; one that is there
+    already holds the same bits and is kept."""
     path = folder / f"step-{progress.step:06d}"
     if not path.exists():
         with new_folder(path) as draft:
-            write_prompt(draft, soft, card, base)
-            state = {TENSOR: soft.rows_PH.detach(), **moments}
-            save_file({name: tensor.cpu().contiguous() for name, tensor in state.items()}, draft / "state.safetensors")
+            state: dict[str, Tensor] = {}
+            for name, (soft, moments, card) in prompts.items():
+                write_prompt(prompt_folder(draft, name, len(prompts)), soft, card, base)
+                tensors = {TENSOR: soft.rows_PH.detach(), **moments}
+                state |= {f"{name}/{key}": tensor.cpu().contiguous() for key, tensor in tensors.items()}
+            save_file(state, draft / "state.safetensors")
             (draft / "progress.json").write_text(json.dumps(asdict(progress), indent=2) + "\n", encoding="utf-8")
+    return path
+
+
+def prompt_folder(folder: Path, name: str, count: int) -> Path:
+    """Where a prompt lies in `folder`, which is made: the folder itself for the one prompt of a run, else one by its name."""
+    path = folder if count == 1 else folder / name
+    path.mkdir(exist_ok=True)
     return path
 
 
@@ -59,6 +93,14 @@ def latest_checkpoint(folder: Path) -> Checkpoint | None:
     steps = sorted(folder.glob("step-*"))
     if not steps:
         return None
-    state = load_file(steps[-1] / "state.safetensors")
-    progress = Progress(**json.loads((steps[-1] / "progress.json").read_text(encoding="utf-8")))
-    return Checkpoint(progress, state.pop(TENSOR), state)
+    values = json.loads((steps[-1] / "progress.json").read_text(encoding="utf-8"))
+    progress = Progress(**{**values, "scores": {name: Scores(**scores) for name, scores in values["scores"].items()}})
+    rows: dict[str, Tensor] = {}
+    moments: dict[str, dict[str, Tensor]] = {name: {} for name in progress.scores}
+    for key, tensor in load_file(steps[-1] / "state.safetensors").items():
+        name, _, part = key.rpartition("/")
+        if part == TENSOR:
+            rows[name] = tensor
+        else:
+            moments[name][part] = tensor
+    return Checkpoint(progress, rows, moments)

@@ -35,8 +35,9 @@ def train(
 ) -> None:
     """Train a soft prompt."""
     config = _resumed(resume, settings) if resume else _config(settings)
+    from softprompt.events import Finished
     from softprompt.screen import draw_run
-    from softprompt.training import Finished, train
+    from softprompt.training import train
 
     result: dict[str, Any] = {}
 

@@ -81,9 +81,26 @@ class DataConfig(Section):
         return self
 
 
+class Member(Section):
+    """One prompt of a bank: what it has different from the rest of the configuration."""
+
+    name: Annotated[str, Field(pattern=r"^\w[\w.-]*$")]
+    """Its folder below `prompts` in the run folder."""
+    prompt: dict[str, Any] = {}
+    """Its own settings of [prompt]."""
+    optim: dict[str, Any] = {}
+    """Its own settings of [optim]."""
+    seed: int | None = None
+    """Its own `train.seed`: order of rows and random init."""
+
+
 class PromptConfig(Section):
     """The soft prompt."""
 
+    count: Positive = 1
+    """Prompts to train at once over one base; they differ by seed: `train.seed`, and the numbers after it."""
+    bank: Annotated[tuple[Member, ...], Field(strict=False)] = ()
+    """A list of prompts to train at once instead, `[[prompt.bank]]`: each has a `name`, and what it has different."""
     length: Positive | None = None
     """Virtual tokens. Left out: as many as `text` has tokens, or 16 without a text."""
     init: Literal["text", "random"] = "text"
@@ -92,6 +109,12 @@ class PromptConfig(Section):
     """The text of init = "text"; in evaluation also the hard prompt that the soft prompt must beat."""
     position: Literal["auto", "after_bos", "start"] = "auto"
     """Where the rows stand. auto: after_bos where the tokenizer adds BOS, else start (as PEFT does)."""
+
+    @model_validator(mode="after")
+    def _one_bank(self) -> "PromptConfig":
+        if self.bank and self.count > 1:
+            raise ValueError("set prompt.count or prompt.bank, not both")
+        return self
 
 
 class OptimConfig(Section):
@@ -118,8 +141,12 @@ class TrainConfig(Section):
     """Optimizer steps."""
     seed: int = 0
     """Seed of the order of rows, the held-out split and random init."""
-    tokens_per_batch: Positive = 2048
-    """Tokens (padding included) of one micro-batch at most; lower it when memory is short."""
+    tokens_per_batch: Positive | None = None
+    """Tokens (padding included) of one micro-batch at most. Left out: what fits into the free memory and computes fastest."""
+    head_tolerance: Annotated[float, Field(ge=0, lt=1)] = 2**-8
+    """Probability per token that the head's backward may leave out on a CPU; 2**-8 is below bfloat16's own error, 0 is exact."""
+    checkpoint_activations: bool = False
+    """Keep only the input of each layer and compute the rest again in backward: less memory, a third more time."""
     log_every: Positive = 10
     """Steps between log lines."""
     eval_every: Positive | None = None
@@ -141,18 +168,36 @@ class Config(Section):
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()
 
+    def members(self) -> dict[str, "Config"]:
+        """The prompts of the run by name, each with the configuration that would train it alone. Raises ConfigError."""
+        bank = self.prompt.bank or [
+            Member(name=f"seed-{self.train.seed + index}", seed=self.train.seed + index) for index in range(self.prompt.count)
+        ]
+        if len({member.name for member in bank}) < len(bank):
+            raise ConfigError("prompt.bank: two prompts have the same name")
+        return {member.name: self._alone(member) for member in bank}
+
+    def _alone(self, member: Member) -> "Config":
+        tree = self.model_dump(exclude_none=True)
+        tree["prompt"] = {key: value for key, value in tree["prompt"].items() if key not in ("bank", "count")} | member.prompt
+        tree["optim"] |= member.optim
+        tree["train"]["seed"] = self.train.seed if member.seed is None else member.seed
+        if "bank" in member.prompt or "count" in member.prompt:
+            raise ConfigError(f"prompt.bank, {member.name}: a prompt of a bank is one prompt: leave out count and bank")
+        return load_config(tree, where=f"prompt.bank, {member.name}")
+
     def to_toml(self) -> str:
         """The resolved configuration; keys that are not set are left out."""
         readable = "\r" not in f"{self.data.template}{self.prompt.text}"  # multi-line strings would turn \r\n into \n
         return tomli_w.dumps(self.model_dump(mode="json", exclude_none=True), multiline_strings=readable)
 
 
-def load_config(source: str | Path | Mapping[str, Any] | None = None, overrides: Sequence[str] = ()) -> Config:
+def load_config(source: str | Path | Mapping[str, Any] | None = None, overrides: Sequence[str] = (), *, where: str = "config") -> Config:
     """Reads a TOML file (or takes a mapping of sections), applies overrides and checks all of it.
 
-    Raises ConfigError with the file, the key and what to do.
+    Raises ConfigError with the file (`where` for a mapping), the key and what to do.
     """
-    where = str(source) if isinstance(source, str | Path) else "config"
+    where = str(source) if isinstance(source, str | Path) else where
     tree = _read_toml(Path(source)) if isinstance(source, str | Path) else _copy(source or {})
     for override in overrides:
         _apply(tree, override)

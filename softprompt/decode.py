@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from softprompt.model import Continued, FrozenBase, Prefix
+from softprompt.model import FrozenBase
+from softprompt.prefix import Continued, Prefix
 
 
 @dataclass(frozen=True)
@@ -36,19 +37,17 @@ class Token:
     last: bool
 
 
-def decode(
-    base: FrozenBase, prefixes: Sequence[Prefix], prefix_B: Sequence[int], texts: Sequence[Sequence[int]], sampling: Sampling
-) -> Iterator[Token]:
-    """Tokens of all rows as they come; row b continues `texts[b]` from `prefixes[prefix_B[b]]`."""
+def decode(base: FrozenBase, prefix: Prefix, which_B: Sequence[int], texts: Sequence[Sequence[int]], sampling: Sampling) -> Iterator[Token]:
+    """Tokens of all rows as they come; row b continues `texts[b]` from prefix number `which_B[b]`."""
     if not base.shares_prefix:
-        for row, (which, text) in enumerate(zip(prefix_B, texts, strict=True)):
-            yield from _decode_plain(base, prefixes[which], text, row, sampling)
+        for row, (which, text) in enumerate(zip(which_B, texts, strict=True)):
+            yield from _decode_plain(base, prefix.embeds[which], text, row, sampling)
         return
-    limits = [_limit(base, prefixes[which], text, sampling) for which, text in zip(prefix_B, texts, strict=True)]
+    limits = [_limit(base, prefix.lengths[which], text, sampling) for which, text in zip(which_B, texts, strict=True)]
     streams = [_stream(sampling.seed, text, base.device) for text in texts]
     alive = list(range(len(texts)))
     with torch.inference_mode():
-        past = _read_texts(base, prefixes, prefix_B, texts)
+        past = _read_texts(base, prefix, which_B, texts)
         for count in range(1, max(limits) + 1):
             chosen = _choose(base.logits(past.hidden_BTH[:, -1]), [streams[row] for row in alive], sampling)
             going = []
@@ -65,7 +64,7 @@ def decode(
             past = base.next_hidden(torch.tensor(chosen, device=base.device), past)
 
 
-def _read_texts(base: FrozenBase, prefixes: Sequence[Prefix], prefix_B: Sequence[int], texts: Sequence[Sequence[int]]) -> Continued:
+def _read_texts(base: FrozenBase, prefix: Prefix, which_B: Sequence[int], texts: Sequence[Sequence[int]]) -> Continued:
     """Runs all texts in one batch, then moves the padding from their right end to the left of everything."""
     width = max(len(text) for text in texts)
     ids_BT = torch.zeros(len(texts), width, dtype=torch.long, device=base.device)
@@ -73,7 +72,7 @@ def _read_texts(base: FrozenBase, prefixes: Sequence[Prefix], prefix_B: Sequence
     for row, text in enumerate(texts):
         ids_BT[row, : len(text)] = torch.tensor(list(text))
         mask_BT[row, : len(text)] = 1
-    read = base.continue_from(prefixes, prefix_B, ids_BT, mask_BT)
+    read = base.continue_from(prefix, torch.tensor(list(which_B), device=base.device), ids_BT, mask_BT, keep=True)
     last_B = mask_BT.sum(dim=1) - 1
     hidden_B1H = read.hidden_BTH[torch.arange(len(texts), device=base.device), last_B][:, None]
     order_BS = read.mask_BS.argsort(dim=1, stable=True)
@@ -103,9 +102,9 @@ def _choose(logits_BV: Tensor, streams: Sequence[torch.Generator], sampling: Sam
     return [int(torch.multinomial(row, 1, generator=stream)) for row, stream in zip(probabilities_BV, streams, strict=True)]
 
 
-def _limit(base: FrozenBase, prefix: Prefix, text: Sequence[int], sampling: Sampling) -> int:
+def _limit(base: FrozenBase, prefix_length: int, text: Sequence[int], sampling: Sampling) -> int:
     """Tokens that a row may say: `max_new_tokens`, or what the base's context leaves it."""
-    room = sampling.max_new_tokens if base.context_length is None else base.context_length - prefix.length - len(text)
+    room = sampling.max_new_tokens if base.context_length is None else base.context_length - prefix_length - len(text)
     return min(sampling.max_new_tokens, room)
 
 
@@ -117,13 +116,13 @@ def _stream(seed: int, text: Sequence[int], device: torch.device) -> torch.Gener
     return torch.Generator(device).manual_seed(mixed)
 
 
-def _decode_plain(base: FrozenBase, prefix: Prefix, text: Sequence[int], row: int, sampling: Sampling) -> Iterator[Token]:
+def _decode_plain(base: FrozenBase, start_SH: Tensor, text: Sequence[int], row: int, sampling: Sampling) -> Iterator[Token]:
     """One row by transformers' own generate, for bases whose state cannot be shared; its tokens come all at once."""
-    embeds_SH = torch.cat([prefix.embeds_SH, base.embed_ids(text).to(base.dtype)])
+    embeds_SH = torch.cat([start_SH, base.embed_ids(text)]).to(base.dtype)
     greedy = sampling.temperature == 0
     how = {} if greedy else {"temperature": float(sampling.temperature), "top_p": sampling.top_p, "top_k": sampling.top_k}
     settings = GenerationConfig(
-        max_new_tokens=_limit(base, prefix, text, sampling),
+        max_new_tokens=_limit(base, len(start_SH), text, sampling),
         do_sample=not greedy,
         eos_token_id=sorted(base.stop_ids),
         pad_token_id=min(base.stop_ids),

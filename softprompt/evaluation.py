@@ -17,10 +17,9 @@ from softprompt.data import Example, Loaded, Message
 from softprompt.encode import Encoded, Encoder, Rows, encode_rows
 from softprompt.errors import DataError
 from softprompt.loss import token_losses
+from softprompt.memory import token_budget
 from softprompt.model import FrozenBase
-from softprompt.prompt import SoftPrompt, no_prompt
-
-TOKENS_PER_BATCH = 4096
+from softprompt.prompt import SoftPrompt, no_prompt, prefix_of
 
 
 @dataclass(frozen=True)
@@ -58,7 +57,7 @@ class Evaluation:
 
 
 def evaluate(
-    base: FrozenBase, prompt: StoredPrompt, loaded: Loaded, *, text: str | None = None, tokens_per_batch: int = TOKENS_PER_BATCH
+    base: FrozenBase, prompt: StoredPrompt, loaded: Loaded, *, text: str | None = None, tokens_per_batch: int | None = None
 ) -> Evaluation:
     """Held-out loss, perplexity and, for label data, accuracy of base, text prompt and soft prompt.
 
@@ -86,20 +85,20 @@ def evaluate(
     )
 
 
-def held_out_loss(base: FrozenBase, soft: SoftPrompt, rows: Rows, tokens_per_batch: int) -> float:
+def held_out_loss(base: FrozenBase, soft: SoftPrompt, rows: Rows, tokens_per_batch: int | None) -> float:
     """Mean loss per supervised token over all rows."""
     return _mean(losses_by_row(base, soft, rows.encoded, tokens_per_batch), rows.encoded)
 
 
 @torch.no_grad()
-def losses_by_row(base: FrozenBase, soft: SoftPrompt, rows: Sequence[Encoded], tokens_per_batch: int) -> Tensor:
+def losses_by_row(base: FrozenBase, soft: SoftPrompt, rows: Sequence[Encoded], tokens_per_batch: int | None) -> Tensor:
     """[len(rows)] summed loss of every row's supervised tokens, float64 on the CPU."""
-    prefix = soft.prefix(base)
+    prefix = prefix_of(base, [soft])
     sums = torch.zeros(len(rows), dtype=torch.float64)
-    for batch in batches(rows, range(len(rows)), tokens_per_batch, base.device):
-        continued = base.continue_from([prefix], [0] * len(batch.rows), batch.ids_BT, batch.mask_BT)
+    for batch in batches(rows, [0] * len(rows), token_budget(base, tokens_per_batch), base.device):
+        continued = base.continue_from(prefix, batch.which_B, batch.ids_BT, batch.mask_BT)
         losses = token_losses(base, continued, batch).double().cpu()
-        sums[torch.tensor(batch.rows)] += torch.zeros(len(batch.rows), dtype=torch.float64).index_add(0, batch.row_of_target.cpu(), losses)
+        sums.index_add_(0, torch.tensor(batch.rows)[batch.row_N.cpu()], losses)
     return sums
 
 
@@ -130,7 +129,13 @@ def _in_first_turn(wish: str, system: Sequence[str], spoken: Sequence[Message]) 
 
 
 def _accuracy(
-    base: FrozenBase, soft: SoftPrompt, prompt: StoredPrompt, rows: Rows, labels: Sequence[str], wish: str | None, tokens_per_batch: int
+    base: FrozenBase,
+    soft: SoftPrompt,
+    prompt: StoredPrompt,
+    rows: Rows,
+    labels: Sequence[str],
+    wish: str | None,
+    tokens_per_batch: int | None,
 ) -> float:
     """Share of rows whose own label word (with EOS) is the likeliest of all label words, each of them whole, never cut."""
     sums_by_label = []

@@ -4,12 +4,14 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
+import torch
+
 from softprompt.artifact import StoredPrompt
 from softprompt.decode import Sampling, decode
 from softprompt.encode import Encoder
 from softprompt.errors import ConfigError, DataError
 from softprompt.model import FrozenBase
-from softprompt.prompt import no_prompt
+from softprompt.prompt import no_prompt, prefix_of
 
 
 @dataclass(frozen=True)
@@ -40,14 +42,16 @@ def stream(
         raise DataError(f"{len(each)} prompts for {len(texts)} texts: give one for all, or one for each")
     check_sampling(sampling)
     ids = [_question(prompt.encoder, text) for prompt, text in zip(each, texts, strict=True)]
+    if not texts:
+        return
     distinct = list({id(prompt): prompt for prompt in each}.values())
-    prefixes = [prompt.soft.prefix(base) for prompt in distinct]
     which = [next(index for index, other in enumerate(distinct) if other is prompt) for prompt in each]
-    needed = max((prefixes[index].length + len(text) for index, text in zip(which, ids, strict=True)), default=0)
+    with torch.inference_mode():
+        prefix = prefix_of(base, [prompt.soft for prompt in distinct])
+    needed = max(prefix.lengths[index] + len(text) for index, text in zip(which, ids, strict=True))
     if base.context_length is not None and needed >= base.context_length:
         raise DataError(f"a text with its prompt takes {needed} tokens, the base's context is {base.context_length}: shorten the text")
-    if texts:
-        yield from _as_text(base, decode(base, prefixes, which, ids, sampling), len(texts))
+    yield from _as_text(base, decode(base, prefix, which, ids, sampling), len(texts))
 
 
 def without_prompt(base: FrozenBase, prompt: StoredPrompt) -> StoredPrompt:

@@ -3,9 +3,7 @@
 A soft prompt stands before the text and a causal model never looks ahead, so the keys and values of the prompt's
 positions are the same for every example. `prefill` computes them once; everything else continues from that Prefix.
 
-Shapes: B rows, T text tokens, P virtual tokens, K prefixes, S prefix positions (BOS included), H hidden size,
-N scored tokens, V vocabulary. Text is always padded on the right; shorter prefixes of a mixed batch are padded on the
-left, so that real tokens stay next to each other also for bases that measure distance by index (sliding windows, ALiBi).
+Shapes: B rows, T text tokens, K prefixes, S prefix positions (BOS included), H hidden size, V vocabulary.
 """
 
 import hashlib
@@ -22,49 +20,12 @@ from transformers.utils import logging as transformers_logging
 
 from softprompt.config import ModelConfig
 from softprompt.errors import ConfigError, ModelError
+from softprompt.head import Head
 from softprompt.hub import endpoint
+from softprompt.prefix import Continued, Prefix, continue_plain, continue_shared, layers_of, prefill, run
 from softprompt.unpack import keep_unpacked, unpacked_folder
 
 SAMPLE = 4096  # embedding rows looked at for their mean, spread and RMS
-
-
-@dataclass(frozen=True)
-class Prefix:
-    """What a text continues from: BOS and the prompt's rows.
-
-    `layers`: keys and values per layer, each [1, heads, S, head size]; empty where the base cannot share a prefix.
-    `embeds_SH`: the embeddings of the same positions, which the plain path puts before every row instead.
-    """
-
-    layers: tuple[tuple[Tensor, Tensor], ...]
-    embeds_SH: Tensor
-
-    @property
-    def length(self) -> int:
-        return self.embeds_SH.shape[0]
-
-    def leaf(self) -> "Prefix":
-        """The same prefix, cut off from the graph behind it, collecting gradients of its own."""
-        if self.layers:
-            layers = tuple((k.detach().requires_grad_(), v.detach().requires_grad_()) for k, v in self.layers)
-            return Prefix(layers, self.embeds_SH.detach())
-        return Prefix((), self.embeds_SH.detach().requires_grad_())
-
-    def backward_from(self, leaf: "Prefix") -> None:
-        """Sends the gradients that `leaf` collected through the prompt's own positions."""
-        mine = [tensor for layer in self.layers for tensor in layer] or [self.embeds_SH]
-        leaves = [tensor for layer in leaf.layers for tensor in layer] or [leaf.embeds_SH]
-        pairs = [(tensor, other.grad) for tensor, other in zip(mine, leaves, strict=True) if other.grad is not None]
-        torch.autograd.backward([tensor for tensor, _ in pairs], [grad for _, grad in pairs])
-
-
-@dataclass(frozen=True)
-class Continued:
-    """Hidden states of a text that continued from a prefix, and what decoding needs to go on."""
-
-    hidden_BTH: Tensor
-    layers: tuple[tuple[Tensor, Tensor], ...]
-    mask_BS: Tensor
 
 
 @dataclass(frozen=True)
@@ -82,7 +43,7 @@ class FrozenBase:
     stop_ids: frozenset[int]
     fingerprint: str
     tokenizer_fingerprint: str
-    _head: Any = field(repr=False)
+    head: Head = field(repr=False)
 
     @property
     def hidden_size(self) -> int:
@@ -110,98 +71,31 @@ class FrozenBase:
         with torch.no_grad():
             return self.embed(torch.tensor(list(ids), dtype=torch.long, device=self.device)).float()
 
-    def prefill(self, rows_PH: Tensor, position: str, bos_id: int | None) -> Prefix:
-        """The prefix of a prompt: [BOS][rows] for position "after_bos", [rows][BOS] for "start"; no BOS where it is None."""
-        rows_PH = rows_PH.to(self.device, self.dtype)
-        bos = self.embed_ids([] if bos_id is None else [bos_id]).to(self.dtype)
-        embeds_SH = torch.cat([bos, rows_PH] if position == "after_bos" else [rows_PH, bos])
-        if not self.shares_prefix or embeds_SH.shape[0] == 0:
-            return Prefix((), embeds_SH)
-        return Prefix(_prefill(self.model.base_model, embeds_SH), embeds_SH)
+    def prefill(self, embeds: Sequence[Tensor]) -> Prefix:
+        """The prefixes of K sequences of embeddings, each [S, H]."""
+        return prefill(self.model.base_model, embeds) if self.shares_prefix else Prefix((), tuple(embeds))
 
-    def continue_from(self, prefixes: Sequence[Prefix], prefix_B: Sequence[int], ids_BT: Tensor, mask_BT: Tensor) -> Continued:
-        """Hidden states of texts that continue from prefixes; row b continues from `prefixes[prefix_B[b]]`.
+    def continue_from(self, prefix: Prefix, which_B: Tensor, ids_BT: Tensor, mask_BT: Tensor, *, keep: bool = False) -> Continued:
+        """Hidden states of texts that continue from prefixes; row b continues from prefix number `which_B[b]`.
 
         `mask_BT` is 1 on real tokens. Position ids follow the mask, so a row gives the same result alone or in a batch.
+        `keep` keeps keys and values, for decoding.
         """
         if self.shares_prefix:
-            return _continue_shared(self.model.base_model, self.embed(ids_BT), prefixes, prefix_B, mask_BT)
-        return _continue_plain(self.model.base_model, self.embed(ids_BT), prefixes, prefix_B, mask_BT)
+            return continue_shared(self.model.base_model, self.embed(ids_BT), prefix, which_B, mask_BT, keep)
+        return continue_plain(self.model.base_model, self.embed(ids_BT), prefix, which_B, mask_BT)
 
     def next_hidden(self, ids_B: Tensor, past: Continued) -> Continued:
         """One more token for every row of a shared-prefix batch; holes in the cache must stand on the left."""
         mask_BS = torch.cat([past.mask_BS, past.mask_BS.new_ones(len(ids_B), 1)], dim=1)
         cache = DynamicCache(ddp_cache_data=past.layers)
         positions_B1 = past.mask_BS.sum(dim=1, keepdim=True)
-        hidden = _run(self.model.base_model, self.embed(ids_B[:, None]), mask_BS, positions_B1, cache)
-        return Continued(hidden, _layers(cache), mask_BS)
+        hidden = run(self.model.base_model, self.embed(ids_B[:, None]), mask_BS, positions_B1, cache)
+        return Continued(hidden, layers_of(cache), mask_BS)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., H] -> [..., V], with whatever the family does to its logits (soft capping, scaling)."""
-        return self._head(hidden)
-
-
-# ---- the two ways to continue from a prefix ------------------------------------------------------------------------
-
-
-def _run(backbone: Any, embeds_BTH: Tensor, mask_BS: Tensor, positions_BT: Tensor, cache: DynamicCache) -> Tensor:
-    return backbone(
-        inputs_embeds=embeds_BTH, attention_mask=mask_BS, position_ids=positions_BT, past_key_values=cache, use_cache=True
-    ).last_hidden_state
-
-
-def _layers(cache: DynamicCache) -> tuple[tuple[Tensor, Tensor], ...]:
-    return tuple((layer.keys, layer.values) for layer in cache.layers)
-
-
-def _prefill(backbone: Any, embeds_SH: Tensor) -> tuple[tuple[Tensor, Tensor], ...]:
-    # A cache without a config keeps every position in every layer; sliding windows are then applied by the mask alone.
-    cache = DynamicCache()
-    positions = torch.arange(embeds_SH.shape[0], device=embeds_SH.device)[None]
-    _run(backbone, embeds_SH[None], torch.ones_like(positions), positions, cache)
-    return _layers(cache)
-
-
-def _continue_shared(backbone: Any, embeds_BTH: Tensor, prefixes: Sequence[Prefix], prefix_B: Sequence[int], mask_BT: Tensor) -> Continued:
-    which_B = torch.tensor(list(prefix_B), device=mask_BT.device)
-    length_K = torch.tensor([prefix.length for prefix in prefixes], device=mask_BT.device)
-    longest = int(length_K.max())
-    mask_KS = (torch.arange(longest, device=mask_BT.device) >= longest - length_K[:, None]).to(mask_BT.dtype)
-    mask_BS = torch.cat([mask_KS[which_B], mask_BT], dim=1)
-    positions_BT = (length_K[which_B, None] + mask_BT.cumsum(dim=1) - 1).clamp(min=0)
-    cache = DynamicCache(ddp_cache_data=_spread(prefixes, which_B, longest)) if longest else DynamicCache()
-    hidden = _run(backbone, embeds_BTH, mask_BS, positions_BT, cache)
-    return Continued(hidden, _layers(cache), mask_BS)
-
-
-def _spread(prefixes: Sequence[Prefix], which_B: Tensor, longest: int) -> list[tuple[Tensor, Tensor]]:
-    """Keys and values for every row of a batch, [B, heads, longest, head size]; a view where all rows share one prefix."""
-    if len(prefixes) == 1:
-        return [(k.expand(len(which_B), -1, -1, -1), v.expand(len(which_B), -1, -1, -1)) for k, v in prefixes[0].layers]
-    shapes = next(prefix.layers for prefix in prefixes if prefix.length)
-
-    def padded(prefix: Prefix, layer: int, part: int) -> Tensor:
-        if prefix.length == 0:
-            like = shapes[layer][part]
-            return like.new_zeros(1, like.shape[1], longest, like.shape[3])
-        return torch.nn.functional.pad(prefix.layers[layer][part], (0, 0, longest - prefix.length, 0))
-
-    def bank(layer: int, part: int) -> Tensor:
-        return torch.cat([padded(prefix, layer, part) for prefix in prefixes])[which_B]
-
-    return [(bank(layer, 0), bank(layer, 1)) for layer in range(len(shapes))]
-
-
-def _continue_plain(backbone: Any, embeds_BTH: Tensor, prefixes: Sequence[Prefix], prefix_B: Sequence[int], mask_BT: Tensor) -> Continued:
-    """Row by row [prefix][text] without a cache. No padding stands before a real token, so no mask is needed."""
-    hidden = []
-    for row, which in enumerate(prefix_B):
-        prefix = prefixes[which]
-        real = mask_BT[row].bool()
-        joined_SH = torch.cat([prefix.embeds_SH, embeds_BTH[row, real]])
-        states_SH = backbone(inputs_embeds=joined_SH[None], use_cache=False).last_hidden_state[0, prefix.length :]
-        hidden.append(embeds_BTH.new_zeros(len(real), states_SH.shape[-1]).masked_scatter(real[:, None], states_SH))
-    return Continued(torch.stack(hidden), (), mask_BT)
+        return self.head.logits(hidden)
 
 
 # ---- loading and checking ------------------------------------------------------------------------------------------
@@ -285,15 +179,21 @@ def freeze(model: Any, tokenizer: Any, name: str) -> FrozenBase:
         stop_ids=frozenset(token for item in stop for token in (item if isinstance(item, list) else [item]) if token is not None),
         fingerprint=_fingerprint(model),
         tokenizer_fingerprint=_tokenizer_fingerprint(tokenizer),
-        _head=head,
+        head=head,
     )
 
 
 def load_dtype(config: ModelConfig) -> torch.dtype:
-    """The precision that a base is loaded in. auto: bfloat16 on a GPU that computes in it, else float32."""
+    """The precision that a base is loaded in. auto: bfloat16 where the hardware multiplies in it, else float32."""
     if config.dtype != "auto":
         return getattr(torch, config.dtype)
-    return torch.bfloat16 if _device(config.device).type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+    device = _device(config.device).type
+    if device == "cpu":  # without such instructions a CPU takes a hundred times longer than in float32
+        found = torch.cpu.get_capabilities()
+        fast = any(found.get(name) for name in ("avx512_bf16", "amx_bf16"))
+    else:
+        fast = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if fast else torch.float32
 
 
 def context_length(settings: Any) -> int | None:
@@ -335,22 +235,15 @@ def _sample_rows(model: Any) -> Tensor:
         return embedding(ids).float()
 
 
-def _head(model: Any) -> Any:
-    """The language-model head with the family's own treatment of logits, as one function of the hidden states."""
+def _head(model: Any) -> Head:
+    """The language-model head with the family's own treatment of logits."""
     matrix, text = model.get_output_embeddings(), model.config.get_text_config(decoder=True)
-    cap = getattr(text, "final_logit_softcapping", None)
     scale = getattr(text, "logit_scale", None) or 1.0 / (getattr(text, "logits_scaling", None) or 1.0)
-
-    def head(hidden: Tensor) -> Tensor:
-        logits = matrix(hidden.to(matrix.weight.dtype))
-        logits = logits * scale if scale != 1.0 else logits
-        return torch.tanh(logits / cap) * cap if cap else logits
-
-    return head
+    return Head(matrix.weight, getattr(matrix, "bias", None), scale, getattr(text, "final_logit_softcapping", None) or None)
 
 
 @torch.no_grad()
-def _check(model: Any, head: Any, name: str) -> bool:
+def _check(model: Any, head: Head, name: str) -> bool:
     """Runs a few tokens in every way that matters. Returns whether a prefix can be shared.
 
     Raises ModelError when the base treats embeddings from outside differently from its own, or its logits are not
@@ -362,7 +255,7 @@ def _check(model: Any, head: Any, name: str) -> bool:
     tolerance = 1e-3 if model.dtype == torch.float32 else 0.1
     try:
         own = model(input_ids=ids_BT, use_cache=False).logits
-        given = head(model.base_model(inputs_embeds=embeds_BTH, use_cache=False).last_hidden_state)
+        given = head.logits(model.base_model(inputs_embeds=embeds_BTH, use_cache=False).last_hidden_state)
     except (ValueError, TypeError, NotImplementedError) as error:
         raise ModelError(f"{name} does not take embeddings from outside, so a soft prompt cannot be used with it: {error}") from None
     if not _close(given, own, tolerance):
@@ -374,11 +267,10 @@ def _prefix_is_exact(backbone: Any, embeds_BTH: Tensor, tolerance: float) -> boo
     """Whether continuing from cached keys and values equals the plain path, padded row and shorter prefix included."""
     mask_BT = torch.ones(embeds_BTH.shape[:2], dtype=torch.long, device=embeds_BTH.device)
     mask_BT[1, 5:] = 0
-    starts = [embeds_BTH[0, :4], embeds_BTH[1, :2]]
-    plain = _continue_plain(backbone, embeds_BTH, [Prefix((), start) for start in starts], [0, 1], mask_BT)
+    starts, which_B = [embeds_BTH[0, :4], embeds_BTH[1, :2]], torch.arange(2, device=mask_BT.device)
+    plain = continue_plain(backbone, embeds_BTH, Prefix((), tuple(starts)), which_B, mask_BT)
     try:
-        prefixes = [Prefix(_prefill(backbone, start), start) for start in starts]
-        shared = _continue_shared(backbone, embeds_BTH, prefixes, [0, 1], mask_BT)
+        shared = continue_shared(backbone, embeds_BTH, prefill(backbone, starts), which_B, mask_BT, keep=False)
     except (AttributeError, RuntimeError, TypeError, ValueError, IndexError):
         return False  # a recurrent state, for one, is no DynamicCache of keys and values
     real = mask_BT.bool()

@@ -11,8 +11,9 @@ from transformers import AutoModelForCausalLM
 
 from softprompt.config import Config
 from softprompt.errors import ConfigError
+from softprompt.head import BLOCK_NUMBERS
 from softprompt.init import prompt_length
-from softprompt.loss import CHUNK_LOGITS
+from softprompt.memory import CPU_TOKENS, activation_bytes
 from softprompt.model import context_length, load_dtype, load_settings, load_tokenizer, refuse_unsupported
 from softprompt.training import check_context
 
@@ -79,14 +80,15 @@ def make_plan(config: Config) -> Plan:
         model = AutoModelForCausalLM.from_config(settings, trust_remote_code=config.model.trust_remote_code)
     text = settings.get_text_config(decoder=True)
     width = model.get_input_embeddings()(torch.zeros(1, dtype=torch.long, device="meta")).shape[-1]
-    length = _length(config)
-    check_context(context_length(settings), length, config.data.max_length)
+    lengths = [_length(own) for own in config.members().values()]
+    check_context(context_length(settings), max(lengths), config.data.max_length)
+    length = sum(lengths)
     dtype = load_dtype(config.model)
     rows_bytes = 4 * length * width
     memory = Memory(
         weights=sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize,
-        activations=_activations(model, config.train.tokens_per_batch, length) * dtype.itemsize,
-        logits_chunk=3 * 4 * min(CHUNK_LOGITS, config.train.tokens_per_batch * text.vocab_size),
+        activations=activation_bytes(model.base_model) * ((config.train.tokens_per_batch or CPU_TOKENS) + length),
+        logits_chunk=4 * BLOCK_NUMBERS["cpu"],
         prompt=2 * rows_bytes,
         optimizer=2 * rows_bytes,
     )
@@ -112,11 +114,3 @@ def _length(config: Config) -> int:
             raise ConfigError("prompt.text or prompt.length is needed to plan")
         return prompt_length(config.prompt, None)
     return prompt_length(config.prompt, load_tokenizer(config.model))
-
-
-def _activations(model: Any, num_tokens: int, num_virtual_tokens: int) -> int:
-    """Numbers kept for backward in one micro-batch: a frozen linear layer keeps nothing itself, so what counts is the
-    outputs of linear layers, which norms, attention and activations keep, and twice the residual stream per norm."""
-    linear = sum(module.weight.shape[0] for module in model.base_model.modules() if isinstance(module, torch.nn.Linear))
-    norms = sum(module.weight.numel() for module in model.base_model.modules() if "Norm" in type(module).__name__)
-    return (linear + 2 * norms) * (num_tokens + num_virtual_tokens)

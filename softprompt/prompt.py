@@ -1,10 +1,13 @@
 """The soft prompt itself, and what it needs to stand in the right place."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from softprompt.model import FrozenBase, Prefix
+from softprompt.model import FrozenBase
+from softprompt.prefix import Prefix
 
 
 @dataclass(frozen=True)
@@ -22,9 +25,16 @@ class SoftPrompt:
     def length(self) -> int:
         return self.rows_PH.shape[0]
 
-    def prefix(self, base: FrozenBase) -> Prefix:
-        """BOS and rows run through the base once."""
-        return base.prefill(self.rows_PH, self.position, self.bos_id)
+    def embeds(self, base: FrozenBase) -> Tensor:
+        """[S, H] float32: [BOS][rows] for position "after_bos", [rows][BOS] for "start"; no BOS where `bos_id` is None."""
+        bos = base.embed_ids([] if self.bos_id is None else [self.bos_id])
+        rows_PH = self.rows_PH.to(base.device)
+        return torch.cat([bos, rows_PH] if self.position == "after_bos" else [rows_PH, bos])
+
+
+def prefix_of(base: FrozenBase, prompts: Sequence[SoftPrompt]) -> Prefix:
+    """BOS and rows of every prompt, run through the base once."""
+    return base.prefill([prompt.embeds(base) for prompt in prompts])
 
 
 def no_prompt(base: FrozenBase, bos_id: int | None) -> SoftPrompt:

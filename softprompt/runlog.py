@@ -2,7 +2,7 @@
 
 config.toml      the resolved configuration          rejected.jsonl   rows that were not used, with reasons
 run.json         versions and start time             checkpoints/     what the run needs to go on
-metrics.jsonl    one event a line                    prompt/          the finished prompt
+metrics.jsonl    one event a line                    prompt/          the finished prompt; of a bank prompts/NAME/
                                                      result.json      the finished run in numbers
 """
 
@@ -31,6 +31,7 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.prompt = path / "prompt"
+        self.prompts = path / "prompts"
         self.checkpoints = path / "checkpoints"
 
     @classmethod

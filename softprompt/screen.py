@@ -1,7 +1,7 @@
 """What the command line draws: tables, coloured tokens, the progress of a run. Everything goes through one console."""
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -11,10 +11,10 @@ from rich.text import Text
 
 if TYPE_CHECKING:
     from softprompt.evaluation import Evaluation
+    from softprompt.events import Event, Started
     from softprompt.generation import Piece
     from softprompt.plan import Plan
     from softprompt.show import Shown, Summary
-    from softprompt.training import Event, Started
 
 console = Console(highlight=False, soft_wrap=True)
 
@@ -30,7 +30,7 @@ def size(num_bytes: float) -> str:
 
 def draw_run(events: "Iterable[Event]", log_every: int) -> None:
     """Follows a run to its end: a bar with loss, tokens per second and time left, and a line for what matters."""
-    from softprompt.training import Evaluated, Finished, Saved, Started, Step
+    from softprompt.events import Evaluated, Finished, Saved, Started, Step
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[now]}"), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as progress:
@@ -71,11 +71,12 @@ def _draw_started(started: "Started") -> None:
         console.print("[yellow]no held-out rows: set data.eval or data.eval_fraction to know whether the prompt helps[/]")
     if started.first_step:
         console.print(f"resumed after step {started.first_step}")
-    console.print(escape(started.note))
+    for name, note in started.notes.items():
+        console.print(escape(note if len(started.notes) == 1 else f"{name}: {note}"))
     console.print(f"{trainable_line(started.num_trainable, started.num_parameters)} || embedding rows' RMS: {started.row_rms:.3g}")
 
 
-def _draw_result(result: dict[str, object]) -> None:
+def _draw_result(result: "dict[str, Any]") -> None:
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     names = {
         "steps": "steps",
@@ -92,6 +93,18 @@ def _draw_result(result: dict[str, object]) -> None:
         )
     table.add_row("peak memory", size(float(str(result["peak_bytes"]))))
     table.add_row("prompt", escape(str(result["prompt"])))
+    console.print(table)
+    if len(result["prompts"]) > 1:
+        _draw_bank(result["prompts"])
+
+
+def _draw_bank(prompts: "dict[str, dict[str, float | str | None]]") -> None:
+    table = Table(title="prompts of the bank", title_justify="left")
+    for name in ("prompt", "mean loss", "held-out before", "after"):
+        table.add_column(name, justify="left" if name == "prompt" else "right")
+    for name, found in prompts.items():
+        losses = [found[key] for key in ("train_loss", "eval_loss_before", "eval_loss_after")]
+        table.add_row(name, *("-" if loss is None else f"{loss:.4f}" for loss in losses))
     console.print(table)
 
 

@@ -1,97 +1,71 @@
 """The training loop, read top to bottom. It yields events; whoever loops over them prints, plots or streams them.
 
-A step: the prompt's prefix is computed once, with gradient; the micro-batches of the step continue from a leaf copy of
-it and add up their gradients there; one backward through the prompt's own positions ends the step. The loss is the sum
-over supervised tokens divided by the number of them in the whole step.
+A run trains one prompt, or a bank of them that share every forward of the frozen base. The gradient of a step is
+step.py's; here are the rows of each step, the optimizers, evaluation, checkpoints and the end.
 """
 
 import math
 import resource
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from softprompt.artifact import Card, DataCard, make_card, write_prompt
 from softprompt.atomic import new_folder
-from softprompt.batch import batches, order_of_rows
-from softprompt.checkpoint import Progress, latest_checkpoint, save_checkpoint
+from softprompt.batch import order_of_rows
+from softprompt.checkpoint import Checkpoint, Progress, Scores, latest_checkpoint, prompt_folder, save_checkpoint
 from softprompt.config import Config
 from softprompt.data import RANGE, Rejected
 from softprompt.encode import Encoder, Rows, check_rejected, load_rows, make_encoder
 from softprompt.errors import ConfigError, DataError, RunError
 from softprompt.evaluation import held_out_loss
-from softprompt.init import start_rows
-from softprompt.loss import token_losses
+from softprompt.events import Evaluated, Event, Finished, Saved, Started, Step
+from softprompt.init import Start, start_rows
+from softprompt.memory import token_budget
 from softprompt.model import FrozenBase, load_base
 from softprompt.optim import RowOptimizer
 from softprompt.prompt import SoftPrompt
 from softprompt.runlog import RunFolder, check_trackers, trackers
+from softprompt.step import Engine, step_gradients
 
 
 @dataclass(frozen=True)
-class Started:
-    """The run is set up. `first_step` is not 0 when it goes on from a checkpoint."""
+class Trainee:
+    """One prompt of a run. `config` is the configuration that would train it alone."""
 
-    run: Path
-    base: FrozenBase
-    num_steps: int
-    first_step: int
-    num_train: int
-    num_eval: int
-    num_rejected: int
+    name: str
+    config: Config
+    soft: SoftPrompt
+    optimizer: RowOptimizer
     note: str
-    num_trainable: int
-    num_parameters: int
-    row_rms: float
 
 
 @dataclass(frozen=True)
-class Step:
-    """An optimizer step was taken. `loss` per supervised token of the step; `num_tokens` real tokens of its rows."""
+class Job:
+    """Everything a run works with."""
 
-    step: int
-    loss: float
-    lr: float
-    grad_norm: float
-    num_tokens: int
-    seconds: float
+    config: Config
+    run: RunFolder
+    base: FrozenBase
+    engine: Engine
+    encoder: Encoder
+    rows: Rows
+    held: Rows | None
+    trainees: tuple[Trainee, ...]
 
-
-@dataclass(frozen=True)
-class Evaluated:
-    """Loss per supervised token on the held-out rows after `step` steps."""
-
-    step: int
-    loss: float
-
-
-@dataclass(frozen=True)
-class Saved:
-    """A checkpoint was written."""
-
-    step: int
-    path: Path
-
-
-@dataclass(frozen=True)
-class Finished:
-    """The run is done; `result` is what `softprompt train --json` writes."""
-
-    result: dict[str, Any]
-
-
-Event = Started | Step | Evaluated | Saved | Finished
+    @property
+    def num_steps(self) -> int:
+        return count_steps(self.config, len(self.rows.encoded))
 
 
 def train(config: Config, *, resume: bool = False, base: FrozenBase | None = None) -> Iterator[Event]:
-    """Trains one prompt into the run folder `config.train.out`, yielding events.
+    """Trains the prompt, or the bank of prompts, of a configuration into the run folder `config.train.out`, yielding events.
 
     With `resume`, goes on from the run's last checkpoint. `base` spares loading one that is loaded already. Ctrl-C
     finishes the step, writes a checkpoint and raises KeyboardInterrupt; a second one stops at once.
@@ -108,137 +82,186 @@ def train(config: Config, *, resume: bool = False, base: FrozenBase | None = Non
         RunFolder.check_free(folder)
         config = _with_absolute_paths(config)
     check_trackers(config)
+    members = config.members()
     base = base or load_base(config.model)
-    if config.optim.lr is None:
-        raise ConfigError(
-            f"optim.lr is not set: around 10% of the RMS of the base's embedding rows learns, here optim.lr={base.rms / 10:.2g}"
-        )
+    _check_rates(members, base)
     encoder = make_encoder(base.tokenizer, config.data.template)
     rows, held = load_rows(config, encoder)
     _check_rows(config, rows, held)
-    position = resolve_position(config, encoder)
-    start = start_rows(config.prompt, base, config.train.seed)
-    check_context(base.context_length, len(start.rows_PH), config.data.max_length)
+    starts = {name: start_rows(own.prompt, base, own.train.seed) for name, own in members.items()}
+    check_context(base.context_length, max(len(start.rows_PH) for start in starts.values()), config.data.max_length)
+    positions = {name: resolve_position(own, encoder) for name, own in members.items()}
     if not resume:
         run = RunFolder.create(config)
         run.write_rejected(_rejected(rows, held))
     with run.locked():
-        yield from _run(config, run, base, encoder, rows, held, start.rows_PH, start.note, position)
+        checkpoint, progress = _where_it_stands(run, rows, base, members)
+        num_steps = count_steps(config, len(rows.encoded))
+        trainees = tuple(
+            _trainee(name, own, starts[name], positions[name], encoder, base, checkpoint, num_steps) for name, own in members.items()
+        )
+        engine = Engine(token_budget(base, config.train.tokens_per_batch), config.train.head_tolerance, config.train.checkpoint_activations)
+        yield from _run(Job(config, run, base, engine, encoder, rows, held, trainees), progress)
 
 
-def _run(
-    config: Config,
-    run: RunFolder,
-    base: FrozenBase,
-    encoder: Encoder,
-    rows: Rows,
-    held: Rows | None,
-    start_PH: Tensor,
-    note: str,
-    position: str,
-) -> Iterator[Event]:
-    num_steps = count_steps(config, len(rows.encoded))
+def _where_it_stands(run: RunFolder, rows: Rows, base: FrozenBase, members: dict[str, Config]) -> tuple[Checkpoint | None, Progress]:
+    """The last checkpoint, if any, and the counters to go on from. Raises RunError when rows or base have changed since."""
+    fresh = Progress(data_fingerprint=rows.fingerprint, base_fingerprint=base.fingerprint, scores={name: Scores() for name in members})
     checkpoint = latest_checkpoint(run.checkpoints)
-    fresh = Progress(data_fingerprint=rows.fingerprint, base_fingerprint=base.fingerprint)
     progress = checkpoint.progress if checkpoint else fresh
     if progress.data_fingerprint != fresh.data_fingerprint:
-        raise RunError(f"{config.data.train} has changed since {run.path} started: its rows must be the same to resume")
+        raise RunError(f"the training rows have changed since {run.path} started: they must be the same to resume")
     if progress.base_fingerprint != fresh.base_fingerprint:
         raise RunError(f"{base.name} has other weights than when {run.path} started: they must be the same to resume")
     run.forget_after(progress.step if checkpoint else -1)
-    rows_PH = (checkpoint.rows_PH.to(base.device) if checkpoint else start_PH).clone().requires_grad_()
-    soft = SoftPrompt(rows_PH, position, encoder.bos_id)
+    return checkpoint, progress
+
+
+def _trainee(
+    name: str,
+    config: Config,
+    start: Start,
+    position: str,
+    encoder: Encoder,
+    base: FrozenBase,
+    checkpoint: Checkpoint | None,
+    num_steps: int,
+) -> Trainee:
+    rows_PH = (checkpoint.rows[name].to(base.device) if checkpoint else start.rows_PH).clone().requires_grad_()
     optimizer = RowOptimizer(rows_PH, config.optim, num_steps)
-    optimizer.restore(checkpoint.moments if checkpoint else {})
-    data = _data_card(config, rows, held)
+    optimizer.restore(checkpoint.moments[name] if checkpoint else {})
+    return Trainee(name, config, SoftPrompt(rows_PH, position, encoder.bos_id), optimizer, start.note)
 
-    def card() -> Card:
-        metrics = {"steps": progress.step, "eval_loss_before": progress.eval_loss_before, "eval_loss": progress.eval_loss}
-        return make_card(config, base, soft, encoder, data, note, metrics)
 
-    def save() -> Saved:
-        path = save_checkpoint(run.checkpoints, progress, soft, optimizer.state(), card(), base)
-        return Saved(progress.step, path)
-
-    def evaluated() -> Evaluated:
-        nonlocal progress
-        assert held is not None
-        loss = held_out_loss(base, soft, held, config.train.tokens_per_batch)
-        before = loss if progress.step == 0 else progress.eval_loss_before
-        progress = replace(progress, eval_loss=loss, eval_loss_before=before)
-        run.log("evaluated", progress.step, loss=loss)
-        track({"eval_loss": loss}, progress.step)
-        return Evaluated(progress.step, loss)
-
+def _run(job: Job, progress: Progress) -> Iterator[Event]:
+    config, run, held, num_steps = job.config, job.run, job.held, job.num_steps
     with trackers(config, run.path) as track, _interrupt_after_step() as interrupted:
-        yield Started(
-            run=run.path,
-            base=base,
-            num_steps=num_steps,
-            first_step=progress.step,
-            num_train=len(rows.encoded),
-            num_eval=len(held.encoded) if held else 0,
-            num_rejected=len(_rejected(rows, held)),
-            note=note,
-            num_trainable=rows_PH.numel(),
-            num_parameters=base.num_parameters,
-            row_rms=base.rms,
-        )
-        if held and progress.eval_loss_before is None:
-            yield evaluated()
+        yield _started(job, progress)
+        if held and progress.step == 0 and all(scores.eval_loss_before is None for scores in progress.scores.values()):
+            evaluated, progress = _evaluate(job, progress)
+            track({"eval_loss": evaluated.loss}, 0)
+            yield evaluated
         while progress.step < num_steps:
-            step, progress = _step(config, base, soft, rows, optimizer, progress)
+            step, progress = _step(job, progress)
             run.log("step", **asdict(step))
             track({"loss": step.loss, "lr": step.lr, "grad_norm": step.grad_norm}, step.step)
             yield step
             last = progress.step == num_steps
             if held and (last or (config.train.eval_every and progress.step % config.train.eval_every == 0)):
-                yield evaluated()
+                evaluated, progress = _evaluate(job, progress)
+                track({"eval_loss": evaluated.loss}, progress.step)
+                yield evaluated
             if last or progress.step % config.train.save_every == 0 or interrupted():
-                yield save()
+                prompts = {one.name: (one.soft, one.optimizer.state(), _card(job, one, progress)) for one in job.trainees}
+                yield Saved(progress.step, save_checkpoint(run.checkpoints, progress, prompts, job.base))
             if interrupted() and not last:
                 raise KeyboardInterrupt
-        if not run.prompt.exists():
-            with new_folder(run.prompt) as draft:
-                write_prompt(draft, soft, card(), base)
-        result = _result(progress, run.prompt)
+        places = _write_prompts(job, progress)
+        result = _result(job, progress, places)
         run.log("finished", progress.step, **result)
         run.write_result(result)
         yield Finished(result)
 
 
-def _step(
-    config: Config, base: FrozenBase, soft: SoftPrompt, rows: Rows, optimizer: RowOptimizer, progress: Progress
-) -> tuple[Step, Progress]:
-    """One optimizer step over the next `examples_per_step` rows."""
+def _step(job: Job, progress: Progress) -> tuple[Step, Progress]:
+    """One optimizer step of every prompt over its next `examples_per_step` rows."""
     began = time.perf_counter()
-    count = _examples_of_step(config, len(rows.encoded), progress.step)
-    numbers = order_of_rows(len(rows.encoded), progress.step * config.train.examples_per_step, count, config.train.seed)
-    num_supervised = sum(rows.encoded[number].num_supervised for number in numbers)
-    num_tokens = sum(len(rows.encoded[number]) for number in numbers)
-    prefix = soft.prefix(base)
-    leaf = prefix.leaf()
-    loss_sum = 0.0
-    for batch in batches(rows.encoded, numbers, config.train.tokens_per_batch, base.device):
-        continued = base.continue_from([leaf], [0] * len(batch.rows), batch.ids_BT, batch.mask_BT)
-        loss = token_losses(base, continued, batch).sum()
-        (loss / num_supervised).backward()
-        loss_sum += loss.item()
-    if not math.isfinite(loss_sum):
-        raise RunError(f"the loss of step {progress.step + 1} is not finite: lower optim.lr; the last checkpoint is kept")
-    prefix.backward_from(leaf)
-    norm, lr = optimizer.step(progress.step)
+    encoded, size = job.rows.encoded, job.config.train.examples_per_step
+    count = _examples_of_step(job.config, len(encoded), progress.step)
+    first = progress.step * size
+    numbers = [order_of_rows(len(encoded), first, count, one.config.train.seed) for one in job.trainees]
+    rows = [[encoded[number] for number in own] for own in numbers]
+    losses = step_gradients(job.base, [one.soft for one in job.trainees], rows, job.engine).tolist()
+    for one, loss in zip(job.trainees, losses, strict=True):
+        if not math.isfinite(loss):
+            raise RunError(f"{one.name}: the loss of step {progress.step + 1} is not finite: lower optim.lr; the last checkpoint is kept")
+    norms, rates = zip(*(one.optimizer.step(progress.step) for one in job.trainees), strict=True)
     seconds = time.perf_counter() - began
+    supervised = [sum(row.num_supervised for row in own) for own in rows]
+    scores = {
+        one.name: progress.scores[one.name].trained(loss, number)
+        for one, loss, number in zip(job.trainees, losses, supervised, strict=True)
+    }
     progress = replace(
         progress,
         step=progress.step + 1,
-        loss_sum=progress.loss_sum + loss_sum,
-        num_supervised=progress.num_supervised + num_supervised,
-        num_examples=progress.num_examples + len(numbers),
+        scores=scores,
+        num_examples=progress.num_examples + sum(len(own) for own in rows),
         seconds=progress.seconds + seconds,
-        peak_bytes=max(progress.peak_bytes, peak_bytes(base.device)),
+        peak_bytes=max(progress.peak_bytes, peak_bytes(job.base.device)),
     )
-    return Step(progress.step, loss_sum / num_supervised, lr, norm, num_tokens, seconds), progress
+    num_tokens = sum(len(row) for own in rows for row in own)
+    return Step(progress.step, _mean(losses), _mean(rates), _mean(norms), tuple(losses), num_tokens, seconds), progress
+
+
+def _evaluate(job: Job, progress: Progress) -> tuple[Evaluated, Progress]:
+    assert job.held is not None
+    losses = [held_out_loss(job.base, one.soft, job.held, job.config.train.tokens_per_batch) for one in job.trainees]
+    scores = {
+        one.name: progress.scores[one.name].evaluated(loss, first=progress.step == 0)
+        for one, loss in zip(job.trainees, losses, strict=True)
+    }
+    evaluated = Evaluated(progress.step, _mean(losses), tuple(losses))
+    job.run.log("evaluated", **asdict(evaluated))
+    return evaluated, replace(progress, scores=scores)
+
+
+def _started(job: Job, progress: Progress) -> Started:
+    return Started(
+        run=job.run.path,
+        base=job.base,
+        num_steps=job.num_steps,
+        first_step=progress.step,
+        num_train=len(job.rows.encoded),
+        num_eval=len(job.held.encoded) if job.held else 0,
+        num_rejected=len(_rejected(job.rows, job.held)),
+        notes={one.name: one.note for one in job.trainees},
+        num_trainable=sum(one.soft.rows_PH.numel() for one in job.trainees),
+        num_parameters=job.base.num_parameters,
+        row_rms=job.base.rms,
+    )
+
+
+# ---- what a run leaves ---------------------------------------------------------------------------------------------
+
+
+def _card(job: Job, one: Trainee, progress: Progress) -> Card:
+    scores = progress.scores[one.name]
+    metrics = {"steps": progress.step, "eval_loss_before": scores.eval_loss_before, "eval_loss": scores.eval_loss}
+    return make_card(one.config, job.base, one.soft, job.encoder, _data_card(job.config, job.rows, job.held), one.note, metrics)
+
+
+def _write_prompts(job: Job, progress: Progress) -> dict[str, Path]:
+    """Writes the finished prompts, `prompt` or `prompts/NAME`, unless they are there already. Returns their places."""
+    whole = job.run.prompt if len(job.trainees) == 1 else job.run.prompts
+    if not whole.exists():
+        with new_folder(whole) as draft:
+            for one in job.trainees:
+                write_prompt(prompt_folder(draft, one.name, len(job.trainees)), one.soft, _card(job, one, progress), job.base)
+    return {one.name: whole if len(job.trainees) == 1 else whole / one.name for one in job.trainees}
+
+
+def _result(job: Job, progress: Progress, places: dict[str, Path]) -> dict[str, Any]:
+    """The run in numbers; the losses are those of `prompt`, the best of a bank on the held-out rows, else in training."""
+    prompts: dict[str, dict[str, Any]] = {
+        one.name: {
+            "seed": one.config.train.seed,
+            "train_loss": progress.scores[one.name].train_loss,
+            "eval_loss_before": progress.scores[one.name].eval_loss_before,
+            "eval_loss_after": progress.scores[one.name].eval_loss,
+            "prompt": str(places[one.name]),
+        }
+        for one in job.trainees
+    }
+    best = min(prompts.values(), key=lambda found: found["train_loss"] if found["eval_loss_after"] is None else found["eval_loss_after"])
+    return {
+        "steps": progress.step,
+        **{key: value for key, value in best.items() if key != "seed"},
+        "seconds": progress.seconds,
+        "samples_per_second": progress.num_examples / progress.seconds,
+        "peak_bytes": progress.peak_bytes,
+        "prompts": prompts,
+    }
 
 
 # ---- small decisions -----------------------------------------------------------------------------------------------
@@ -252,6 +275,13 @@ def count_steps(config: Config, num_rows: int) -> int:
 def _examples_of_step(config: Config, num_rows: int, step: int) -> int:
     size = config.train.examples_per_step
     return size if config.train.steps else min(size, num_rows * config.train.epochs - step * size)
+
+
+def _check_rates(members: dict[str, Config], base: FrozenBase) -> None:
+    if any(own.optim.lr is None for own in members.values()):
+        raise ConfigError(
+            f"optim.lr is not set: around 10% of the RMS of the base's embedding rows learns, here optim.lr={base.rms / 10:.2g}"
+        )
 
 
 def resolve_position(config: Config, encoder: Encoder) -> str:
@@ -303,19 +333,6 @@ def _data_card(config: Config, rows: Rows, held: Rows | None) -> DataCard:
     )
 
 
-def _result(progress: Progress, prompt: Path) -> dict[str, Any]:
-    return {
-        "steps": progress.step,
-        "train_loss": progress.loss_sum / progress.num_supervised,
-        "eval_loss_before": progress.eval_loss_before,
-        "eval_loss_after": progress.eval_loss,
-        "seconds": progress.seconds,
-        "samples_per_second": progress.num_examples / progress.seconds,
-        "peak_bytes": progress.peak_bytes,
-        "prompt": str(prompt),
-    }
-
-
 def _with_absolute_paths(config: Config) -> Config:
     """Local paths made absolute, so that the run can be resumed and the prompt used from any folder."""
 
@@ -350,3 +367,7 @@ def _interrupt_after_step() -> Iterator[Any]:
         yield lambda: pressed
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+import torch
 
 import softprompt
 from softprompt.artifact import load_prompt
@@ -21,14 +22,15 @@ PACKAGE = ROOT / "softprompt"
 # A module imports only from floors below its own.
 FLOORS = [
     {"errors"},
-    {"config", "hub", "atomic"},
-    {"data", "unpack"},
+    {"config", "hub", "atomic", "precise", "head"},
+    {"data", "unpack", "prefix"},
     {"encode"},
     {"batch", "model"},
-    {"loss", "prompt", "init", "optim", "decode"},
+    {"loss", "prompt", "init", "optim", "decode", "memory"},
+    {"step"},
     {"artifact", "show"},
     {"runlog", "checkpoint"},
-    {"evaluation", "generation"},
+    {"evaluation", "generation", "events"},
     {"training"},
     {"plan"},
     {"screen"},
@@ -203,9 +205,38 @@ def log_lines(config: Config) -> object:
 
 
 def batch_shapes(config: Config) -> object:
+    from softprompt import load_base
     from softprompt.batch import cut_by_length
+    from softprompt.memory import token_budget
 
-    return cut_by_length([9, 8, 7], config.train.tokens_per_batch)
+    return cut_by_length([9, 8, 7], token_budget(load_base(config.model), config.train.tokens_per_batch))
+
+
+def numbers_kept(config: Config) -> object:
+    """How much autograd keeps for backward."""
+    kept = 0
+
+    def count(tensor: torch.Tensor) -> torch.Tensor:
+        nonlocal kept
+        kept += tensor.numel()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        list(train(config))
+    return kept
+
+
+def gradient_left(config: Config) -> object:
+    """The gradient of a head that is sure of its tokens: what it leaves out is a question of the tolerance alone."""
+    from softprompt.head import Head
+
+    weight = torch.linspace(0, 30, 600)[:, None]
+    return Head(weight).losses(torch.ones(1, 1), torch.tensor([598]), config.train.head_tolerance)[1]
+
+
+def prompts_after(config: Config) -> object:
+    *_, finished = train(config)
+    return list(finished.result["prompts"])
 
 
 EFFECTS: dict[str, Effect] = {
@@ -223,6 +254,8 @@ EFFECTS: dict[str, Effect] = {
     "data.limit": ("3", rows_loaded),
     "data.label_words": ('{{"0" = "no", "1" = "yes"}}', rows_loaded),
     "data.max_rejected": ("1", error_of),
+    "prompt.count": ("2", prompts_after),
+    "prompt.bank": ('[{{name = "a"}}, {{name = "b", seed = 3}}]', prompts_after),
     "prompt.length": ("3", rows_after),
     "prompt.init": ("random", rows_after),
     "prompt.text": ("Another text.", rows_after),
@@ -236,6 +269,8 @@ EFFECTS: dict[str, Effect] = {
     "train.steps": ("5", events_after),
     "train.seed": ("7", rows_after),
     "train.tokens_per_batch": ("10", batch_shapes),
+    "train.head_tolerance": ("0.9", gradient_left),
+    "train.checkpoint_activations": ("true", numbers_kept),
     "train.log_every": ("1", log_lines),
     "train.eval_every": ("1", events_after),
     "train.save_every": ("1", events_after),

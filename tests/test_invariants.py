@@ -1,6 +1,7 @@
 """What must always hold, on every supported family. PEFT and transformers' generate are the oracles."""
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 
 import peft
@@ -12,9 +13,8 @@ from softprompt.artifact import load_prompt
 from softprompt.batch import batches, collate
 from softprompt.decode import Sampling, decode
 from softprompt.encode import Encoded
-from softprompt.loss import token_losses
-from softprompt.model import Prefix
-from softprompt.prompt import SoftPrompt
+from softprompt.prompt import SoftPrompt, prefix_of
+from softprompt.step import Engine, step_gradients
 from softprompt.training import train
 
 FAMILIES = sorted(tiny.FAMILIES)
@@ -41,20 +41,16 @@ def some_prompt(base, length: int = 6, position: str = "start", seed: int = 1) -
     return SoftPrompt(base.row_mean_H + noise * base.row_std_H, position, tiny.BOS if position == "after_bos" else None)
 
 
-def loss_and_gradient(base, soft: SoftPrompt, rows, tokens_per_batch: int) -> tuple[float, torch.Tensor]:
+def loss_and_gradient(base, soft: SoftPrompt, rows, tokens_per_batch: int, **how) -> tuple[float, torch.Tensor]:
     """As a training step does it: one prefix, micro-batches on its leaf, one backward through the prompt."""
     rows_PH = soft.rows_PH.clone().requires_grad_()
-    prefix = SoftPrompt(rows_PH, soft.position, soft.bos_id).prefix(base)
-    leaf, total = prefix.leaf(), sum(row.num_supervised for row in rows)
-    loss_sum = 0.0
-    for batch in batches(rows, range(len(rows)), tokens_per_batch, base.device):
-        continued = base.continue_from([leaf], [0] * len(batch.rows), batch.ids_BT, batch.mask_BT)
-        loss = token_losses(base, continued, batch).sum() / total
-        loss.backward()
-        loss_sum += loss.item()
-    prefix.backward_from(leaf)
+    (loss,) = step_gradients(base, [replace(soft, rows_PH=rows_PH)], [rows], Engine(tokens_per_batch, **how))
     assert rows_PH.grad is not None
-    return loss_sum, rows_PH.grad
+    return loss.item(), rows_PH.grad
+
+
+def whole_batch(base, rows, which=None):
+    return collate(rows, range(len(rows)), which or [0] * len(rows), base.device)
 
 
 def peft_model(base, soft: SoftPrompt):
@@ -78,7 +74,7 @@ def test_loss_and_gradient_equal_peft(bases, family, position):
     soft = some_prompt(base, position=position)
     loss, gradient = loss_and_gradient(base, soft, rows, tokens_per_batch=20)
 
-    batch = collate(rows, range(len(rows)), base.device)
+    batch = whole_batch(base, rows)
     labels = torch.full_like(batch.ids_BT, -100)
     for index, row in enumerate(rows):
         labels[index, : len(row)] = torch.tensor([token if on else -100 for token, on in zip(row.ids, row.supervised, strict=True)])
@@ -96,9 +92,9 @@ def test_shared_prefix_equals_concatenation(bases, family):
     base, rows = bases(family), encoded_rows()
     assert base.shares_prefix
     soft = some_prompt(base)
-    batch = collate(rows, range(len(rows)), base.device)
+    batch = whole_batch(base, rows)
     with torch.no_grad():
-        shared = base.continue_from([soft.prefix(base)], [0] * len(rows), batch.ids_BT, batch.mask_BT).hidden_BTH
+        shared = base.continue_from(prefix_of(base, [soft]), batch.which_B, batch.ids_BT, batch.mask_BT).hidden_BTH
         for index, row in enumerate(rows):
             joined = torch.cat([soft.rows_PH, base.embed_ids(row.ids)])
             alone = base.model.base_model(inputs_embeds=joined[None]).last_hidden_state[0, soft.length :]
@@ -115,7 +111,7 @@ def test_any_cut_into_micro_batches_gives_the_same_gradient(bases, family):
     soft = some_prompt(base, position="after_bos")
     whole = loss_and_gradient(base, soft, rows, tokens_per_batch=1000)
     for budget in (1, 15, 28):
-        assert len(list(batches(rows, range(len(rows)), budget, base.device))) > 1
+        assert len(list(batches(rows, [0] * len(rows), budget, base.device))) > 1
         loss, gradient = loss_and_gradient(base, soft, rows, budget)
         assert loss == pytest.approx(whole[0], rel=1e-5)
         torch.testing.assert_close(gradient, whole[1], rtol=1e-3, atol=1e-6)
@@ -125,7 +121,7 @@ def test_any_cut_into_micro_batches_gives_the_same_gradient(bases, family):
 def test_left_padded_equals_right_padded_equals_alone(bases, family):
     # A window that both ends of a padded row fit into: index distance is what sliding windows measure.
     base, rows = bases(family, **WIDE.get(family, {})), encoded_rows()
-    prefix = some_prompt(base).prefix(base)
+    prefix = prefix_of(base, [some_prompt(base)])
     width = max(LENGTHS)
     with torch.no_grad():
         for row in rows:
@@ -133,7 +129,7 @@ def test_left_padded_equals_right_padded_equals_alone(bases, family):
             for before, after in ((0, 0), (0, width - len(row)), (width - len(row), 0)):
                 ids = torch.tensor([[0] * before + list(row.ids) + [0] * after])
                 mask = torch.tensor([[0] * before + [1] * len(row) + [0] * after])
-                hidden = base.continue_from([prefix], [0], ids, mask).hidden_BTH
+                hidden = base.continue_from(prefix, torch.tensor([0]), ids, mask).hidden_BTH
                 outcomes.append(base.logits(hidden[0, before : before + len(row)]))
             torch.testing.assert_close(outcomes[1], outcomes[0], rtol=1e-4, atol=1e-4)
             torch.testing.assert_close(outcomes[2], outcomes[0], rtol=1e-4, atol=1e-4)
@@ -144,13 +140,13 @@ def test_a_mixed_batch_of_prompts_equals_one_by_one(bases, family):
     base, rows = bases(family), encoded_rows()
     prompts = [some_prompt(base, 6), some_prompt(base, 3, "after_bos", seed=2), some_prompt(base, 11, seed=3)]
     with torch.no_grad():
-        prefixes = [prompt.prefix(base) for prompt in prompts]
         which = [2, 0, 1, 0]
-        batch = collate(rows, range(len(rows)), base.device)
-        mixed = base.continue_from(prefixes, which, batch.ids_BT, batch.mask_BT).hidden_BTH
+        batch = whole_batch(base, rows, which)
+        mixed = base.continue_from(prefix_of(base, prompts), batch.which_B, batch.ids_BT, batch.mask_BT).hidden_BTH
         for index, row in enumerate(rows):
-            alone = collate([row], [0], base.device)
-            hidden = base.continue_from([prefixes[which[index]]], [0], alone.ids_BT, alone.mask_BT).hidden_BTH[0]
+            alone = whole_batch(base, [row])
+            prefix = prefix_of(base, [prompts[which[index]]])
+            hidden = base.continue_from(prefix, alone.which_B, alone.ids_BT, alone.mask_BT).hidden_BTH[0]
             torch.testing.assert_close(mixed[index, : len(row)], hidden, rtol=1e-4, atol=1e-5)
 
 
@@ -160,17 +156,17 @@ def test_greedy_generation_equals_transformers(bases, family):
     prompts = [some_prompt(base, 5), some_prompt(base, 9, "after_bos", seed=2)]
     which = [0, 1, 1, 0]
     with torch.no_grad():
-        prefixes: list[Prefix] = [prompt.prefix(base) for prompt in prompts]
+        prefix = prefix_of(base, prompts)
     said: list[list[int]] = [[] for _ in rows]
     ended = [False] * len(rows)
-    for token in decode(base, prefixes, which, [row.ids for row in rows], Sampling(max_new_tokens=20)):
+    for token in decode(base, prefix, which, [row.ids for row in rows], Sampling(max_new_tokens=20)):
         assert not ended[token.row]
         ended[token.row] = token.last
         if token.id is not None:
             said[token.row].append(token.id)
     assert all(ended)
     for index, row in enumerate(rows):
-        embeds = torch.cat([prefixes[which[index]].embeds_SH, base.embed_ids(row.ids)])[None]
+        embeds = torch.cat([prefix.embeds[which[index]], base.embed_ids(row.ids)])[None]
         expected = base.model.generate(
             inputs_embeds=embeds, max_new_tokens=20, do_sample=False, eos_token_id=tiny.EOS, pad_token_id=tiny.PAD
         )
@@ -211,7 +207,7 @@ def test_plain_peft_loads_the_artifact_with_the_same_logits(bases, make_config, 
     prompt = load_prompt(folder, base)
     ids = torch.tensor([prompt.encoder.question("bring tea")])
     with torch.no_grad():
-        ours = base.logits(base.continue_from([prompt.soft.prefix(base)], [0], ids, torch.ones_like(ids)).hidden_BTH)
+        ours = base.logits(base.continue_from(prefix_of(base, [prompt.soft]), torch.tensor([0]), ids, torch.ones_like(ids)).hidden_BTH)
         theirs = peft.PeftModel.from_pretrained(base.model, folder).eval()
         bos = torch.tensor([[tiny.BOS]]) if position == "start" else torch.zeros(1, 0, dtype=torch.long)
         logits = theirs(input_ids=torch.cat([bos, ids], dim=1)).logits[:, -ids.shape[1] :]

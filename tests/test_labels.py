@@ -360,12 +360,12 @@ def test_softprompt_keeps_the_labels_of_any_mix_of_lengths(pad_is_eos):
     rows = tutorial_rows(tokenizer)
     assert [list(row.ids) for row in encoded] == [row["input_ids"] for row in rows]
     for numbers in ([0], [1, 2], list(range(len(rows))), [7, 3, 5]):
-        batch = collate(encoded, numbers, torch.device("cpu"))
+        batch = collate(encoded, numbers, [0] * len(encoded), torch.device("cpu"))
         wanted = [[token for token in rows[number]["labels"] if token != -100] for number in numbers]
         assert batch.targets_N.tolist() == [token for answer in wanted for token in answer]
-        assert batch.row_of_target.tolist() == [index for index, answer in enumerate(wanted) for _ in answer]
+        assert batch.row_N.tolist() == [index for index, answer in enumerate(wanted) for _ in answer]
         assert (batch.targets_N == tokenizer.eos_token_id).sum() == len(numbers)
-        assert torch.equal(batch.ids_BT[:, 1:][batch.scored_BT[:, :-1]], batch.targets_N)
+        assert torch.equal(batch.ids_BT.flatten()[batch.scored_N + 1], batch.targets_N)
     with pytest.raises(DataError, match="the question is empty"):
         make_encoder(tokenizer, "{{ prompt }}").encode(Example(example_of("", "tea").messages, "row", fields={"prompt": ""}))
 
@@ -377,7 +377,7 @@ def test_softprompt_gives_one_gradient_for_every_cut(bases):
     soft = some_prompt(base)
     loss, gradient = loss_and_gradient(base, soft, encoded, 10_000)
     for budget, num_batches in ((1, 8), (100, 4)):
-        assert len(list(batches(encoded, range(len(encoded)), budget, base.device))) == num_batches
+        assert len(list(batches(encoded, [0] * len(encoded), budget, base.device))) == num_batches
         cut_loss, cut_gradient = loss_and_gradient(base, soft, encoded, budget)
         assert cut_loss == pytest.approx(loss, rel=1e-5)
         assert apart(cut_gradient, gradient) < 1e-4

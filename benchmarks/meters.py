@@ -1,0 +1,119 @@
+"""Clock, memory and machine: what a measuring process reads about itself."""
+
+import ctypes
+import gc
+import importlib.metadata
+import os
+import platform
+import re
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+SAMPLE_SECONDS = 0.002
+
+
+class StepClock:
+    """Seconds from the end of the first step to the end of the last. A GPU is waited for at these two moments only."""
+
+    def __init__(self, device: torch.device, num_timed: int) -> None:
+        self.device = device
+        self.num_timed = num_timed
+        self.ticks = 0
+        self.began = self.ended = 0.0
+
+    def tick(self) -> None:
+        """To be called when a step has ended."""
+        self.ticks += 1
+        if self.ticks == 1:
+            self.began = self._now()
+        if self.ticks == self.num_timed + 1:
+            self.ended = self._now()
+
+    @property
+    def seconds(self) -> float:
+        assert self.ticks == self.num_timed + 1, f"{self.ticks} steps were taken, not {self.num_timed} and a first one"
+        return self.ended - self.began
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+
+def watch_peak(model: torch.nn.Module, device: torch.device) -> Callable[[], int]:
+    """Starts to watch memory; the returned function tells the most bytes used since, above what the idle model takes."""
+    for parameter in model.parameters():  # weights that are mapped from a file count once they were read
+        parameter.sum()
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        idle = torch.cuda.memory_allocated(device)
+        return lambda: torch.cuda.max_memory_allocated(device) - idle
+    return _watch_process()
+
+
+def _watch_process() -> Callable[[], int]:
+    _return_free_memory()
+    idle = _status_bytes("VmRSS")
+    try:
+        CLEAR.write_text("5")  # sets the high-water mark back to the present size, see proc(5)
+    except OSError:
+        return _watch_by_samples(idle)
+    return lambda: _status_bytes("VmHWM") - idle
+
+
+def _watch_by_samples(idle: int) -> Callable[[], int]:
+    highest = idle
+
+    def sample() -> None:
+        nonlocal highest
+        while True:
+            highest = max(highest, _status_bytes("VmRSS"))
+            time.sleep(SAMPLE_SECONDS)
+
+    threading.Thread(target=sample, daemon=True).start()
+    return lambda: highest - idle
+
+
+def _return_free_memory() -> None:
+    """What loading left behind in the allocator would be used again unseen, and hide as much of the peak."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
+def _status_bytes(field: str) -> int:
+    found = re.search(rf"^{field}:\s+(\d+) kB", STATUS.read_text(), flags=re.MULTILINE)
+    assert found, f"no {field} in {STATUS}"
+    return int(found[1]) * 1024
+
+
+def die_first() -> None:
+    """When memory runs out, the system ends this process and not one that others wait for."""
+    try:
+        Path("/proc/self/oom_score_adj").write_text("1000")
+    except OSError:  # no such file outside of Linux: then the system chooses
+        return
+
+
+def machine() -> dict[str, Any]:
+    """What a reader needs to judge the numbers."""
+    return {
+        "cpu": _cpu_name(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft")},
+    }
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    found = re.search(r"^model name\s*: (.+)$", info.read_text(), flags=re.MULTILINE) if info.exists() else None
+    return found[1] if found else platform.processor()

@@ -1,0 +1,65 @@
+"""What a run reports while it goes on. Values only: whoever loops over `train` prints, plots or streams them."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from softprompt.model import FrozenBase
+
+
+@dataclass(frozen=True)
+class Started:
+    """The run is set up. `first_step` is not 0 when it goes on from a checkpoint. `notes`: by prompt, where it starts from."""
+
+    run: Path
+    base: FrozenBase
+    num_steps: int
+    first_step: int
+    num_train: int
+    num_eval: int
+    num_rejected: int
+    notes: dict[str, str]
+    num_trainable: int
+    num_parameters: int
+    row_rms: float
+
+
+@dataclass(frozen=True)
+class Step:
+    """An optimizer step was taken. `loss` per supervised token, `lr` and `grad_norm` are means over the prompts of the run,
+    `losses` those of each; `num_tokens` real tokens of the step's rows, counted for every prompt that saw them."""
+
+    step: int
+    loss: float
+    lr: float
+    grad_norm: float
+    losses: tuple[float, ...]
+    num_tokens: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """Loss per supervised token on the held-out rows after `step` steps: the mean over the prompts, and that of each."""
+
+    step: int
+    loss: float
+    losses: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint was written."""
+
+    step: int
+    path: Path
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The run is done; `result` is what `softprompt train --json` writes."""
+
+    result: dict[str, Any]
+
+
+Event = Started | Step | Evaluated | Saved | Finished

@@ -1,0 +1,34 @@
+"""How many tokens a micro-batch may have on this machine."""
+
+from typing import Any
+
+import torch
+from psutil import virtual_memory
+
+from softprompt.model import FrozenBase
+
+CPU_TOKENS = 512  # what the caches of a CPU like best: larger micro-batches are slower and need more memory (LOG.md)
+GPU_TOKENS = 65536
+SHARE = 0.5  # of the free memory, for activations
+
+
+def token_budget(base: FrozenBase, wanted: int | None) -> int:
+    """Tokens (padding included) of one micro-batch: `wanted`, or what fits into the free memory and computes fastest."""
+    if wanted is not None:
+        return wanted
+    if base.device.type == "cuda":
+        free, most = torch.cuda.mem_get_info(base.device)[0], GPU_TOKENS
+    else:
+        free, most = virtual_memory().available, CPU_TOKENS
+    return int(max(1, min(most, SHARE * free / activation_bytes(base.model.base_model))))
+
+
+def activation_bytes(backbone: Any) -> int:
+    """Bytes that one token keeps for backward, roughly.
+
+    A frozen linear layer keeps nothing itself; what counts is the outputs of linear layers, which norms, attention and
+    activations keep, and twice the residual stream per norm.
+    """
+    linear = sum(module.weight.shape[0] for module in backbone.modules() if isinstance(module, torch.nn.Linear))
+    norms = sum(module.weight.numel() for module in backbone.modules() if "Norm" in type(module).__name__)
+    return (linear + 2 * norms) * next(backbone.parameters()).dtype.itemsize
