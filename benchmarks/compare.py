@@ -11,6 +11,7 @@ from jobs import Job, Measured, PeftSetting, SideFailed, Spec, measure, run_side
 from workloads import MANNERS, Manner, Workload
 
 TRIAL_STEPS = 2
+SLOWER = 0.1  # the trial ends at a batch size that is slower by this share than a smaller one
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,8 @@ def choose(manner: Manner, job: Job, folder: Path) -> Choice:
         except SideFailed as error:
             trial[size], failure = None, error
         say(f"trial: PEFT with batch size {size}", trial[size])
+        if (trial[size] or 0.0) < (1 - SLOWER) * max(speed or 0.0 for speed in trial.values()):
+            break
     worked = {size: speed for size, speed in trial.items() if speed is not None}
     if not worked:
         assert failure is not None
@@ -102,6 +105,7 @@ def _summary(pairs: Sequence[Pair], others: Mapping[str, Other]) -> dict[str, An
         "dtype": ours[0].dtype,
         "ours_samples_per_second": median(one.samples_per_second for one in ours),
         "ours_peak_bytes": round(median(one.peak_bytes for one in ours)),
+        "planned_peak_bytes": ours[0].planned_bytes,
         **manners[list(manners)[-1]],
         **({"manners": manners} if len(manners) > 1 else {}),
     }

@@ -60,7 +60,8 @@ class Spec:
 
 @dataclass(frozen=True)
 class Measured:
-    """`samples` are rows times prompts. `peak_bytes`: above the idle process with its weights."""
+    """`samples` are rows times prompts. `peak_bytes`: above the idle process with its weights; `planned_bytes`: what
+    `softprompt plan` says that it would be (ours only)."""
 
     samples: int
     seconds: float
@@ -68,6 +69,7 @@ class Measured:
     peak_bytes: int
     device: str
     dtype: str
+    planned_bytes: int | None = None
 
 
 class SideFailed(RuntimeError):

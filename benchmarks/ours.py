@@ -6,6 +6,7 @@ ours and separate measure speed and memory; gradient computes loss and gradient 
 import tempfile
 from collections.abc import Callable
 from contextlib import closing
+from dataclasses import replace
 from itertools import islice
 
 from jobs import Job, Spec, save
@@ -15,10 +16,10 @@ from torch import Tensor
 
 from softprompt.encode import Encoder
 from softprompt.events import Step
-from softprompt.memory import token_budget
+from softprompt.plan import make_plan
 from softprompt.prompt import SoftPrompt
-from softprompt.step import Engine, step_gradients
-from softprompt.training import train
+from softprompt.step import step_gradients
+from softprompt.training import make_engine, train
 
 
 def measure_ours(spec: Spec) -> None:
@@ -26,7 +27,9 @@ def measure_ours(spec: Spec) -> None:
     scene = set_scene(spec.job, spec.job.dtype)
     peak = watch_peak(scene.base.model, scene.base.device)
     seconds = _seconds_of_run(spec.job, scene, spec.job.seed, spec.job.num_prompts)
-    save(measured(spec.job, scene, seconds, peak()), spec.result)
+    result = measured(spec.job, scene, seconds, peak())
+    plan = make_plan(run_config(spec.job, scene.base, "unused", spec.job.seed, spec.job.num_prompts)).memory
+    save(replace(result, planned_bytes=plan.total - plan.weights), spec.result)
 
 
 def measure_separate(spec: Spec) -> None:
@@ -52,8 +55,7 @@ def write_gradient(spec: Spec) -> None:
     """Loss and gradient of the first step by ours, for every prompt of the job; also the rows they start from."""
     job = spec.job
     scene = set_scene(job, job.dtype)
-    how = run_config(job, scene.base, "unused", job.seed, 1).train
-    engine = Engine(token_budget(scene.base, how.tokens_per_batch), how.head_tolerance)
+    engine = make_engine(run_config(job, scene.base, "unused", job.seed, 1), scene.base)
     prompts = [_trainable(start_of(job, scene, job.seed + number), scene.encoder) for number in range(job.num_prompts)]
     rows = [scene.rows_of(job.examples_per_step, job.seed + number) for number in range(job.num_prompts)]
     loss_K = step_gradients(scene.base, prompts, rows, engine)

@@ -102,8 +102,8 @@ def run(asked: Asked) -> dict[str, Any]:
             "num_prompts": job.num_prompts,
             "head_tolerance": Config().train.head_tolerance if job.head_tolerance is None else job.head_tolerance,
             **lengths,
-            "model": asked.model,
-            "data": asked.data if workload.takes_data else None,
+            "model": Path(asked.model).name,
+            "data": Path(asked.data).name if asked.data and workload.takes_data else None,
             "machine": machine(),
         }
 
@@ -151,6 +151,7 @@ def table(result: dict[str, Any]) -> str:
         side = "separate" if name == "separate" else "peft"
         speed, peak = other[f"{side}_samples_per_second"], other[f"{side}_peak_bytes"] / 1e6
         lines.append(f"{name:12}{speed:12.3f}{peak:10.1f}{other['ratio']:8.2f}x{other['memory_ratio']:7.2f}x  {_setting(other)}")
+    lines.append(f"{'planned':24}{(result['planned_peak_bytes'] or 0) / 1e6:10.1f}")
     lines.append(f"loss difference {result['loss_difference']:.2e}, gradient cosine {result['gradient_cosine']:.6f}")
     return "\n".join([f"{result['workload']} on {result['device']} in {result['dtype']}, {len(result['pairs'])} pairs", *lines])
 

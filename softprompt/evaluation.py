@@ -95,7 +95,7 @@ def losses_by_row(base: FrozenBase, soft: SoftPrompt, rows: Sequence[Encoded], t
     """[len(rows)] summed loss of every row's supervised tokens, float64 on the CPU."""
     prefix = prefix_of(base, [soft])
     sums = torch.zeros(len(rows), dtype=torch.float64)
-    for batch in batches(rows, [0] * len(rows), token_budget(base, tokens_per_batch), base.device):
+    for batch in batches(rows, [0] * len(rows), token_budget(base.model.base_model, base.device, tokens_per_batch), base.device):
         continued = base.continue_from(prefix, batch.which_B, batch.ids_BT, batch.mask_BT)
         losses = token_losses(base, continued, batch).double().cpu()
         sums.index_add_(0, torch.tensor(batch.rows)[batch.row_N.cpu()], losses)

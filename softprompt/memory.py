@@ -5,22 +5,20 @@ from typing import Any
 import torch
 from psutil import virtual_memory
 
-from softprompt.model import FrozenBase
-
 CPU_TOKENS = 512  # what the caches of a CPU like best: larger micro-batches are slower and need more memory (LOG.md)
 GPU_TOKENS = 65536
 SHARE = 0.5  # of the free memory, for activations
 
 
-def token_budget(base: FrozenBase, wanted: int | None) -> int:
+def token_budget(backbone: Any, device: torch.device, wanted: int | None) -> int:
     """Tokens (padding included) of one micro-batch: `wanted`, or what fits into the free memory and computes fastest."""
     if wanted is not None:
         return wanted
-    if base.device.type == "cuda":
-        free, most = torch.cuda.mem_get_info(base.device)[0], GPU_TOKENS
+    if device.type == "cuda":
+        free, most = torch.cuda.mem_get_info(device)[0], GPU_TOKENS
     else:
         free, most = virtual_memory().available, CPU_TOKENS
-    return int(max(1, min(most, SHARE * free / activation_bytes(base.model.base_model))))
+    return int(max(1, min(most, SHARE * free / activation_bytes(backbone))))
 
 
 def activation_bytes(backbone: Any) -> int:

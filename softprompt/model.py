@@ -115,7 +115,7 @@ def load_base(config: ModelConfig) -> FrozenBase:
     if getattr(model, "hf_quantizer", None) is not None and gguf_file is not None:
         model.hf_quantizer.remove_quantization_config(model)  # the weights are plain numbers by now
         keep_unpacked(model, tokenizer, _unpacked(config))
-    return freeze(model.to(_device(config.device)), tokenizer, name if gguf_file is None else f"{name}/{gguf_file}")
+    return freeze(model.to(device_of(config.device)), tokenizer, name if gguf_file is None else f"{name}/{gguf_file}")
 
 
 def load_settings(config: ModelConfig) -> Any:
@@ -165,7 +165,7 @@ def freeze(model: Any, tokenizer: Any, name: str) -> FrozenBase:
     """A loaded model and its tokenizer as a base: frozen, in eval mode (no dropout), checked with a few tokens."""
     model.eval().requires_grad_(False)
     sample_VH = _sample_rows(model)
-    head = _head(model)
+    head = head_of(model)
     stop = [tokenizer.eos_token_id, model.generation_config.eos_token_id if model.generation_config else None]
     return FrozenBase(
         name=name,
@@ -187,7 +187,7 @@ def load_dtype(config: ModelConfig) -> torch.dtype:
     """The precision that a base is loaded in. auto: bfloat16 where the hardware multiplies in it, else float32."""
     if config.dtype != "auto":
         return getattr(torch, config.dtype)
-    device = _device(config.device).type
+    device = device_of(config.device).type
     if device == "cpu":  # without such instructions a CPU takes a hundred times longer than in float32
         found = torch.cpu.get_capabilities()
         fast = any(found.get(name) for name in ("avx512_bf16", "amx_bf16"))
@@ -216,7 +216,8 @@ def _cannot_load(name: str, gguf_file: str | None, address: str, error: Exceptio
     return f"{name}: no such folder here, and as a hub id it cannot be loaded from {address} (HF_ENDPOINT sets a mirror): {reason}"
 
 
-def _device(name: str) -> torch.device:
+def device_of(name: str) -> torch.device:
+    """The device that `model.device` means. Raises ConfigError when it is not there."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -235,7 +236,7 @@ def _sample_rows(model: Any) -> Tensor:
         return embedding(ids).float()
 
 
-def _head(model: Any) -> Head:
+def head_of(model: Any) -> Head:
     """The language-model head with the family's own treatment of logits."""
     matrix, text = model.get_output_embeddings(), model.config.get_text_config(decoder=True)
     scale = getattr(text, "logit_scale", None) or 1.0 / (getattr(text, "logits_scaling", None) or 1.0)

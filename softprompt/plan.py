@@ -3,6 +3,7 @@
 The model is built on the meta device, which has shapes and no weights.
 """
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -10,23 +11,23 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from softprompt.config import Config
+from softprompt.dryrun import step_peak
 from softprompt.errors import ConfigError
-from softprompt.head import BLOCK_NUMBERS
 from softprompt.init import prompt_length
-from softprompt.memory import CPU_TOKENS, activation_bytes
-from softprompt.model import context_length, load_dtype, load_settings, load_tokenizer, refuse_unsupported
+from softprompt.memory import activation_bytes, token_budget
+from softprompt.model import context_length, device_of, load_dtype, load_settings, load_tokenizer, refuse_unsupported
 from softprompt.training import check_context
 
+FRAGMENTATION = {"cpu": 1.4}  # what the allocator cannot use again: 1.3 to 1.55 measured on a CPU (LOG.md), next to nothing on a GPU
 BYTES_PER_FULL_PARAMETER = 16  # fp32 weight, gradient and Adam's two moments
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes by part of one training step. Activations are an estimate."""
+    """Bytes by part of one training step. `activations`: all that a step holds at most beside the other parts."""
 
     weights: int
     activations: int
-    logits_chunk: int
     prompt: int
     optimizer: int
 
@@ -42,7 +43,7 @@ class Plan:
     architecture: str
     num_layers: int
     hidden_size: int
-    num_heads: int
+    num_heads: int | None
     vocabulary: int
     context_length: int | None
     num_virtual_tokens: int
@@ -77,7 +78,7 @@ def make_plan(config: Config) -> Plan:
     settings = load_settings(config.model)
     refuse_unsupported(settings)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(settings, trust_remote_code=config.model.trust_remote_code)
+        model = AutoModelForCausalLM.from_config(settings, dtype=load_dtype(config.model), trust_remote_code=config.model.trust_remote_code)
     text = settings.get_text_config(decoder=True)
     width = model.get_input_embeddings()(torch.zeros(1, dtype=torch.long, device="meta")).shape[-1]
     lengths = [_length(own) for own in config.members().values()]
@@ -87,8 +88,7 @@ def make_plan(config: Config) -> Plan:
     rows_bytes = 4 * length * width
     memory = Memory(
         weights=sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize,
-        activations=activation_bytes(model.base_model) * ((config.train.tokens_per_batch or CPU_TOKENS) + length),
-        logits_chunk=4 * BLOCK_NUMBERS["cpu"],
+        activations=_activations(config, settings, model, lengths),
         prompt=2 * rows_bytes,
         optimizer=2 * rows_bytes,
     )
@@ -96,7 +96,7 @@ def make_plan(config: Config) -> Plan:
         architecture=type(model).__name__,
         num_layers=text.num_hidden_layers,
         hidden_size=text.hidden_size,
-        num_heads=text.num_attention_heads,
+        num_heads=getattr(text, "num_attention_heads", None),
         vocabulary=text.vocab_size,
         context_length=context_length(settings),
         num_virtual_tokens=length,
@@ -106,6 +106,20 @@ def make_plan(config: Config) -> Plan:
         memory=memory,
         full_finetuning_bytes=BYTES_PER_FULL_PARAMETER * model.num_parameters(),
     )
+
+
+def _activations(config: Config, settings: Any, model: Any, lengths: Sequence[int]) -> int:
+    """Bytes of a step beside weights, prompt and optimizer, with the largest micro-batch that the configuration can have."""
+    width, device = config.data.max_length, device_of(config.model.device)
+    rows = max(
+        1,
+        min(token_budget(model.base_model, device, config.train.tokens_per_batch) // width, config.train.examples_per_step * len(lengths)),
+    )
+    if getattr(model, "_is_stateful", False):  # a recurrent state cannot be shared: the plain path, one row at a time
+        peak = (width + max(lengths)) * activation_bytes(model.base_model)
+    else:
+        peak = step_peak(settings, model.dtype, [length + 1 for length in lengths], (rows, width), config.train.checkpoint_activations)
+    return round(peak * FRAGMENTATION.get(device.type, 1.0))
 
 
 def _length(config: Config) -> int:

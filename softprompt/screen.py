@@ -171,7 +171,7 @@ def draw_summary(name: str, summary: "Summary") -> None:
 def draw_plan(plan: "Plan") -> None:
     """Architecture, parameters and memory by part."""
     console.print(
-        f"[bold]{plan.architecture}[/]: {plan.num_layers} layers, hidden size {plan.hidden_size}, {plan.num_heads} heads, "
+        f"[bold]{plan.architecture}[/]: {plan.num_layers} layers, hidden size {plan.hidden_size}, {plan.num_heads or 'no'} heads, "
         f"vocabulary {plan.vocabulary:,}, context {plan.context_length or 'not stated'}"
     )
     console.print(f"{plan.num_virtual_tokens} virtual tokens; {plan.trainable_line}")
@@ -181,8 +181,7 @@ def draw_plan(plan: "Plan") -> None:
     memory = plan.memory
     parts = {
         f"weights ({plan.dtype})": memory.weights,
-        "activations (estimate)": memory.activations,
-        "logits of one chunk": memory.logits_chunk,
+        "activations": memory.activations,
         "prompt and its gradient": memory.prompt,
         "optimizer": memory.optimizer,
         "together": memory.total,

@@ -100,7 +100,7 @@ def train(config: Config, *, resume: bool = False, base: FrozenBase | None = Non
         trainees = tuple(
             _trainee(name, own, starts[name], positions[name], encoder, base, checkpoint, num_steps) for name, own in members.items()
         )
-        engine = Engine(token_budget(base, config.train.tokens_per_batch), config.train.head_tolerance, config.train.checkpoint_activations)
+        engine = make_engine(config, base)
         yield from _run(Job(config, run, base, engine, encoder, rows, held, trainees), progress)
 
 
@@ -367,6 +367,12 @@ def _interrupt_after_step() -> Iterator[Any]:
         yield lambda: pressed
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def make_engine(config: Config, base: FrozenBase) -> Engine:
+    """How the steps of a configuration are computed on this machine."""
+    how = config.train
+    return Engine(token_budget(base.model.base_model, base.device, how.tokens_per_batch), how.head_tolerance, how.checkpoint_activations)
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -22,12 +22,12 @@ PACKAGE = ROOT / "softprompt"
 # A module imports only from floors below its own.
 FLOORS = [
     {"errors"},
-    {"config", "hub", "atomic", "precise", "head"},
+    {"config", "hub", "atomic", "precise", "head", "memory"},
     {"data", "unpack", "prefix"},
     {"encode"},
     {"batch", "model"},
-    {"loss", "prompt", "init", "optim", "decode", "memory"},
-    {"step"},
+    {"loss", "prompt", "init", "optim", "decode"},
+    {"step", "dryrun"},
     {"artifact", "show"},
     {"runlog", "checkpoint"},
     {"evaluation", "generation", "events"},
@@ -209,7 +209,8 @@ def batch_shapes(config: Config) -> object:
     from softprompt.batch import cut_by_length
     from softprompt.memory import token_budget
 
-    return cut_by_length([9, 8, 7], token_budget(load_base(config.model), config.train.tokens_per_batch))
+    base = load_base(config.model)
+    return cut_by_length([9, 8, 7], token_budget(base.model.base_model, base.device, config.train.tokens_per_batch))
 
 
 def numbers_kept(config: Config) -> object:

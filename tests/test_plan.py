@@ -5,9 +5,13 @@ import tiny
 from transformers import BloomConfig
 
 from softprompt.config import load_config
+from softprompt.dryrun import _Alive, step_peak
+from softprompt.encode import Encoded
 from softprompt.errors import ConfigError
 from softprompt.plan import make_plan
+from softprompt.prompt import SoftPrompt
 from softprompt.screen import size
+from softprompt.step import Engine, step_gradients
 
 
 @pytest.fixture
@@ -60,3 +64,26 @@ def test_a_prompt_longer_than_the_context_is_refused(bases):
 def test_a_plan_needs_a_length_or_a_text(bases):
     with pytest.raises(ConfigError, match=r"prompt\.text or prompt\.length"):
         plan_of(bases().name, "prompt.init=text")
+
+
+@pytest.mark.parametrize("checkpoint", [False, True])
+@pytest.mark.parametrize("family", sorted(tiny.FAMILIES))
+def test_a_dry_run_holds_what_a_real_step_holds(bases, family, checkpoint):
+    base = bases(family)
+    rows = [Encoded(tuple(range(3, 43)), (False, *[True] * 39))] * 6
+    prompts = [SoftPrompt(base.embed_ids([5] * length).requires_grad_(), "start", None) for length in (7, 3)]
+    alive = _Alive([*base.model.parameters(), *base.model.buffers()])
+    with alive:
+        step_gradients(base, prompts, [rows[:3], rows[3:]], Engine(10_000, checkpoint_activations=checkpoint))
+    dry = step_peak(base.model.config, base.dtype, [7, 3], (6, 40), checkpoint)
+    assert alive.now < alive.peak / 2
+    assert dry == pytest.approx(alive.peak, rel=0.1)
+
+
+def test_checkpointed_activations_are_planned_smaller(bloom):
+    plain, checkpointed = (plan_of(bloom, f"train.checkpoint_activations={value}").memory.activations for value in ("false", "true"))
+    assert checkpointed < plain / 3
+
+
+def test_a_recurrent_base_is_planned_too(bases):
+    assert plan_of(bases("falcon_mamba").name).memory.activations > 0

@@ -1,0 +1,83 @@
+"""One micro-batch computed on shapes alone: what a step will hold in memory, without weights and in a few seconds.
+
+The step's own code runs under PyTorch's fake tensors, which have shapes, types and lifetimes but no numbers; what is alive
+is counted as it comes and goes. So whatever a family keeps for backward is counted as it is, by no formula of ours.
+"""
+
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AutoModelForCausalLM
+
+from softprompt.batch import Batch
+from softprompt.loss import token_losses
+from softprompt.model import FrozenBase, head_of
+from softprompt.prefix import checkpointed
+
+
+class _Alive(TorchDispatchMode):
+    """Counts the bytes of all tensors that operations make, as long as they live."""
+
+    def __init__(self, known: Sequence[Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.now = self.peak = 0
+        self.sizes = {tensor.untyped_storage()._cdata: 0 for tensor in known}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, Tensor):
+                self._count(tensor.untyped_storage())
+        return made
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key not in self.sizes:
+            self.sizes[key] = storage.nbytes()
+            self.now += self.sizes[key]
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self._forget, key)
+
+    def _forget(self, key: int) -> None:
+        self.now -= self.sizes.pop(key, 0)
+
+
+def step_peak(settings: Any, dtype: torch.dtype, prefix_lengths: Sequence[int], shape: tuple[int, int], checkpoint: bool) -> int:
+    """Bytes above the weights that a step holds at most: prefixes of these lengths (BOS included), and one micro-batch of
+    `shape` (rows, tokens of each), every token supervised."""
+    num_rows, width = shape
+    with FakeTensorMode(allow_non_fake_inputs=True), _faked(settings, dtype) as base:
+        starts = [torch.zeros(length, base.hidden_size, requires_grad=True) for length in prefix_lengths]
+        batch = _full_batch(num_rows, width, len(starts))
+        alive = _Alive([*base.model.parameters(), *base.model.buffers()])
+        with alive, checkpointed(base.model.base_model) if checkpoint else nullcontext():
+            prefix = base.prefill(starts)
+            leaf = prefix.leaf()
+            continued = base.continue_from(leaf, batch.which_B, batch.ids_BT, batch.mask_BT)
+            losses_N = token_losses(base, continued, batch)
+            del continued
+            grads = torch.autograd.grad(losses_N.sum(), leaf.tensors, allow_unused=True)
+            assert len(grads) == len(leaf.tensors)
+    return alive.peak
+
+
+@contextmanager
+def _faked(settings: Any, dtype: torch.dtype) -> Iterator[FrozenBase]:
+    """A base without numbers; what only its numbers could tell (fingerprints, spread of the rows) is left empty."""
+    model = AutoModelForCausalLM.from_config(settings, dtype=dtype).eval().requires_grad_(False)
+    nothing_H = torch.zeros(model.get_input_embeddings()(torch.zeros(1, dtype=torch.long)).shape[-1])
+    yield FrozenBase("", model, None, torch.device("cpu"), True, nothing_H, nothing_H, 0.0, frozenset(), "", "", head_of(model))
+
+
+def _full_batch(num_rows: int, width: int, num_prompts: int) -> Batch:
+    ids_BT = torch.zeros(num_rows, width, dtype=torch.long)
+    scored_N = torch.arange(num_rows * width)
+    which_B = torch.arange(num_rows) % num_prompts
+    return Batch(ids_BT, torch.ones_like(ids_BT), which_B, scored_N, torch.zeros_like(scored_N), scored_N // width, tuple(range(num_rows)))
