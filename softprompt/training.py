@@ -92,6 +92,7 @@ def train(config: Config, *, resume: bool = False, base: FrozenBase | None = Non
     check_context(base.context_length, max(len(start.rows_PH) for start in starts.values()), config.data.max_length)
     positions = {name: resolve_position(own, encoder) for name, own in members.items()}
     if not resume:
+        config = _with_token_budget(config, base)
         run = RunFolder.create(config)
         run.write_rejected(_rejected(rows, held))
     with run.locked():
@@ -373,6 +374,12 @@ def make_engine(config: Config, base: FrozenBase) -> Engine:
     """How the steps of a configuration are computed on this machine."""
     how = config.train
     return Engine(token_budget(base.model.base_model, base.device, how.tokens_per_batch), how.head_tolerance, how.checkpoint_activations)
+
+
+def _with_token_budget(config: Config, base: FrozenBase) -> Config:
+    """The budget that was found becomes part of the run: resumed on another day, it is cut into the same micro-batches."""
+    tokens = token_budget(base.model.base_model, base.device, config.train.tokens_per_batch)
+    return config.model_copy(update={"train": config.train.model_copy(update={"tokens_per_batch": tokens})})
 
 
 def _mean(values: Sequence[float]) -> float:

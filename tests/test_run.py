@@ -17,6 +17,7 @@ from softprompt.checkpoint import latest_checkpoint
 from softprompt.config import load_config
 from softprompt.errors import ConfigError, DataError, MissingPackage, RunError
 from softprompt.events import Evaluated, Finished, Saved, Started, Step
+from softprompt.memory import CPU_TOKENS
 from softprompt.runlog import RunFolder
 from softprompt.training import train
 
@@ -205,6 +206,13 @@ def test_the_run_folder_tells_what_ran(make_config):
     assert "torch" in json.loads((run / "run.json").read_text())["versions"]
     assert [event["event"] for event in events_of(run)] == ["evaluated", "step", "step", "evaluated", "finished"]
     assert (run / "rejected.jsonl").read_text() == ""
+
+
+def test_the_token_budget_that_was_found_is_part_of_the_run(make_config):
+    config = make_config("train.steps=1")
+    assert config.train.tokens_per_batch is None
+    list(train(config))
+    assert load_config(Path(config.train.out) / "config.toml").train.tokens_per_batch == CPU_TOKENS
 
 
 def test_tensorboard_receives_the_losses(make_config):
