@@ -85,7 +85,7 @@ class _Held(DynamicLayer):  # type: ignore[misc]
 
 def prefill(backbone: Any, embeds: Sequence[Tensor]) -> Prefix:
     """The prefixes of K sequences of embeddings [S, H], those of one length in one forward. Computed in float32 whatever
-    the base's precision: it is short, and the first positions carry activations that bfloat16 cannot hold (LOG.md)."""
+    the base's precision: it is short, runs once a step, and every example depends on it."""
     lengths = [len(embeds_SH) for embeds_SH in embeds]
     longest = max(lengths)
     parts: list[list[tuple[Tensor, Tensor]] | None] = [None] * len(embeds)
