@@ -71,11 +71,12 @@ def check_gradients(job: Job, folder: Path) -> dict[str, float]:
     run_side(Spec("gradient", job, str(ours)))
     run_side(Spec("reference", job, str(reference), start=str(ours)))
     mine, theirs = np.load(ours), np.load(reference)
-    cosines = [_cosine(a_PH, b_PH) for a_PH, b_PH in zip(mine["gradient"], theirs["gradient"], strict=True)]
+    cosines = [cosine(a_PH, b_PH) for a_PH, b_PH in zip(mine["gradient"], theirs["gradient"], strict=True)]
     return {"loss_difference": float(np.abs(mine["loss"] - theirs["loss"]).max()), "gradient_cosine": min(cosines)}
 
 
-def _cosine(a: np.ndarray, b: np.ndarray) -> float:
+def cosine(a: np.ndarray, b: np.ndarray) -> float:
+    """Of two gradients of one shape, summed in float64."""
     a, b = a.astype(np.float64), b.astype(np.float64)
     return float((a * b).sum() / np.sqrt((a * a).sum() * (b * b).sum()))
 

@@ -24,6 +24,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from compare import cosine
 from meters import machine
 from rows import make_rows, read_rows, write_rows
 from torch import Tensor
@@ -38,6 +39,7 @@ from softprompt.config import Config, ModelConfig, OptimConfig
 from softprompt.encode import make_encoder
 from softprompt.model import FrozenBase, load_base
 from softprompt.optim import RowOptimizer
+from softprompt.precise import wide
 from softprompt.prompt import SoftPrompt
 from softprompt.step import Engine, step_gradients
 
@@ -54,7 +56,7 @@ class RoundedProducts(TorchDispatchMode):
         half = any(isinstance(arg, Tensor) and arg.dtype == torch.bfloat16 for arg in args)
         if not half or not (name in ("mm", "addmm", "bmm", "baddbmm") or name.startswith("_scaled_dot_product")):
             return func(*args, **kwargs)
-        made = func(*tree_map(_wide, args), **tree_map(_wide, kwargs))
+        made = func(*tree_map(wide, args), **tree_map(wide, kwargs))
         if isinstance(made, Tensor):
             return made.to(torch.bfloat16)
         keeps = {1} if name.endswith("for_cpu") else set()  # the log-sum-exp of attention stays float32
@@ -62,10 +64,6 @@ class RoundedProducts(TorchDispatchMode):
             one.to(torch.bfloat16) if isinstance(one, Tensor) and one.is_floating_point() and index not in keeps else one
             for index, one in enumerate(made)
         )
-
-
-def _wide(value: Any) -> Any:
-    return value.float() if isinstance(value, Tensor) and value.dtype == torch.bfloat16 else value
 
 
 @contextmanager
@@ -142,8 +140,7 @@ def encoded_rows(given: argparse.Namespace, encoder: Any) -> Any:
 
 
 def against(grad_PH: Tensor, exact_PH: Tensor) -> dict[str, float]:
-    a, b = grad_PH.double().flatten(), exact_PH.double().flatten()
-    return {"cosine": float(torch.dot(a, b) / (a.norm() * b.norm())), "norm_ratio": float(a.norm() / b.norm())}
+    return {"cosine": cosine(grad_PH.numpy(), exact_PH.numpy()), "norm_ratio": float(grad_PH.norm() / exact_PH.norm())}
 
 
 def summarize(steps: list[dict[str, float]]) -> dict[str, float]:

@@ -108,9 +108,10 @@ def package_versions() -> dict[str, str]:
 
 
 def write_prompt(folder: Path, soft: SoftPrompt, card: Card, base: FrozenBase) -> None:
-    """Writes the four files into an existing folder."""
+    """Writes the four files into a folder, which is made where it is missing."""
     from peft import PromptTuningConfig
 
+    folder.mkdir(exist_ok=True)
     rows = soft.rows_PH.detach().float().cpu()
     if card.position == "after_bos" and soft.bos_id is not None:
         rows = torch.cat([base.embed_ids([soft.bos_id]).cpu(), rows])

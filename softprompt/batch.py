@@ -55,7 +55,7 @@ def cut_by_length(lengths: Sequence[int], tokens_per_batch: int) -> list[list[in
 
 
 def collate(rows: Sequence[Encoded], numbers: Sequence[int], which: Sequence[int], device: torch.device) -> Batch:
-    """The tensors of `rows[number]` for every number; `which[number]` is the prefix it continues from."""
+    """The tensors of `rows[number]` for every number; `which[i]` is the prefix that row `numbers[i]` continues from."""
     picked = [rows[number] for number in numbers]
     width = max(len(row) for row in picked)
     ids_BT = torch.zeros(len(picked), width, dtype=torch.long)
@@ -66,7 +66,7 @@ def collate(rows: Sequence[Encoded], numbers: Sequence[int], which: Sequence[int
         mask_BT[index, : len(row)] = 1
         supervised_BT[index, : len(row)] = torch.tensor(row.supervised)
     next_N = supervised_BT.flatten().nonzero()[:, 0]
-    which_B = torch.tensor([which[number] for number in numbers])
+    which_B = torch.tensor(which)
     tensors = (ids_BT, mask_BT, which_B, next_N - 1, ids_BT.flatten()[next_N], next_N // width)
     ids_BT, mask_BT, which_B, scored_N, targets_N, row_N = (_sent(tensor, device) for tensor in tensors)
     return Batch(ids_BT, mask_BT, which_B, scored_N, targets_N, row_N, tuple(numbers))
@@ -80,4 +80,4 @@ def _sent(tensor: Tensor, device: torch.device) -> Tensor:
 def batches(rows: Sequence[Encoded], which: Sequence[int], tokens_per_batch: int, device: torch.device) -> Iterator[Batch]:
     """The micro-batches of rows, longest first; row i continues from prefix `which[i]`."""
     for group in cut_by_length([len(row) for row in rows], tokens_per_batch):
-        yield collate(rows, group, which, device)
+        yield collate(rows, group, [which[index] for index in group], device)

@@ -82,10 +82,8 @@ def save_checkpoint(
 
 
 def prompt_folder(folder: Path, name: str, count: int) -> Path:
-    """Where a prompt lies in `folder`, which is made: the folder itself for the one prompt of a run, else one by its name."""
-    path = folder if count == 1 else folder / name
-    path.mkdir(exist_ok=True)
-    return path
+    """Where a prompt lies in `folder`: the folder itself for the one prompt of a run, else one by its name."""
+    return folder if count == 1 else folder / name
 
 
 def latest_checkpoint(folder: Path) -> Checkpoint | None:

@@ -5,8 +5,8 @@ is counted as it comes and goes. So whatever a family keeps for backward is coun
 """
 
 import weakref
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -53,7 +53,8 @@ def step_peak(settings: Any, dtype: torch.dtype, prefix_lengths: Sequence[int], 
     """Bytes above the weights that a step holds at most: prefixes of these lengths (BOS included), and one micro-batch of
     `shape` (rows, tokens of each), every token supervised."""
     num_rows, width = shape
-    with FakeTensorMode(allow_non_fake_inputs=True), _faked(settings, dtype) as base:
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        base = _without_numbers(settings, dtype)
         starts = [torch.zeros(length, base.hidden_size, requires_grad=True) for length in prefix_lengths]
         batch = _full_batch(num_rows, width, len(starts))
         alive = _Alive([*base.model.parameters(), *base.model.buffers()])
@@ -63,17 +64,15 @@ def step_peak(settings: Any, dtype: torch.dtype, prefix_lengths: Sequence[int], 
             continued = base.continue_from(leaf, batch.which_B, batch.ids_BT, batch.mask_BT)
             losses_N = token_losses(base, continued, batch)
             del continued
-            grads = torch.autograd.grad(losses_N.sum(), leaf.tensors, allow_unused=True)
-            assert len(grads) == len(leaf.tensors)
+            torch.autograd.grad(losses_N.sum(), leaf.tensors, allow_unused=True)
     return alive.peak
 
 
-@contextmanager
-def _faked(settings: Any, dtype: torch.dtype) -> Iterator[FrozenBase]:
-    """A base without numbers; what only its numbers could tell (fingerprints, spread of the rows) is left empty."""
+def _without_numbers(settings: Any, dtype: torch.dtype) -> FrozenBase:
+    """A base of fake tensors; what only its numbers could tell (fingerprints, spread of the rows) is left empty."""
     model = AutoModelForCausalLM.from_config(settings, dtype=dtype).eval().requires_grad_(False)
     nothing_H = torch.zeros(model.get_input_embeddings()(torch.zeros(1, dtype=torch.long)).shape[-1])
-    yield FrozenBase("", model, None, torch.device("cpu"), True, nothing_H, nothing_H, 0.0, frozenset(), "", "", head_of(model))
+    return FrozenBase("", model, None, torch.device("cpu"), True, nothing_H, nothing_H, 0.0, frozenset(), "", "", head_of(model))
 
 
 def _full_batch(num_rows: int, width: int, num_prompts: int) -> Batch:

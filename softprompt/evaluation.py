@@ -68,12 +68,13 @@ def evaluate(
         raise DataError(f"no usable row: {rows.rejected[0].source}: {rows.rejected[0].reason}")
     text = text if text is not None else prompt.card.text
     bare = no_prompt(base, prompt.encoder.bos_id)
+    budget = token_budget(base.model.base_model, base.device, tokens_per_batch)
     labels = tuple(dict.fromkeys(prompt.card.data.labels + rows.labels)) if rows.labels else ()
 
     def score(soft: SoftPrompt, wish: str | None) -> Score:
         encoded = [_with_wish(prompt.encoder, example, row, wish) for example, row in zip(rows.examples, rows.encoded, strict=True)]
-        loss = _mean(losses_by_row(base, soft, encoded, tokens_per_batch), encoded)
-        return Score(loss, math.exp(loss), _accuracy(base, soft, prompt, rows, labels, wish, tokens_per_batch) if labels else None)
+        loss = _mean(losses_by_row(base, soft, encoded, budget), encoded)
+        return Score(loss, math.exp(loss), _accuracy(base, soft, prompt, rows, labels, wish, budget) if labels else None)
 
     return Evaluation(
         base=score(bare, None),
@@ -85,17 +86,17 @@ def evaluate(
     )
 
 
-def held_out_loss(base: FrozenBase, soft: SoftPrompt, rows: Rows, tokens_per_batch: int | None) -> float:
+def held_out_loss(base: FrozenBase, soft: SoftPrompt, rows: Rows, tokens_per_batch: int) -> float:
     """Mean loss per supervised token over all rows."""
     return _mean(losses_by_row(base, soft, rows.encoded, tokens_per_batch), rows.encoded)
 
 
 @torch.no_grad()
-def losses_by_row(base: FrozenBase, soft: SoftPrompt, rows: Sequence[Encoded], tokens_per_batch: int | None) -> Tensor:
+def losses_by_row(base: FrozenBase, soft: SoftPrompt, rows: Sequence[Encoded], tokens_per_batch: int) -> Tensor:
     """[len(rows)] summed loss of every row's supervised tokens, float64 on the CPU."""
     prefix = prefix_of(base, [soft])
     sums = torch.zeros(len(rows), dtype=torch.float64)
-    for batch in batches(rows, [0] * len(rows), token_budget(base.model.base_model, base.device, tokens_per_batch), base.device):
+    for batch in batches(rows, [0] * len(rows), tokens_per_batch, base.device):
         continued = base.continue_from(prefix, batch.which_B, batch.ids_BT, batch.mask_BT)
         losses = token_losses(base, continued, batch).double().cpu()
         sums.index_add_(0, torch.tensor(batch.rows)[batch.row_N.cpu()], losses)
@@ -135,7 +136,7 @@ def _accuracy(
     rows: Rows,
     labels: Sequence[str],
     wish: str | None,
-    tokens_per_batch: int | None,
+    tokens_per_batch: int,
 ) -> float:
     """Share of rows whose own label word (with EOS) is the likeliest of all label words, each of them whole, never cut."""
     sums_by_label = []

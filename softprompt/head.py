@@ -31,7 +31,7 @@ class Head:
 
     def _finish(self, logits: Tensor) -> Tensor:
         logits = logits * self.scale if self.scale != 1.0 else logits
-        return torch.tanh(logits / self.cap) * self.cap if self.cap else logits
+        return logits if self.cap is None else torch.tanh(logits / self.cap) * self.cap
 
     def _block(self, hidden_NH: Tensor, columns: slice | Tensor) -> Tensor:
         bias = None if self.bias_V is None else self.bias_V[columns]

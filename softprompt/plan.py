@@ -81,7 +81,7 @@ def make_plan(config: Config) -> Plan:
         model = AutoModelForCausalLM.from_config(settings, dtype=load_dtype(config.model), trust_remote_code=config.model.trust_remote_code)
     text = settings.get_text_config(decoder=True)
     width = model.get_input_embeddings()(torch.zeros(1, dtype=torch.long, device="meta")).shape[-1]
-    lengths = [_length(own) for own in config.members().values()]
+    lengths = _lengths(config)
     check_context(context_length(settings), max(lengths), config.data.max_length)
     length = sum(lengths)
     dtype = load_dtype(config.model)
@@ -111,10 +111,8 @@ def make_plan(config: Config) -> Plan:
 def _activations(config: Config, settings: Any, model: Any, lengths: Sequence[int]) -> int:
     """Bytes of a step beside weights, prompt and optimizer, with the largest micro-batch that the configuration can have."""
     width, device = config.data.max_length, device_of(config.model.device)
-    rows = max(
-        1,
-        min(token_budget(model.base_model, device, config.train.tokens_per_batch) // width, config.train.examples_per_step * len(lengths)),
-    )
+    budget = token_budget(model.base_model, device, config.train.tokens_per_batch)
+    rows = max(1, min(budget // width, config.train.examples_per_step * len(lengths)))
     if getattr(model, "_is_stateful", False):  # a recurrent state cannot be shared: the plain path, one row at a time
         peak = (width + max(lengths)) * activation_bytes(model.base_model)
     else:
@@ -122,9 +120,11 @@ def _activations(config: Config, settings: Any, model: Any, lengths: Sequence[in
     return round(peak * FRAGMENTATION.get(device.type, 1.0))
 
 
-def _length(config: Config) -> int:
-    if config.prompt.length is not None or config.prompt.text is None:
-        if config.prompt.length is None and config.prompt.init == "text":
-            raise ConfigError("prompt.text or prompt.length is needed to plan")
-        return prompt_length(config.prompt, None)
-    return prompt_length(config.prompt, load_tokenizer(config.model))
+def _lengths(config: Config) -> list[int]:
+    """Virtual tokens of every prompt of the run; the tokenizer is loaded once, and only where a text has to be counted."""
+    prompts = [own.prompt for own in config.members().values()]
+    if any(prompt.length is None and prompt.text is None and prompt.init == "text" for prompt in prompts):
+        raise ConfigError("prompt.text or prompt.length is needed to plan")
+    counted = any(prompt.length is None and prompt.text is not None for prompt in prompts)
+    tokenizer = load_tokenizer(config.model) if counted else None
+    return [prompt_length(prompt, tokenizer) for prompt in prompts]

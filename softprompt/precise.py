@@ -20,11 +20,11 @@ class float32_products(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is linear and _mixed(args):
-            return _Product.apply(args[0], args[1].t(), _wide(_third(args, kwargs)))  # type: ignore[no-untyped-call]
+            return _Product.apply(args[0], args[1].t(), wide(_third(args, kwargs)))  # type: ignore[no-untyped-call]
         if func is torch.addmm and _mixed(args):  # GPT-2's Conv1D: addmm(bias, input, weight)
-            return _Product.apply(args[1], args[2], _wide(args[0]))  # type: ignore[no-untyped-call]
+            return _Product.apply(args[1], args[2], wide(args[0]))  # type: ignore[no-untyped-call]
         if func is layer_norm and _mixed(args):
-            return func(*(_wide(arg) for arg in args), **{name: _wide(value) for name, value in kwargs.items()})
+            return func(*(wide(arg) for arg in args), **{name: wide(value) for name, value in kwargs.items()})
         return func(*args, **kwargs)
 
 
@@ -52,5 +52,6 @@ def _third(args: Any, kwargs: Any) -> Any:
     return args[2] if len(args) > 2 else kwargs.get("bias")
 
 
-def _wide(value: Any) -> Any:
+def wide(value: Any) -> Any:
+    """A half-precision tensor as float32; anything else as it is."""
     return value.float() if isinstance(value, Tensor) and value.dtype in HALF else value

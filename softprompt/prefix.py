@@ -58,8 +58,7 @@ class Prefix:
             for tensor, other in zip(self.tensors, leaf.tensors, strict=True)
             if other.grad is not None and tensor.requires_grad
         ]
-        with float32_products():
-            torch.autograd.backward([tensor for tensor, _ in pairs], [grad for _, grad in pairs])
+        torch.autograd.backward([tensor for tensor, _ in pairs], [grad for _, grad in pairs])
 
 
 @dataclass(frozen=True)

@@ -75,10 +75,9 @@ def _in_halves(base: FrozenBase, leaf: Prefix, rows: Sequence[Encoded], batch: B
     if base.device.type == "cuda":
         torch.cuda.empty_cache()
     engine.tokens_per_batch = batch.ids_BT.numel() // 2
-    which = dict(zip(batch.rows, batch.which_B.tolist(), strict=True))
-    middle = len(batch.rows) // 2
+    which, middle = batch.which_B.tolist(), len(batch.rows) // 2
     loss_K = torch.zeros_like(counts_K)
-    for part in (batch.rows[:middle], batch.rows[middle:]):
-        half = collate(rows, part, which, base.device)  # type: ignore[arg-type]
+    for part in (slice(None, middle), slice(middle, None)):
+        half = collate(rows, batch.rows[part], which[part], base.device)
         loss_K += _add_gradients(base, leaf, rows, half, counts_K, engine)
     return loss_K

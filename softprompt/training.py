@@ -91,8 +91,9 @@ def train(config: Config, *, resume: bool = False, base: FrozenBase | None = Non
     starts = {name: start_rows(own.prompt, base, own.train.seed) for name, own in members.items()}
     check_context(base.context_length, max(len(start.rows_PH) for start in starts.values()), config.data.max_length)
     positions = {name: resolve_position(own, encoder) for name, own in members.items()}
+    engine = make_engine(config, base)
     if not resume:
-        config = _with_token_budget(config, base)
+        config = _with_token_budget(config, engine.tokens_per_batch)
         run = RunFolder.create(config)
         run.write_rejected(_rejected(rows, held))
     with run.locked():
@@ -101,7 +102,6 @@ def train(config: Config, *, resume: bool = False, base: FrozenBase | None = Non
         trainees = tuple(
             _trainee(name, own, starts[name], positions[name], encoder, base, checkpoint, num_steps) for name, own in members.items()
         )
-        engine = make_engine(config, base)
         yield from _run(Job(config, run, base, engine, encoder, rows, held, trainees), progress)
 
 
@@ -197,7 +197,7 @@ def _step(job: Job, progress: Progress) -> tuple[Step, Progress]:
 
 def _evaluate(job: Job, progress: Progress) -> tuple[Evaluated, Progress]:
     assert job.held is not None
-    losses = [held_out_loss(job.base, one.soft, job.held, job.config.train.tokens_per_batch) for one in job.trainees]
+    losses = [held_out_loss(job.base, one.soft, job.held, job.engine.tokens_per_batch) for one in job.trainees]
     scores = {
         one.name: progress.scores[one.name].evaluated(loss, first=progress.step == 0)
         for one, loss in zip(job.trainees, losses, strict=True)
@@ -234,12 +234,13 @@ def _card(job: Job, one: Trainee, progress: Progress) -> Card:
 
 def _write_prompts(job: Job, progress: Progress) -> dict[str, Path]:
     """Writes the finished prompts, `prompt` or `prompts/NAME`, unless they are there already. Returns their places."""
-    whole = job.run.prompt if len(job.trainees) == 1 else job.run.prompts
+    count = len(job.trainees)
+    whole = job.run.prompt if count == 1 else job.run.prompts
     if not whole.exists():
         with new_folder(whole) as draft:
             for one in job.trainees:
-                write_prompt(prompt_folder(draft, one.name, len(job.trainees)), one.soft, _card(job, one, progress), job.base)
-    return {one.name: whole if len(job.trainees) == 1 else whole / one.name for one in job.trainees}
+                write_prompt(prompt_folder(draft, one.name, count), one.soft, _card(job, one, progress), job.base)
+    return {one.name: prompt_folder(whole, one.name, count) for one in job.trainees}
 
 
 def _result(job: Job, progress: Progress, places: dict[str, Path]) -> dict[str, Any]:
@@ -376,9 +377,8 @@ def make_engine(config: Config, base: FrozenBase) -> Engine:
     return Engine(token_budget(base.model.base_model, base.device, how.tokens_per_batch), how.head_tolerance, how.checkpoint_activations)
 
 
-def _with_token_budget(config: Config, base: FrozenBase) -> Config:
+def _with_token_budget(config: Config, tokens: int) -> Config:
     """The budget that was found becomes part of the run: resumed on another day, it is cut into the same micro-batches."""
-    tokens = token_budget(base.model.base_model, base.device, config.train.tokens_per_batch)
     return config.model_copy(update={"train": config.train.model_copy(update={"tokens_per_batch": tokens})})
 
 

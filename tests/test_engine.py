@@ -93,16 +93,7 @@ def test_checkpointing_keeps_less(bases):
     base, rows, soft = bases("llama", num_hidden_layers=8), encoded_rows(), some_prompt(bases("llama", num_hidden_layers=8))
 
     def kept(**how) -> int:
-        total = 0
-
-        def count(tensor: torch.Tensor) -> torch.Tensor:
-            nonlocal total
-            total += tensor.numel()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-            loss_and_gradient(base, soft, rows, 1000, **how)
-        return total
+        return tiny.numbers_kept(lambda: loss_and_gradient(base, soft, rows, 1000, **how))
 
     plain = kept()
     layers = [module for module in base.model.modules() if "forward" in vars(module)]

@@ -214,17 +214,7 @@ def batch_shapes(config: Config) -> object:
 
 
 def numbers_kept(config: Config) -> object:
-    """How much autograd keeps for backward."""
-    kept = 0
-
-    def count(tensor: torch.Tensor) -> torch.Tensor:
-        nonlocal kept
-        kept += tensor.numel()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-        list(train(config))
-    return kept
+    return tiny.numbers_kept(lambda: list(train(config)))
 
 
 def gradient_left(config: Config) -> object:

@@ -360,7 +360,7 @@ def test_softprompt_keeps_the_labels_of_any_mix_of_lengths(pad_is_eos):
     rows = tutorial_rows(tokenizer)
     assert [list(row.ids) for row in encoded] == [row["input_ids"] for row in rows]
     for numbers in ([0], [1, 2], list(range(len(rows))), [7, 3, 5]):
-        batch = collate(encoded, numbers, [0] * len(encoded), torch.device("cpu"))
+        batch = collate(encoded, numbers, [0] * len(numbers), torch.device("cpu"))
         wanted = [[token for token in rows[number]["labels"] if token != -100] for number in numbers]
         assert batch.targets_N.tolist() == [token for answer in wanted for token in answer]
         assert batch.row_N.tolist() == [index for index, answer in enumerate(wanted) for _ in answer]

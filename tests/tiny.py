@@ -95,3 +95,17 @@ def some_rows(number: int, make: Callable[[int], dict[str, str]] | None = None) 
     words = ("tea", "coffee", "水", "milk", "juice", "咖啡")
     build = make or (lambda n: {"prompt": f"{'please ' * (n % 4)}bring {words[n % 6]}", "completion": words[n % 6]})
     return [build(index) for index in range(number)]
+
+
+def numbers_kept(run: Callable[[], object]) -> int:
+    """How many numbers autograd keeps for backward while `run` runs."""
+    kept = 0
+
+    def count(tensor: torch.Tensor) -> torch.Tensor:
+        nonlocal kept
+        kept += tensor.numel()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        run()
+    return kept
