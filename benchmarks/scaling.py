@@ -1,11 +1,11 @@
 """How speed and memory grow: with virtual tokens, text length, examples per step, and prompts in a bank (ours only).
 
-    python benchmarks/scaling.py --model FOLDER_OR_GGUF --json scaling.json --plot scaling.png [--quick]
+    python benchmarks/scaling.py --model FOLDER_OR_GGUF --json scaling.json --plot scaling.png [--steps N]
 
 One quantity is varied at a time; the others stay as in Point. PEFT runs at its best: grouped by length, at the faster of
 the batch sizes in PEFT_SIZES. Every measurement has a fresh process; its first step is not timed. The JSON is written
 after every point, and a run that finds it goes on from there; points that failed (out of memory, as a rule) are kept
-with their reason: delete them there to have them measured again. The plot needs matplotlib. --quick takes less of all.
+with their reason: delete them there to have them measured again. The plot needs matplotlib.
 """
 
 import argparse
@@ -22,8 +22,7 @@ from jobs import Job, PeftSetting, SideFailed, measure
 from train_speed import Asked, make_job, prepare_rows
 from workloads import Profile, Workload
 
-PEFT_SIZES = (4, 16)
-STEPS, QUICK_STEPS = 3, 1
+PEFT_SIZES = (2, 8)
 
 
 @dataclass(frozen=True)
@@ -31,8 +30,8 @@ class Point:
     """One workload; the defaults are what stays when another quantity is varied."""
 
     virtual_tokens: int = 16
-    text_tokens: int = 128
-    examples_per_step: int = 16
+    text_tokens: int = 64
+    examples_per_step: int = 8
     num_prompts: int = 1
 
 
@@ -42,15 +41,14 @@ class Column:
 
     label: str
     values: tuple[int, ...]
-    quick: tuple[int, ...]
     sides: tuple[str, ...] = ("ours", "peft")
 
 
 COLUMNS = {
-    "virtual_tokens": Column("virtual tokens", (1, 10, 50, 100, 200), (1, 50)),
-    "text_tokens": Column("text length (tokens)", (32, 128, 512, 1024), (32, 128)),
-    "examples_per_step": Column("examples per step", (1, 4, 16, 64), (1, 16)),
-    "num_prompts": Column("prompts in the bank", (1, 2, 4, 8), (1, 4), sides=("ours",)),
+    "virtual_tokens": Column("virtual tokens", (1, 16, 50, 100, 200)),
+    "text_tokens": Column("text length (tokens)", (32, 64, 128, 256, 512)),
+    "examples_per_step": Column("examples per step", (1, 4, 8, 16, 32)),
+    "num_prompts": Column("prompts in the bank", (1, 2, 4, 8), sides=("ours",)),
 }
 
 
@@ -60,18 +58,18 @@ def main() -> None:
     parser.add_argument("--json", required=True, type=Path, help="results; taken up again where it exists")
     parser.add_argument("--plot", type=Path, help="PNG to draw")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
-    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--steps", type=int, default=3, help="timed steps of a measurement")
     given = parser.parse_args()
-    asked = Asked(given.model, "scaling", QUICK_STEPS if given.quick else STEPS, None, 1, given.dtype, None)
-    results = measure_all(asked, given.json, given.quick)
+    asked = Asked(given.model, "scaling", given.steps, None, 1, given.dtype, None)
+    results = measure_all(asked, given.json)
     if given.plot:
-        draw(results["points"], given.plot, given.quick)
+        draw(results["points"], given.plot)
 
 
-def measure_all(asked: Asked, path: Path, quick: bool) -> dict[str, Any]:
+def measure_all(asked: Asked, path: Path) -> dict[str, Any]:
     """Every point that the file does not hold yet; the file is written after each."""
     results = take_up(asked, path)
-    for point, side in points(quick):
+    for point, side in points():
         key = key_of(point, side)
         if key not in results["points"]:
             results["points"][key] = measure_point(asked, point, side)
@@ -93,10 +91,10 @@ def take_up(asked: Asked, path: Path) -> dict[str, Any]:
     return results
 
 
-def points(quick: bool) -> Iterator[tuple[Point, str]]:
+def points() -> Iterator[tuple[Point, str]]:
     """Everything to measure, column by column; columns meet in the same Point, which is measured once."""
     for name, column in COLUMNS.items():
-        for value in column.quick if quick else column.values:
+        for value in column.values:
             for side in column.sides:
                 yield replace(Point(), **{name: value}), side
 
@@ -146,7 +144,7 @@ ROWS = (("samples_per_second", "samples per second", 1.0), ("peak_bytes", "peak 
 LOOKS = {"ours": ("softprompt", "o-", "#1f6fb4"), "peft": ("PEFT + Trainer, at its best", "s--", "#d1662f")}
 
 
-def draw(measured: Mapping[str, Mapping[str, Any]], path: Path, quick: bool) -> None:
+def draw(measured: Mapping[str, Mapping[str, Any]], path: Path) -> None:
     """Speed above, memory below, a column per quantity; both sides in one plot."""
     from matplotlib.figure import Figure
 
@@ -154,10 +152,9 @@ def draw(measured: Mapping[str, Mapping[str, Any]], path: Path, quick: bool) -> 
     grid = figure.subplots(len(ROWS), len(COLUMNS), squeeze=False)
     for index, (name, column) in enumerate(COLUMNS.items()):
         for axes, (quantity, label, scale) in zip(grid[:, index], ROWS, strict=True):
-            values = column.quick if quick else column.values
             for side in column.sides:
-                _draw_line(axes, side, *line(measured, name, values, side, quantity, scale))
-            _label(axes, column.label, label if index == 0 else "", values, logarithmic=name == "text_tokens")
+                _draw_line(axes, side, *line(measured, name, column.values, side, quantity, scale))
+            _label(axes, column.label, label if index == 0 else "", column.values, logarithmic=name == "text_tokens")
     grid[0, 0].legend()
     figure.savefig(path, dpi=130)
 

@@ -4,6 +4,7 @@ A step is a set of examples. How it is cut into micro-batches is decided here, b
 loss is a sum over supervised tokens divided by the step's own count of them, the cut never changes the gradient.
 """
 
+import math
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,8 @@ import torch
 from torch import Tensor
 
 from softprompt.encode import Encoded
+
+MICRO_BATCH_COST = 64  # tokens whose layers take as long as one more walk over the head's weights (LOG.md)
 
 
 @dataclass(frozen=True)
@@ -43,15 +46,24 @@ def order_of_rows(num_rows: int, first: int, count: int, seed: int) -> list[int]
 
 
 def cut_by_length(lengths: Sequence[int], tokens_per_batch: int) -> list[list[int]]:
-    """Groups indices into micro-batches of similar length whose padded size stays within the budget (one row always fits)."""
-    groups: list[list[int]] = []
-    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        widest = lengths[groups[-1][0]] if groups else 0
-        if groups and widest * (len(groups[-1]) + 1) <= tokens_per_batch:
-            groups[-1].append(index)
-        else:
-            groups.append([index])
-    return groups
+    """Cuts indices, longest row first, into the micro-batches that compute the fewest tokens, padding included.
+
+    The padded size of each stays within the budget; one row always fits. A micro-batch counts as MICRO_BATCH_COST tokens
+    more, so that small ones come about only where they save more than that.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    cost, start = [0] + [math.inf] * len(order), [0] * (len(order) + 1)  # of the best cut of the first rows; its last beginning
+    for first, index in enumerate(order):
+        widest = lengths[index]
+        for end in range(first + 1, min(len(order), first + max(1, tokens_per_batch // widest)) + 1):
+            total = cost[first] + widest * (end - first) + MICRO_BATCH_COST
+            if total < cost[end]:
+                cost[end], start[end] = total, first
+    groups, end = [], len(order)
+    while end:
+        groups.append(order[start[end] : end])
+        end = start[end]
+    return groups[::-1]
 
 
 def collate(rows: Sequence[Encoded], numbers: Sequence[int], which: Sequence[int], device: torch.device) -> Batch:
