@@ -45,6 +45,7 @@ class BaseCard(CardModel):
     name: str
     gguf_file: str | None
     revision: str | None
+    quantization: Literal["int8", "nf4"] | None = None
     model_type: str
     hidden_size: int
     fingerprint: str
@@ -85,7 +86,7 @@ class Card(CardModel):
     @property
     def model_config_of_base(self) -> ModelConfig:
         """Where to load the base from. Remote code stays off, whatever the folder says."""
-        return ModelConfig(name=self.base.name, gguf_file=self.base.gguf_file, revision=self.base.revision)
+        return ModelConfig(name=self.base.name, gguf_file=self.base.gguf_file, revision=self.base.revision, quantization=self.base.quantization)
 
 
 @dataclass(frozen=True)
@@ -219,6 +220,7 @@ def make_card(
             name=name,
             gguf_file=gguf_file,
             revision=config.model.revision,
+            quantization=config.model.quantization,
             model_type=base.model.config.model_type,
             hidden_size=base.hidden_size,
             fingerprint=base.fingerprint,

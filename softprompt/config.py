@@ -35,6 +35,8 @@ class ModelConfig(Section):
     """Branch, tag or commit on the hub."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Precision of the base. auto: bfloat16 on a GPU that has it, else float32. The prompt is float32 always."""
+    quantization: Literal["int8", "nf4"] | None = None
+    """Hold the base's linear layers in 8 or 4 bits, through bitsandbytes. The head and the embeddings stay as they are."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps ... auto takes a GPU where there is one."""
     trust_remote_code: bool = False

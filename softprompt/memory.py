@@ -27,6 +27,6 @@ def activation_bytes(backbone: Any) -> int:
     A frozen linear layer keeps nothing itself; what counts is the outputs of linear layers, which norms, attention and
     activations keep, and twice the residual stream per norm.
     """
-    linear = sum(module.weight.shape[0] for module in backbone.modules() if isinstance(module, torch.nn.Linear))
+    linear = sum(module.out_features for module in backbone.modules() if isinstance(module, torch.nn.Linear))
     norms = sum(module.weight.numel() for module in backbone.modules() if "Norm" in type(module).__name__)
     return (linear + 2 * norms) * next(backbone.parameters()).dtype.itemsize

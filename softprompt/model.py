@@ -7,19 +7,21 @@ Shapes: B rows, T text tokens, K prefixes, S prefix positions (BOS included), H 
 """
 
 import hashlib
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, DynamicCache
 from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
 from softprompt.config import ModelConfig
-from softprompt.errors import ConfigError, ModelError
+from softprompt.errors import ConfigError, MissingPackage, ModelError
 from softprompt.head import Head
 from softprompt.hub import endpoint
 from softprompt.prefix import Continued, Prefix, continue_plain, continue_shared, layers_of, prefill, run
@@ -107,7 +109,8 @@ def load_base(config: ModelConfig) -> FrozenBase:
     settings = load_settings(config)
     refuse_unsupported(settings)
     tokenizer = load_tokenizer(config)
-    model, info = _from_pretrained(AutoModelForCausalLM, config, config=settings, dtype=load_dtype(config), output_loading_info=True)
+    how = {"config": settings, "dtype": load_dtype(config), **_quantization(config)}
+    model, info = _from_pretrained(AutoModelForCausalLM, config, output_loading_info=True, **how)
     if info["missing_keys"]:
         raise ModelError(
             f"{name}: the files lack weights ({', '.join(sorted(info['missing_keys'])[:3])} ...): the base would be partly random"
@@ -115,7 +118,23 @@ def load_base(config: ModelConfig) -> FrozenBase:
     if getattr(model, "hf_quantizer", None) is not None and gguf_file is not None:
         model.hf_quantizer.remove_quantization_config(model)  # the weights are plain numbers by now
         keep_unpacked(model, tokenizer, _unpacked(config))
-    return freeze(model.to(device_of(config.device)), tokenizer, name if gguf_file is None else f"{name}/{gguf_file}")
+    if model.device != device_of(config.device):  # a quantised one is where it belongs and may not be moved
+        model = model.to(device_of(config.device))
+    return freeze(model, tokenizer, name if gguf_file is None else f"{name}/{gguf_file}")
+
+
+def _quantization(config: ModelConfig) -> dict[str, Any]:
+    """What transformers is told to load a base in 8 or 4 bits. Raises ConfigError for a GGUF file, and MissingPackage."""
+    if config.quantization is None:
+        return {}
+    if config.location[1] is not None:
+        raise ConfigError("model.quantization: a GGUF file is unpacked to full precision: name the base's Hugging Face folder or id instead")
+    if find_spec("bitsandbytes") is None:
+        raise MissingPackage("bitsandbytes", "quantization")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it says at every product that 8-bit inputs are float16
+    four_bit = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": load_dtype(config)}
+    how = {"int8": {"load_in_8bit": True}, "nf4": {"load_in_4bit": True, **four_bit}}[config.quantization]
+    return {"quantization_config": BitsAndBytesConfig(**how), "device_map": {"": device_of(config.device)}}
 
 
 def load_settings(config: ModelConfig) -> Any:
@@ -253,7 +272,7 @@ def _check(model: Any, head: Head, name: str) -> bool:
     generator = torch.Generator().manual_seed(0)
     ids_BT = torch.randint(model.get_input_embeddings().weight.shape[0], (2, 7), generator=generator).to(model.device)
     embeds_BTH = model.get_input_embeddings()(ids_BT)
-    tolerance = 1e-3 if model.dtype == torch.float32 else 0.1
+    tolerance = 1e-3 if model.dtype == torch.float32 and not getattr(model, "is_quantized", False) else 0.1
     try:
         own = model(input_ids=ids_BT, use_cache=False).logits
         given = head.logits(model.base_model(inputs_embeds=embeds_BTH, use_cache=False).last_hidden_state)

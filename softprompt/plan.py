@@ -19,6 +19,7 @@ from softprompt.model import context_length, device_of, load_dtype, load_setting
 from softprompt.training import check_context
 
 FRAGMENTATION = {"cpu": 1.4}  # what the allocator cannot use again: 1.3 to 1.55 measured on a CPU (LOG.md), next to nothing on a GPU
+QUANTIZED_BYTES = {"int8": 1.0, "nf4": 0.516}  # of a weight, scales included: one byte for 64, and four for 64 x 256
 BYTES_PER_FULL_PARAMETER = 16  # fp32 weight, gradient and Adam's two moments
 
 
@@ -87,7 +88,7 @@ def make_plan(config: Config) -> Plan:
     dtype = load_dtype(config.model)
     rows_bytes = 4 * length * width
     memory = Memory(
-        weights=sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize,
+        weights=_weights(model, dtype, config.model.quantization),
         activations=_activations(config, settings, model, lengths),
         prompt=2 * rows_bytes,
         optimizer=2 * rows_bytes,
@@ -106,6 +107,16 @@ def make_plan(config: Config) -> Plan:
         memory=memory,
         full_finetuning_bytes=BYTES_PER_FULL_PARAMETER * model.num_parameters(),
     )
+
+
+def _weights(model: Any, dtype: torch.dtype, quantization: str | None) -> int:
+    """Bytes of the base; bitsandbytes leaves embeddings, norms and the head as they are."""
+    kept = sum(parameter.numel() for parameter in model.parameters())
+    if quantization is None:
+        return kept * dtype.itemsize
+    linear = [module.weight for module in model.base_model.modules() if isinstance(module, torch.nn.Linear)]
+    packed = sum(weight.numel() for weight in linear)
+    return round((kept - packed) * dtype.itemsize + packed * QUANTIZED_BYTES[quantization])
 
 
 def _activations(config: Config, settings: Any, model: Any, lengths: Sequence[int]) -> int:

@@ -188,6 +188,12 @@ def base_dtype(config: Config) -> object:
     return load_base(config.model).dtype
 
 
+def linear_layers(config: Config) -> object:
+    from softprompt import load_base
+
+    return type(load_base(config.model).model.model.layers[0].mlp.up_proj).__name__
+
+
 def error_of(config: Config) -> object:
     try:
         list(train(config))
@@ -235,6 +241,7 @@ EFFECTS: dict[str, Effect] = {
     "model.gguf_file": ("a.gguf", location),
     "model.revision": ("no-such-branch", lambda config: config.model.revision),  # local folders have none; the hub test asks for it
     "model.dtype": ("bfloat16", base_dtype),
+    "model.quantization": ("nf4", linear_layers),
     "model.device": ("no-such-device", error_of),
     "model.trust_remote_code": ("true", lambda config: config.model.trust_remote_code),  # handed to transformers as it is
     "data.train": ("{other}", rows_loaded),
