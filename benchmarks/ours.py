@@ -16,10 +16,11 @@ from torch import Tensor
 
 from softprompt.encode import Encoder
 from softprompt.events import Step
+from softprompt.job import make_engine
 from softprompt.plan import make_plan
 from softprompt.prompt import SoftPrompt
 from softprompt.step import step_gradients
-from softprompt.training import make_engine, train
+from softprompt.training import train
 
 
 def measure_ours(spec: Spec) -> None:

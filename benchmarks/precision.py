@@ -105,7 +105,7 @@ def follow(full: FrozenBase, half: FrozenBase, given: argparse.Namespace) -> Ite
     rows = encoded_rows(given, encoder)
     ids = full.tokenizer(PROMPT_TEXT, add_special_tokens=False)["input_ids"]
     soft = SoftPrompt(full.embed_ids(ids).clone().requires_grad_(), "after_bos" if encoder.bos_id is not None else "start", encoder.bos_id)
-    optimizer = RowOptimizer(soft.rows_PH, OptimConfig(lr=full.rms / 10), given.steps)
+    optimizer = RowOptimizer(soft.rows_PH, OptimConfig(relative_lr=0.1), given.steps, full.rms)
     for number in range(given.steps):
         own = [rows[index] for index in order_of_rows(len(rows), number * given.rows, given.rows, 0)]
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from softprompt.batch import order_of_rows
 from softprompt.config import Config, ModelConfig, load_config
 from softprompt.encode import Encoded, Encoder, make_encoder
-from softprompt.init import start_rows
+from softprompt.init import Material, start_rows
 from softprompt.model import FrozenBase, load_base
 
 POSITION = "start"  # PEFT's own layout: soft prompt, BOS, text
@@ -66,7 +66,8 @@ def run_config(job: Job, base: FrozenBase, out: str, seed: int, num_prompts: int
 
 
 def start_of(job: Job, scene: Scene, seed: int) -> Tensor:
-    return start_rows(run_config(job, scene.base, "unused", seed, 1).prompt, scene.base, seed).rows_PH
+    prompt = run_config(job, scene.base, "unused", seed, 1).prompt
+    return start_rows(Material(prompt, scene.base, scene.rows, (), seed)).rows_PH
 
 
 def measured(job: Job, scene: Scene, seconds: float, peak_bytes: int) -> Measured:

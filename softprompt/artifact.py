@@ -86,7 +86,9 @@ class Card(CardModel):
     @property
     def model_config_of_base(self) -> ModelConfig:
         """Where to load the base from. Remote code stays off, whatever the folder says."""
-        return ModelConfig(name=self.base.name, gguf_file=self.base.gguf_file, revision=self.base.revision, quantization=self.base.quantization)
+        return ModelConfig(
+            name=self.base.name, gguf_file=self.base.gguf_file, revision=self.base.revision, quantization=self.base.quantization
+        )
 
 
 @dataclass(frozen=True)
@@ -179,9 +181,17 @@ def load_prompt(path: str | Path, base: FrozenBase, *, allow_other_base: bool = 
     encoder = make_encoder(base.tokenizer, card.template)
     if encoder.bos_id != card.bos_id and not allow_other_base:
         raise ArtifactError(f"{folder} was trained with another use of the BOS token than that of {base.name}'s tokenizer: {ANYWAY}")
-    if card.position == "after_bos" and card.bos_id is not None:
-        rows = rows[1:]
-    return StoredPrompt(SoftPrompt(rows.to(base.device), card.position, encoder.bos_id), card, encoder)
+    return StoredPrompt(SoftPrompt(_without_bos(rows, card).to(base.device), card.position, encoder.bos_id), card, encoder)
+
+
+def stored_rows(path: str | Path) -> torch.Tensor:
+    """The rows [P, H] of a prompt or run folder, float32, BOS left out, whatever base they belong to. Raises ArtifactError."""
+    folder = find_prompt(path)
+    return _without_bos(_read_rows(folder, read_card(folder)), read_card(folder))
+
+
+def _without_bos(rows: torch.Tensor, card: Card) -> torch.Tensor:
+    return rows[1:] if card.position == "after_bos" and card.bos_id is not None else rows
 
 
 def _check_fingerprints(folder: Path, card: Card, base: FrozenBase) -> None:

@@ -12,20 +12,26 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from softprompt.artifact import TENSOR, Card, write_prompt
+from softprompt.artifact import Card, write_prompt
 from softprompt.atomic import new_folder
 from softprompt.model import FrozenBase
 from softprompt.prompt import SoftPrompt
 
+ROWS = "rows"  # as they are trained; what is shown may be their average
+BEST = "best"  # the rows with the lowest held-out loss
+
 
 @dataclass(frozen=True)
 class Scores:
-    """Sums and losses of one prompt so far."""
+    """Sums and losses of one prompt so far. `best_loss`: the lowest on the held-out rows after any step; `num_worse`: evaluations
+    since then."""
 
     loss_sum: float = 0.0
     num_supervised: int = 0
     eval_loss_before: float | None = None
-    eval_loss: float | None = None
+    best_loss: float | None = None
+    best_step: int | None = None
+    num_worse: int = 0
 
     @property
     def train_loss(self) -> float:
@@ -36,9 +42,13 @@ class Scores:
         """After a step with this mean loss over so many supervised tokens."""
         return replace(self, loss_sum=self.loss_sum + loss * num_supervised, num_supervised=self.num_supervised + num_supervised)
 
-    def evaluated(self, loss: float, first: bool) -> "Scores":
-        """After an evaluation on the held-out rows; the first one is before any step."""
-        return replace(self, eval_loss=loss, eval_loss_before=loss if first else self.eval_loss_before)
+    def evaluated(self, loss: float, step: int) -> "Scores":
+        """After an evaluation on the held-out rows; that of step 0 is before any training."""
+        if step == 0:
+            return replace(self, eval_loss_before=loss)
+        if self.best_loss is None or loss < self.best_loss:
+            return replace(self, best_loss=loss, best_step=step, num_worse=0)
+        return replace(self, num_worse=self.num_worse + 1)
 
 
 @dataclass(frozen=True)
@@ -56,26 +66,24 @@ class Progress:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint read back: counters, and rows [P, H] and the optimizer's moments of every prompt by name."""
+    """A checkpoint read back: counters, and by name what each prompt needs to go on (ROWS, BEST and the optimizer's tensors)."""
 
     progress: Progress
-    rows: dict[str, Tensor]
-    moments: dict[str, dict[str, Tensor]]
+    states: dict[str, dict[str, Tensor]]
 
 
 def save_checkpoint(
     folder: Path, progress: Progress, prompts: Mapping[str, tuple[SoftPrompt, dict[str, Tensor], Card]], base: FrozenBase
 ) -> Path:
-    """Writes `folder/step-000123` with (prompt, moments, card) of every name, whole or not at all; one that is there
-    already holds the same bits and is kept."""
+    """Writes `folder/step-000123` with (prompt to show, state to go on from, card) of every name, whole or not at all; one
+    that is there already holds the same bits and is kept."""
     path = folder / f"step-{progress.step:06d}"
     if not path.exists():
         with new_folder(path) as draft:
             state: dict[str, Tensor] = {}
-            for name, (soft, moments, card) in prompts.items():
+            for name, (soft, own, card) in prompts.items():
                 write_prompt(prompt_folder(draft, name, len(prompts)), soft, card, base)
-                tensors = {TENSOR: soft.rows_PH.detach(), **moments}
-                state |= {f"{name}/{key}": tensor.cpu().contiguous() for key, tensor in tensors.items()}
+                state |= {f"{name}/{key}": tensor.cpu().contiguous() for key, tensor in own.items()}
             save_file(state, draft / "state.safetensors")
             (draft / "progress.json").write_text(json.dumps(asdict(progress), indent=2) + "\n", encoding="utf-8")
     return path
@@ -93,12 +101,8 @@ def latest_checkpoint(folder: Path) -> Checkpoint | None:
         return None
     values = json.loads((steps[-1] / "progress.json").read_text(encoding="utf-8"))
     progress = Progress(**{**values, "scores": {name: Scores(**scores) for name, scores in values["scores"].items()}})
-    rows: dict[str, Tensor] = {}
-    moments: dict[str, dict[str, Tensor]] = {name: {} for name in progress.scores}
+    states: dict[str, dict[str, Tensor]] = {name: {} for name in progress.scores}
     for key, tensor in load_file(steps[-1] / "state.safetensors").items():
         name, _, part = key.rpartition("/")
-        if part == TENSOR:
-            rows[name] = tensor
-        else:
-            moments[name][part] = tensor
-    return Checkpoint(progress, rows, moments)
+        states[name][part] = tensor
+    return Checkpoint(progress, states)

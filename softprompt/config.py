@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from softprompt.errors import ConfigError
 
+Source = Literal["text", "labels", "vocab", "examples", "random", "file"]
 Positive = Annotated[int, Field(ge=1)]
 
 
@@ -104,13 +105,27 @@ class PromptConfig(Section):
     bank: Annotated[tuple[Member, ...], Field(strict=False)] = ()
     """A list of prompts to train at once instead, `[[prompt.bank]]`: each has a `name`, and what it has different."""
     length: Positive | None = None
-    """Virtual tokens. Left out: as many as `text` has tokens, or 16 without a text."""
-    init: Literal["text", "random"] = "text"
-    """Rows to start from: the embeddings of `text`, or noise of the embedding table's mean and spread."""
+    """Virtual tokens. Left out: as many rows as text, labels and file of `init` have, else 16."""
+    init: Annotated[tuple[Source, ...], Field(strict=False)] = ()
+    """Rows to start from, one source or several that fill the prompt in turn, e.g. ["labels", "text", "vocab"]. text: the
+    embeddings of `text`; labels: of the label words; vocab: of frequent tokens of the data; examples: of training rows; random:
+    noise of the embedding table's mean and spread; file: another prompt. Left out: file or text where there is one, else vocab."""
+    file: str | None = None
+    """A prompt, checkpoint or run folder to start from."""
     text: str | None = None
     """The text of init = "text"; in evaluation also the hard prompt that the soft prompt must beat."""
     position: Literal["auto", "after_bos", "start"] = "auto"
     """Where the rows stand. auto: after_bos where the tokenizer adds BOS, else start (as PEFT does)."""
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        """What `init` means."""
+        return self.init or (("file",) if self.file is not None else ("text",) if self.text is not None else ("vocab",))
+
+    @field_validator("init", mode="before")
+    @classmethod
+    def _one_source(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
 
     @model_validator(mode="after")
     def _one_bank(self) -> "PromptConfig":
@@ -122,14 +137,18 @@ class PromptConfig(Section):
 class OptimConfig(Section):
     """AdamW on the prompt's rows, without weight decay."""
 
+    relative_lr: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.2
+    """Peak learning rate as a share of the RMS of the base's embedding rows: one value fits every base."""
     lr: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
-    """Peak learning rate. Around 10% of the RMS of the base's embedding rows learns; without a rate, training says which to try."""
+    """Peak learning rate as a plain number, in place of `relative_lr`."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     """Decay to zero after the warm-up, or none."""
     warmup_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.05
     """Share of the steps in which the rate rises from zero."""
     clip_norm: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
     """Gradient norm above which the gradient is scaled down."""
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Evaluate and save a moving average of the rows that keeps this share of itself at every step, e.g. 0.9."""
 
 
 class TrainConfig(Section):
@@ -151,8 +170,13 @@ class TrainConfig(Section):
     """Keep only the input of each layer and compute the rest again in backward: less memory, a third more time."""
     log_every: Positive = 10
     """Steps between log lines."""
+    minutes: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """Stop after the step in which so many minutes of training are over."""
+    patience: Positive | None = None
+    """Stop after so many evaluations in a row without a lower held-out loss."""
     eval_every: Positive | None = None
-    """Steps between evaluations on the held-out rows. Always before the first step and after the last."""
+    """Steps between evaluations on the held-out rows; always before the first step and after the last. The rows of the best
+    one are the run's result. Left out: four times over the run, but not within 10 steps."""
     save_every: Positive = 50
     """Steps between checkpoints. Always after the last step."""
     out: str = "runs/prompt"

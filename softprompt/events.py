@@ -27,12 +27,14 @@ class Started:
 @dataclass(frozen=True)
 class Step:
     """An optimizer step was taken. `loss` per supervised token, `lr` and `grad_norm` are means over the prompts of the run,
-    `losses` those of each; `num_tokens` real tokens of the step's rows, counted for every prompt that saw them."""
+    `losses` those of each; `movement`: how far the rows are from where they started, RMS, as a share of the RMS of the base's
+    embedding rows; `num_tokens` real tokens of the step's rows, counted for every prompt that saw them."""
 
     step: int
     loss: float
     lr: float
     grad_norm: float
+    movement: float
     losses: tuple[float, ...]
     num_tokens: int
     seconds: float

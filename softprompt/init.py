@@ -1,71 +1,165 @@
-"""Where a prompt starts: each strategy is a function to rows [P, H], looked up by name in INITS.
+"""Where a prompt starts: each source is a function to rows, looked up by name in SOURCES, and several fill a prompt in turn.
 
-"text" is what PEFT and the tutorials call hard prompt tuning, "random" what they call soft prompt tuning.
+"text" is what PEFT and the tutorials call hard prompt tuning, "random" what they call soft prompt tuning; "vocab" and
+"labels" are those of Lester et al. (2021), "file" is the transfer of SPoT (Vu et al. 2022).
 """
 
-from collections.abc import Callable
+import random
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from softprompt.artifact import read_card, stored_rows
 from softprompt.config import PromptConfig
+from softprompt.encode import Encoded
 from softprompt.errors import ConfigError
 from softprompt.model import FrozenBase
 
 LENGTH_WITHOUT_TEXT = 16
+COMMON_TOKENS = 5000  # as in Lester et al. (2021)
+
+
+@dataclass(frozen=True)
+class Material:
+    """What a prompt may be made from: the base, the training rows, the label words of the data."""
+
+    config: PromptConfig
+    base: FrozenBase
+    rows: Sequence[Encoded]
+    labels: Sequence[str]
+    seed: int
 
 
 @dataclass(frozen=True)
 class Start:
-    """The rows to start from, and a sentence about where they come from."""
+    """The rows to start from, [P, H] float32 on the base's device, and a sentence about where they come from."""
 
     rows_PH: Tensor
     note: str
 
 
-def start_rows(config: PromptConfig, base: FrozenBase, seed: int) -> Start:
-    """The start rows of a configuration, float32 on the base's device. Raises ConfigError for an init text without tokens."""
-    return INITS[config.init](config, base, seed)
+def start_rows(material: Material) -> Start:
+    """Fills the prompt from the sources of `prompt.init`, one after another; repeats their rows when they are too few.
+
+    Raises ConfigError for a source that has nothing to give.
+    """
+    config = material.config
+    length = prompt_length(config, material.base.tokenizer, material.labels)
+    parts: list[Start] = []
+    for name in config.sources:
+        room = length - sum(len(part.rows_PH) for part in parts)
+        parts.append(SOURCES[name](material, room) if room else Start(_rows(material, []), f"no room for {name}"))
+    rows_PH = torch.cat([part.rows_PH for part in parts])
+    note = f"{length} virtual tokens: " + "; ".join(part.note for part in parts)
+    if len(rows_PH) < length:
+        note += f"; repeated in a cycle, {length / len(rows_PH):.1f} times"
+    return Start(rows_PH[torch.arange(length, device=rows_PH.device) % len(rows_PH)], note)
 
 
-def prompt_length(config: PromptConfig, tokenizer: object) -> int:
-    """Virtual tokens: `prompt.length`, else the text's token count, else 16."""
+def prompt_length(config: PromptConfig, tokenizer: object, labels: Sequence[str]) -> int:
+    """Virtual tokens: `prompt.length`, else as many rows as text, labels and file have, else 16."""
     if config.length is not None:
         return config.length
-    if config.text is None and config.init == "random":
-        return LENGTH_WITHOUT_TEXT
-    return len(_text_ids(config, tokenizer))
+    own = {"text": lambda: len(_text_ids(config, tokenizer)), "labels": lambda: len(_labels(labels)), "file": lambda: _file_length(config)}
+    return sum(own[name]() for name in config.sources if name in own) or LENGTH_WITHOUT_TEXT
+
+
+def from_text(material: Material, room: int) -> Start:
+    """Embeddings of the text's tokens, without special tokens."""
+    ids = _text_ids(material.config, material.base.tokenizer)
+    note = f"{min(room, len(ids))} from the {len(ids)} tokens of prompt.text"
+    if room < len(ids):
+        note += f", the last {len(ids) - room} are cut: {material.base.tokenizer.decode(ids[room:])!r}"
+    return Start(_rows(material, ids[:room]), note)
+
+
+def from_labels(material: Material, room: int) -> Start:
+    """One row for each label word, the mean of its tokens' embeddings."""
+    labels = _labels(material.labels)
+    words = [material.base.tokenizer(word, add_special_tokens=False)["input_ids"] for word in labels[:room]]
+    cut = f", cut: {', '.join(labels[room:])}" if room < len(labels) else ""
+    rows = [_rows(material, ids).mean(dim=0) for ids in words]
+    return Start(torch.stack(rows), f"{len(rows)} from the label words {', '.join(labels[:room])}{cut}")
+
+
+def from_vocabulary(material: Material, room: int) -> Start:
+    """Embeddings of different tokens, drawn from the most frequent ones of the training rows, special tokens left out."""
+    special = set(material.base.tokenizer.all_special_ids)
+    counts = Counter(token for row in material.rows for token in row.ids if token not in special)
+    common = [token for token, _ in counts.most_common(COMMON_TOKENS)]
+    if not common:
+        raise ConfigError('prompt.init = "vocab": the training rows have no tokens to draw from')
+    drawn = random.Random(material.seed).sample(common, min(room, len(common)))
+    return Start(_rows(material, drawn), f"{len(drawn)} drawn from the data's {len(common)} most frequent tokens (seed {material.seed})")
+
+
+def from_examples(material: Material, room: int) -> Start:
+    """Embeddings of training rows, whole and one after another, in an order drawn by the seed."""
+    order = random.Random(material.seed).sample(range(len(material.rows)), len(material.rows))
+    ids: list[int] = []
+    used = 0
+    while len(ids) < room and used < len(order):
+        ids += material.rows[order[used]].ids
+        used += 1
+    return Start(_rows(material, ids[:room]), f"{min(room, len(ids))} from the tokens of {used} training rows (seed {material.seed})")
+
+
+def from_noise(material: Material, room: int) -> Start:
+    """Normal noise with the mean and spread of the base's embedding rows in every dimension."""
+    base, generator = material.base, torch.Generator().manual_seed(material.seed)
+    noise_PH = torch.randn(room, base.hidden_size, generator=generator).to(base.device)
+    return Start(base.row_mean_H + noise_PH * base.row_std_H, f"{room} from noise like the embedding rows (seed {material.seed})")
+
+
+def from_file(material: Material, room: int) -> Start:
+    """The rows of another prompt, of this task or another."""
+    path = _file(material.config)
+    rows_PH = stored_rows(path).to(material.base.device)
+    if rows_PH.shape[1] != material.base.hidden_size:
+        raise ConfigError(
+            f"prompt.file = {path!r} has rows of {rows_PH.shape[1]} numbers, {material.base.name} needs {material.base.hidden_size}"
+        )
+    cut = f", the last {len(rows_PH) - room} are cut" if room < len(rows_PH) else ""
+    return Start(rows_PH[:room], f"{min(room, len(rows_PH))} from the {len(rows_PH)} rows of {path}{cut}")
+
+
+SOURCES: dict[str, Callable[[Material, int], Start]] = {
+    "text": from_text,
+    "labels": from_labels,
+    "vocab": from_vocabulary,
+    "examples": from_examples,
+    "random": from_noise,
+    "file": from_file,
+}
+
+
+def _rows(material: Material, ids: Sequence[int]) -> Tensor:
+    return material.base.embed_ids(ids)
 
 
 def _text_ids(config: PromptConfig, tokenizer: object) -> list[int]:
     if config.text is None or not config.text.strip():
-        raise ConfigError('prompt.text is empty: say in a sentence what the model should do, or set prompt.init = "random"')
+        raise ConfigError('prompt.text is empty: say in a sentence what the model should do, or set prompt.init = "vocab"')
     ids: list[int] = tokenizer(config.text, add_special_tokens=False)["input_ids"]  # type: ignore[operator]
     if not ids:
         raise ConfigError(f"prompt.text {config.text!r} has no tokens in this tokenizer")
     return ids
 
 
-def from_text(config: PromptConfig, base: FrozenBase, seed: int) -> Start:
-    """Embeddings of the text's tokens, without special tokens; cut where the prompt is shorter, repeated where it is longer."""
-    ids = _text_ids(config, base.tokenizer)
-    length = config.length or len(ids)
-    cycled = [ids[index % len(ids)] for index in range(length)]
-    note = f"{length} virtual tokens from the {len(ids)} tokens of prompt.text"
-    if length < len(ids):
-        note += f"; the last {len(ids) - length} are cut: {base.tokenizer.decode(ids[length:])!r}"
-    elif length > len(ids):
-        note += f"; repeated in a cycle, {length / len(ids):.1f} times"
-    return Start(base.embed_ids(cycled), note)
+def _labels(labels: Sequence[str]) -> Sequence[str]:
+    if not labels:
+        raise ConfigError('prompt.init = "labels": the rows have no labels (rows of text and label have)')
+    return labels
 
 
-def random(config: PromptConfig, base: FrozenBase, seed: int) -> Start:
-    """Normal noise with the mean and spread of the base's embedding rows in every dimension."""
-    length = prompt_length(config, base.tokenizer)
-    generator = torch.Generator().manual_seed(seed)
-    noise_PH = torch.randn(length, base.hidden_size, generator=generator).to(base.device)
-    return Start(base.row_mean_H + noise_PH * base.row_std_H, f"{length} virtual tokens from noise like the embedding rows (seed {seed})")
+def _file(config: PromptConfig) -> str:
+    if config.file is None:
+        raise ConfigError('prompt.init = "file": prompt.file is not set: name a prompt, checkpoint or run folder')
+    return config.file
 
 
-INITS: dict[str, Callable[[PromptConfig, FrozenBase, int], Start]] = {"text": from_text, "random": random}
+def _file_length(config: PromptConfig) -> int:
+    return read_card(_file(config)).num_virtual_tokens

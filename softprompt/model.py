@@ -128,13 +128,15 @@ def _quantization(config: ModelConfig) -> dict[str, Any]:
     if config.quantization is None:
         return {}
     if config.location[1] is not None:
-        raise ConfigError("model.quantization: a GGUF file is unpacked to full precision: name the base's Hugging Face folder or id instead")
+        raise ConfigError(
+            "model.quantization: a GGUF file is unpacked to full precision: name the base's Hugging Face folder or id instead"
+        )
     if find_spec("bitsandbytes") is None:
         raise MissingPackage("bitsandbytes", "quantization")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it says at every product that 8-bit inputs are float16
     four_bit = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": load_dtype(config)}
-    how = {"int8": {"load_in_8bit": True}, "nf4": {"load_in_4bit": True, **four_bit}}[config.quantization]
-    return {"quantization_config": BitsAndBytesConfig(**how), "device_map": {"": device_of(config.device)}}
+    kinds: dict[str, dict[str, Any]] = {"int8": {"load_in_8bit": True}, "nf4": {"load_in_4bit": True, **four_bit}}
+    return {"quantization_config": BitsAndBytesConfig(**kinds[config.quantization]), "device_map": {"": device_of(config.device)}}
 
 
 def load_settings(config: ModelConfig) -> Any:

@@ -8,31 +8,37 @@ from torch import Tensor
 from softprompt.config import OptimConfig
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+AVERAGE = "average"
 
 
 class RowOptimizer:
     """AdamW without weight decay on `rows_PH`, which must require a gradient.
 
-    The rate rises over the warm-up and then decays to zero as `optim.schedule` says.
+    The peak rate is `optim.lr`, or the share `optim.relative_lr` of `rms`, that of the base's embedding rows: Adam moves
+    every number by about the rate, so a share means the same whatever the scale of a base's embeddings. It rises over the
+    warm-up and then decays to zero as `optim.schedule` says.
     """
 
-    def __init__(self, rows_PH: Tensor, config: OptimConfig, num_steps: int) -> None:
-        assert config.lr is not None, "checked before the run starts"
+    def __init__(self, rows_PH: Tensor, config: OptimConfig, num_steps: int, rms: float) -> None:
         self.rows_PH = rows_PH
         self.config = config
         self.num_steps = num_steps
-        self.adam = torch.optim.AdamW([rows_PH], lr=config.lr, weight_decay=0.0)
+        self.peak = config.lr if config.lr is not None else config.relative_lr * rms
+        self.adam = torch.optim.AdamW([rows_PH], lr=self.peak, weight_decay=0.0)
+        self.average_PH = rows_PH.detach().clone()
+
+    @property
+    def shown_PH(self) -> Tensor:
+        """The rows to evaluate and to save: the moving average where `optim.ema` is set, else the rows themselves."""
+        return self.rows_PH.detach() if self.config.ema is None else self.average_PH
 
     def lr_at(self, step: int) -> float:
         """Rate of step number `step`, counted from 0."""
-        assert self.config.lr is not None
         warmup = math.ceil(self.config.warmup_fraction * self.num_steps)
         if step < warmup:
-            return self.config.lr * (step + 1) / warmup
+            return self.peak * (step + 1) / warmup
         done = (step - warmup) / max(1, self.num_steps - warmup)
-        return (
-            self.config.lr * {"constant": 1.0, "linear": 1.0 - done, "cosine": 0.5 * (1.0 + math.cos(math.pi * done))}[self.config.schedule]
-        )
+        return self.peak * {"constant": 1.0, "linear": 1.0 - done, "cosine": 0.5 * (1.0 + math.cos(math.pi * done))}[self.config.schedule]
 
     def step(self, step: int) -> tuple[float, float]:
         """Applies the collected gradient and clears it. Returns (gradient norm before clipping, learning rate)."""
@@ -41,13 +47,18 @@ class RowOptimizer:
         self.adam.param_groups[0]["lr"] = lr
         self.adam.step()
         self.adam.zero_grad()
+        if self.config.ema is not None:
+            self.average_PH.lerp_(self.rows_PH.detach(), 1 - self.config.ema)
         return norm, lr
 
     def state(self) -> dict[str, Tensor]:
-        """Adam's moments; empty before the first step."""
-        return {name: tensor for name, tensor in self.adam.state[self.rows_PH].items()} if self.adam.state else {}
+        """Adam's moments, none before the first step, and the moving average where there is one."""
+        moments = dict(self.adam.state[self.rows_PH]) if self.adam.state else {}
+        return moments if self.config.ema is None else {**moments, AVERAGE: self.average_PH}
 
     def restore(self, state: dict[str, Tensor]) -> None:
         """Puts back what `state` returned."""
-        if state:
+        if all(name in state for name in MOMENTS):
             self.adam.state[self.rows_PH] = {name: state[name].clone() for name in MOMENTS}
+        if AVERAGE in state:
+            self.average_PH = state[AVERAGE].to(self.average_PH.device).clone()

@@ -12,11 +12,11 @@ from transformers import AutoModelForCausalLM
 
 from softprompt.config import Config
 from softprompt.dryrun import step_peak
-from softprompt.errors import ConfigError
+from softprompt.encode import load_rows, make_encoder
 from softprompt.init import prompt_length
+from softprompt.job import check_context
 from softprompt.memory import activation_bytes, token_budget
 from softprompt.model import context_length, device_of, load_dtype, load_settings, load_tokenizer, refuse_unsupported
-from softprompt.training import check_context
 
 FRAGMENTATION = {"cpu": 1.4}  # what the allocator cannot use again: 1.3 to 1.55 measured on a CPU (LOG.md), next to nothing on a GPU
 QUANTIZED_BYTES = {"int8": 1.0, "nf4": 0.516}  # of a weight, scales included: one byte for 64, and four for 64 x 256
@@ -132,10 +132,10 @@ def _activations(config: Config, settings: Any, model: Any, lengths: Sequence[in
 
 
 def _lengths(config: Config) -> list[int]:
-    """Virtual tokens of every prompt of the run; the tokenizer is loaded once, and only where a text has to be counted."""
+    """Virtual tokens of every prompt of the run; tokenizer and rows are loaded only where they have to be looked at."""
     prompts = [own.prompt for own in config.members().values()]
-    if any(prompt.length is None and prompt.text is None and prompt.init == "text" for prompt in prompts):
-        raise ConfigError("prompt.text or prompt.length is needed to plan")
-    counted = any(prompt.length is None and prompt.text is not None for prompt in prompts)
-    tokenizer = load_tokenizer(config.model) if counted else None
-    return [prompt_length(prompt, tokenizer) for prompt in prompts]
+    open_ended = [prompt for prompt in prompts if prompt.length is None]
+    sources = {source for prompt in open_ended for source in prompt.sources}
+    tokenizer = load_tokenizer(config.model) if sources & {"text", "labels"} else None
+    labels = load_rows(config, make_encoder(tokenizer, config.data.template))[0].labels if "labels" in sources else ()
+    return [prompt_length(prompt, tokenizer, labels) for prompt in prompts]

@@ -38,10 +38,16 @@ def make_config(tmp_path: Path, bases: Callable[..., FrozenBase]) -> Callable[..
             f"data.train={rows}",
             f"data.eval={held}",
             "prompt.text=Repeat the drink.",
-            "optim.lr=0.05",
+            "optim.relative_lr=0.25",
             "train.examples_per_step=4",
             f"train.out={tmp_path / 'run'}",
         ]
         return load_config(None, [*own, *overrides])
 
     return make
+
+
+@pytest.fixture
+def contrary(tmp_path: Path) -> str:
+    """Held-out rows with other answers than the training rows: what is learned makes them worse, the best rows are not the last."""
+    return f"data.eval={tiny.write_rows(tmp_path / 'contrary.jsonl', [{'prompt': 'bring tea', 'completion': 'QQQQ'}] * 2)}"

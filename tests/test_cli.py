@@ -73,7 +73,8 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_train_writes_its_result(finished, tmp_path):
     result = json.loads((tmp_path / "train.json").read_text())
     documented = ["steps", "train_loss", "eval_loss_before", "eval_loss_after", "seconds", "samples_per_second", "peak_bytes", "prompt"]
-    assert set(result) == {*documented, "prompts"}
+    assert set(result) == {*documented, "best_step", "ended", "prompts"}
+    assert (result["best_step"], result["ended"]) == (2, "steps")
     assert (result["steps"], result["prompt"]) == (2, str(finished / "prompt"))
     assert all(math.isfinite(result[key]) and result[key] > 0 for key in documented[:-1])
     assert result == json.loads((finished / "result.json").read_text())
@@ -182,12 +183,6 @@ def test_a_missing_prompt_is_one_line(refused, tmp_path, verb):
 def test_a_config_that_is_not_toml_is_one_line(refused, tmp_path):
     (tmp_path / "config.toml").write_text("[train\nsteps = 3")
     assert "not valid TOML" in refused("train", tmp_path / "config.toml")
-
-
-def test_no_learning_rate_is_one_line(refused, config_file):
-    file = config_file()
-    file.write_text(file.read_text().replace("lr = 0.05\n", ""))
-    assert "optim.lr is not set" in refused("train", file)
 
 
 def test_no_rows_are_one_line(refused, config_file, tmp_path):

@@ -26,11 +26,12 @@ FLOORS = [
     {"data", "unpack", "prefix"},
     {"encode"},
     {"batch", "model"},
-    {"loss", "prompt", "init", "optim", "decode"},
+    {"loss", "prompt", "optim", "decode"},
     {"step", "dryrun"},
     {"artifact", "show"},
-    {"runlog", "checkpoint"},
+    {"runlog", "checkpoint", "init"},
     {"evaluation", "generation", "events"},
+    {"job"},
     {"training"},
     {"plan"},
     {"screen"},
@@ -94,7 +95,7 @@ def test_every_example_loads():
 
 
 def test_the_alpaca_example_makes_625_steps():
-    from softprompt.training import count_steps
+    from softprompt.job import count_steps
 
     config = load_config(ROOT / "examples" / "alpaca-zh.toml")
     assert config.data.limit == 10_000
@@ -256,9 +257,12 @@ EFFECTS: dict[str, Effect] = {
     "prompt.bank": ('[{{name = "a"}}, {{name = "b", seed = 3}}]', prompts_after),
     "prompt.length": ("3", rows_after),
     "prompt.init": ("random", rows_after),
+    "prompt.file": ("{prompt}", rows_after),
     "prompt.text": ("Another text.", rows_after),
     "prompt.position": ("start", rows_after),
     "optim.lr": ("0.01", rows_after),
+    "optim.relative_lr": ("0.01", rows_after),
+    "optim.ema": ("0.5", rows_after),
     "optim.schedule": ("constant", rows_after),
     "optim.warmup_fraction": ("0.9", rows_after),
     "optim.clip_norm": ("1e-9", rows_after),
@@ -271,6 +275,8 @@ EFFECTS: dict[str, Effect] = {
     "train.checkpoint_activations": ("true", numbers_kept),
     "train.log_every": ("1", log_lines),
     "train.eval_every": ("1", events_after),
+    "train.minutes": ("1e-9", events_after),
+    "train.patience": ("1", events_after),
     "train.save_every": ("1", events_after),
     "train.out": ("{out}", lambda config: (list(train(config)), Path(config.train.out).name)[1]),
     "train.trackers": ("['tensorboard']", files_after),
@@ -294,12 +300,17 @@ def test_every_field_has_an_effect(key, make_config, tmp_path):
     elif key == "data.label_words":
         labelled = tiny.write_rows(tmp_path / "labelled.jsonl", [{"text": "good", "label": number % 2} for number in range(6)])
         plain = make_config(f"data.train={labelled}")
+    elif key == "prompt.file":
+        list(train(make_config("train.steps=2", f"train.out={tmp_path / 'other'}")))
+        plain = make_config("train.steps=3")
+    elif key == "train.patience":  # rows that stand still never become better
+        plain = make_config("train.steps=9", "optim.lr=1e-30", "train.eval_every=1")
     elif key == "data.max_rejected":
         bad = tiny.write_rows(tmp_path / "bad.jsonl", [*[kind] * 5, {"prompt": "a"}])
         plain = make_config(f"data.train={bad}", "train.steps=2")
     else:
         plain = make_config(*(f"{name}={setting}" for name, setting in common.items()))
-    filled = value.format(other=other, out=tmp_path / "elsewhere")
+    filled = value.format(other=other, prompt=tmp_path / "other", out=tmp_path / "elsewhere")
     changed = load_config(
         plain.model_dump(exclude_none=True), [f"{key}={filled}", *([] if key == "train.out" else [f"train.out={tmp_path / 'changed'}"])]
     )

@@ -44,7 +44,7 @@ def test_epochs_make_steps(make_config):
 
 
 def test_ten_thousand_rows_make_625_steps():
-    from softprompt.training import count_steps
+    from softprompt.job import count_steps
 
     assert count_steps(load_config(None, ["train.examples_per_step=16"]), 10_000) == 625
 
@@ -57,9 +57,13 @@ def test_same_seed_same_bits(make_config, tmp_path):
     assert not torch.equal(rows_of(tmp_path / "a"), rows_of(tmp_path / "c"))
 
 
+RESTLESS = ("train.eval_every=1", "optim.relative_lr=4", "optim.schedule=constant", "optim.ema=0.5")
+
+
+@pytest.mark.parametrize("how", [("train.eval_every=3", "optim.schedule=cosine"), RESTLESS], ids=["calm", "restless"])
 @pytest.mark.parametrize("stop_after", [1, 2, 3, 5])
-def test_a_resumed_run_equals_the_straight_run_bit_for_bit(make_config, tmp_path, stop_after):
-    settings = ("train.steps=6", "train.save_every=2", "train.eval_every=3", "optim.schedule=cosine")
+def test_a_resumed_run_equals_the_straight_run_bit_for_bit(make_config, contrary, tmp_path, stop_after, how):
+    settings = ("train.steps=6", "train.save_every=2", contrary, *how)
     list(train(make_config(*settings, f"train.out={tmp_path / 'straight'}")))
     config = make_config(*settings)
     events = train(config)
@@ -178,7 +182,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(make_config, tmp_path):
     events = train(config, base=base)
     saved = next(event for event in events if isinstance(event, Saved))
     base.model.lm_head.weight[5, 0] = float("nan")  # norms keep the rows of any rate finite: something else has to break
-    with pytest.raises(RunError, match=r"loss of step 2 is not finite: lower optim\.lr"):
+    with pytest.raises(RunError, match=r"loss of step 2 is not finite: lower optim\.relative_lr"):
         list(events)
     checkpoint = latest_checkpoint(Path(config.train.out) / "checkpoints")
     assert checkpoint is not None, "the steps before are kept"

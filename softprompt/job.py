@@ -1,0 +1,245 @@
+"""What a run works with, put together and checked before its first step."""
+
+import resource
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from softprompt.artifact import DataCard
+from softprompt.checkpoint import BEST, ROWS, Checkpoint, Progress, Scores, latest_checkpoint
+from softprompt.config import Config
+from softprompt.data import RANGE, Rejected
+from softprompt.encode import Encoder, Rows, check_rejected, load_rows, make_encoder
+from softprompt.errors import ConfigError, DataError, RunError
+from softprompt.init import Material, Start, start_rows
+from softprompt.memory import token_budget
+from softprompt.model import FrozenBase, load_base
+from softprompt.optim import RowOptimizer
+from softprompt.prompt import SoftPrompt
+from softprompt.runlog import RunFolder
+from softprompt.step import Engine
+
+EVALUATIONS, EVAL_APART = 4, 10  # over a run where eval_every is not set, and the fewest steps between two
+
+
+@dataclass
+class Trainee:
+    """One prompt of a run. `config` is the configuration that would train it alone; `best_PH` the rows with the lowest loss
+    on the held-out rows so far."""
+
+    name: str
+    config: Config
+    soft: SoftPrompt
+    optimizer: RowOptimizer
+    start: Start
+    best_PH: Tensor | None
+
+    @property
+    def shown(self) -> SoftPrompt:
+        """The prompt as it is evaluated and saved now."""
+        return SoftPrompt(self.optimizer.shown_PH, self.soft.position, self.soft.bos_id)
+
+    @property
+    def best(self) -> SoftPrompt:
+        """The prompt with the lowest held-out loss; without held-out rows, as it is now."""
+        return self.shown if self.best_PH is None else SoftPrompt(self.best_PH, self.soft.position, self.soft.bos_id)
+
+    def movement(self, rms: float) -> float:
+        """RMS distance of the rows from where they started, as a share of `rms`."""
+        return (self.soft.rows_PH.detach() - self.start.rows_PH).square().mean().sqrt().item() / rms
+
+    def state(self) -> dict[str, Tensor]:
+        """What a checkpoint keeps of it."""
+        return {ROWS: self.soft.rows_PH.detach(), **self.optimizer.state(), **({} if self.best_PH is None else {BEST: self.best_PH})}
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything a run works with."""
+
+    config: Config
+    run: RunFolder
+    base: FrozenBase
+    engine: Engine
+    encoder: Encoder
+    rows: Rows
+    held: Rows | None
+    trainees: tuple[Trainee, ...]
+
+    @property
+    def num_steps(self) -> int:
+        return count_steps(self.config, len(self.rows.encoded))
+
+    @property
+    def eval_every(self) -> int:
+        """Steps between evaluations."""
+        return self.config.train.eval_every or max(EVAL_APART, -(-self.num_steps // EVALUATIONS))
+
+
+@dataclass(frozen=True)
+class Member:
+    """One prompt of a run before it has a folder: its own configuration, where it starts and where it stands."""
+
+    config: Config
+    start: Start
+    position: str
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A run before it has a folder: everything is loaded and checked, nothing is written."""
+
+    config: Config
+    base: FrozenBase
+    engine: Engine
+    encoder: Encoder
+    rows: Rows
+    held: Rows | None
+    members: dict[str, Member]
+
+    @property
+    def rejected(self) -> tuple[Rejected, ...]:
+        return self.rows.rejected + (self.held.rejected if self.held else ())
+
+
+def prepare(config: Config, base: FrozenBase | None) -> Setup:
+    """Loads and checks all that a configuration names. Raises an Error of errors.py when something is wrong with it."""
+    alone = config.members()
+    base = base or load_base(config.model)
+    encoder = make_encoder(base.tokenizer, config.data.template)
+    rows, held = load_rows(config, encoder)
+    _check_rows(config, rows, held)
+    members = {
+        name: Member(
+            config=own,
+            start=start_rows(Material(own.prompt, base, rows.encoded, rows.labels, own.train.seed)),
+            position=resolve_position(own, encoder),
+        )
+        for name, own in alone.items()
+    }
+    check_context(base.context_length, max(len(member.start.rows_PH) for member in members.values()), config.data.max_length)
+    engine = make_engine(config, base)
+    return Setup(_with_token_budget(config, engine.tokens_per_batch), base, engine, encoder, rows, held, members)
+
+
+def start_job(setup: Setup, run: RunFolder) -> tuple[Job, Progress]:
+    """The job, and the counters to go on from: those of the last checkpoint, if any. The run folder must be locked.
+
+    Raises RunError when rows or base have changed since the run started.
+    """
+    checkpoint, progress = _where_it_stands(run, setup)
+    num_steps = count_steps(setup.config, len(setup.rows.encoded))
+    trainees = tuple(_trainee(name, member, setup, checkpoint, num_steps) for name, member in setup.members.items())
+    return Job(setup.config, run, setup.base, setup.engine, setup.encoder, setup.rows, setup.held, trainees), progress
+
+
+def _where_it_stands(run: RunFolder, setup: Setup) -> tuple[Checkpoint | None, Progress]:
+    base, rows = setup.base, setup.rows
+    fresh = Progress(
+        data_fingerprint=rows.fingerprint, base_fingerprint=base.fingerprint, scores={name: Scores() for name in setup.members}
+    )
+    checkpoint = latest_checkpoint(run.checkpoints)
+    progress = checkpoint.progress if checkpoint else fresh
+    if progress.data_fingerprint != fresh.data_fingerprint:
+        raise RunError(f"the training rows have changed since {run.path} started: they must be the same to resume")
+    if progress.base_fingerprint != fresh.base_fingerprint:
+        raise RunError(f"{base.name} has other weights than when {run.path} started: they must be the same to resume")
+    run.forget_after(progress.step if checkpoint else -1)
+    return checkpoint, progress
+
+
+def _trainee(name: str, member: Member, setup: Setup, checkpoint: Checkpoint | None, num_steps: int) -> Trainee:
+    base, state = setup.base, checkpoint.states[name] if checkpoint else {}
+    rows_PH = (state[ROWS].to(base.device) if state else member.start.rows_PH).clone().requires_grad_()
+    optimizer = RowOptimizer(rows_PH, member.config.optim, num_steps, base.rms)
+    optimizer.restore(state)
+    best_PH = state[BEST].to(base.device) if BEST in state else None
+    return Trainee(name, member.config, SoftPrompt(rows_PH, member.position, setup.encoder.bos_id), optimizer, member.start, best_PH)
+
+
+# ---- small decisions -----------------------------------------------------------------------------------------------
+
+
+def count_steps(config: Config, num_rows: int) -> int:
+    """Optimizer steps of a run; the last one of an epoch-counted run may be smaller."""
+    return config.train.steps or -(-num_rows * config.train.epochs // config.train.examples_per_step)
+
+
+def resolve_position(config: Config, encoder: Encoder) -> str:
+    """ "after_bos" or "start". Raises ConfigError for "after_bos" without a BOS token."""
+    if config.prompt.position == "auto":
+        return "start" if encoder.bos_id is None else "after_bos"
+    if config.prompt.position == "after_bos" and encoder.bos_id is None:
+        raise ConfigError('prompt.position = "after_bos": this tokenizer adds no BOS token; use "start" or "auto"')
+    return config.prompt.position
+
+
+def check_context(context_length: int | None, num_virtual_tokens: int, max_length: int) -> None:
+    """Raises ConfigError when prompt and text together are longer than the base's context."""
+    if context_length is not None and num_virtual_tokens + max_length > context_length:
+        raise ConfigError(
+            f"{num_virtual_tokens} virtual tokens and data.max_length = {max_length} exceed the base's context of {context_length} tokens: "
+            "lower prompt.length (shorten prompt.text) or data.max_length"
+        )
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Most memory used so far: of the process on a CPU, of the allocator on a GPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def with_absolute_paths(config: Config) -> Config:
+    """Local paths made absolute, so that the run can be resumed and the prompt used from any folder."""
+
+    def absolute(source: str | None) -> str | None:
+        match = RANGE.match(source or "")
+        path, rest = (match["source"], (source or "")[len(match["source"]) :]) if match else (source, "")
+        return f"{Path(path).absolute()}{rest}" if path and Path(path.partition(":")[0]).exists() else source
+
+    def moved(prompt: dict[str, Any]) -> dict[str, Any]:
+        return {**prompt, "file": absolute(prompt["file"])} if prompt.get("file") else prompt
+
+    name, gguf_file = config.model.location
+    bank = tuple(member.model_copy(update={"prompt": moved(member.prompt)}) for member in config.prompt.bank)
+    prompt = config.prompt.model_copy(update={"bank": bank, "file": absolute(config.prompt.file)})
+    model = config.model.model_copy(update={"name": absolute(name), "gguf_file": gguf_file})
+    data = config.data.model_copy(update={"train": absolute(config.data.train), "eval": absolute(config.data.eval)})
+    return config.model_copy(update={"model": model, "data": data, "prompt": prompt})
+
+
+def make_engine(config: Config, base: FrozenBase) -> Engine:
+    """How the steps of a configuration are computed on this machine."""
+    how = config.train
+    return Engine(token_budget(base.model.base_model, base.device, how.tokens_per_batch), how.head_tolerance, how.checkpoint_activations)
+
+
+def _with_token_budget(config: Config, tokens: int) -> Config:
+    """The budget that was found becomes part of the run: resumed on another day, it is cut into the same micro-batches."""
+    return config.model_copy(update={"train": config.train.model_copy(update={"tokens_per_batch": tokens})})
+
+
+def _check_rows(config: Config, rows: Rows, held: Rows | None) -> None:
+    check_rejected(rows.rejected + (held.rejected if held else ()), config.data.max_rejected)
+    for name, split in (("data.train", rows), ("data.eval", held)):
+        if split is not None and not split.encoded:
+            raise DataError(f"{name}: no usable row is left ({len(split.rejected)} rejected)")
+    if held is None and config.train.patience is not None:
+        raise ConfigError("train.patience needs held-out rows: set data.eval or data.eval_fraction")
+
+
+def data_card(config: Config, rows: Rows, held: Rows | None) -> DataCard:
+    assert config.data.train is not None
+    return DataCard(
+        train=Path(config.data.train).name if config.data.train.startswith("/") else config.data.train,
+        num_train=len(rows.encoded),
+        train_fingerprint=rows.fingerprint,
+        num_eval=len(held.encoded) if held else 0,
+        eval_fingerprint=held.fingerprint if held else None,
+        labels=rows.labels,
+        label_words=config.data.label_words,
+    )
