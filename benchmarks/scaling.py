@@ -46,7 +46,7 @@ class Column:
 
 COLUMNS = {
     "virtual_tokens": Column("virtual tokens", (1, 16, 50, 100, 200)),
-    "text_tokens": Column("text length (tokens)", (32, 64, 128, 256, 512)),
+    "text_tokens": Column("text length (tokens)", (32, 64, 128, 256)),
     "examples_per_step": Column("examples per step", (1, 4, 8, 16, 32)),
     "num_prompts": Column("prompts in the bank", (1, 2, 4, 8), sides=("ours",)),
 }
@@ -179,7 +179,7 @@ def _label(axes: Any, x_label: str, y_label: str, values: Sequence[int], logarit
     axes.set_xticks([], minor=True)
     axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)
-    if logarithmic:  # from 32 to 1,024 tokens both quantities change by more than tenfold
+    if logarithmic:  # both quantities change by about tenfold
         axes.set_yscale("log", base=2)
         axes.yaxis.set_major_formatter("{x:g}")
     else:

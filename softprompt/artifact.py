@@ -1,7 +1,8 @@
-"""A prompt on disk: a PEFT PROMPT_TUNING adapter folder with a card.
+"""A prompt on disk: a PEFT adapter folder with a card.
 
     adapter_config.json        what PEFT reads
-    adapter_model.safetensors  one tensor, prompt_embeddings [P, H] float32; for position "after_bos" the BOS row comes first
+    adapter_model.safetensors  one tensor, prompt_embeddings [P, H] float32; for position "after_bos" the BOS row comes first; of a
+                               deep prompt [P, D], keys and values of every layer (PEFT's PREFIX_TUNING)
     card.json                  what softprompt checks: base, tokenizer, template, position, data, metrics, versions
     README.md                  the same for people; a model card on the Hugging Face hub
 
@@ -24,7 +25,7 @@ from softprompt.config import Config, ModelConfig
 from softprompt.encode import Encoder, make_encoder
 from softprompt.errors import ArtifactError
 from softprompt.model import FrozenBase
-from softprompt.prompt import SoftPrompt
+from softprompt.prompt import DeepPrompt, SoftPrompt, shapes_of
 
 TENSOR = "prompt_embeddings"
 PACKAGES = ("softprompt", "torch", "transformers", "peft", "tokenizers")
@@ -70,7 +71,9 @@ class Card(CardModel):
 
     format: Literal[1] = 1
     base: BaseCard
+    method: Literal["prompt", "prefix"] = "prompt"
     num_virtual_tokens: int
+    shapes: tuple[tuple[int, int], ...] = ()
     position: Literal["after_bos", "start"]
     bos_id: int | None
     template: str
@@ -112,27 +115,36 @@ def package_versions() -> dict[str, str]:
 
 def write_prompt(folder: Path, soft: SoftPrompt, card: Card, base: FrozenBase) -> None:
     """Writes the four files into a folder, which is made where it is missing."""
-    from peft import PromptTuningConfig
-
     folder.mkdir(exist_ok=True)
-    rows = soft.rows_PH.detach().float().cpu()
-    if card.position == "after_bos" and soft.bos_id is not None:
-        rows = torch.cat([base.embed_ids([soft.bos_id]).cpu(), rows])
-    text = base.model.config.get_text_config(decoder=True)
-    PromptTuningConfig(
-        task_type="CAUSAL_LM",
-        base_model_name_or_path=card.base.name,
-        num_virtual_tokens=rows.shape[0],
-        token_dim=rows.shape[1],
-        num_transformer_submodules=1,
-        num_attention_heads=getattr(text, "num_attention_heads", 1),  # recurrent bases have none, PEFT asks anyway
-        num_layers=text.num_hidden_layers,
-        prompt_tuning_init="RANDOM",
-        inference_mode=True,
-    ).save_pretrained(str(folder))
+    rows = soft.stored(base).float().cpu()
+    peft = _peft_config(soft, card, base, rows)
+    if peft is not None:
+        peft.save_pretrained(str(folder))
     save_file({TENSOR: rows.contiguous()}, folder / "adapter_model.safetensors")
     (folder / "card.json").write_text(card.model_dump_json(indent=2) + "\n", encoding="utf-8")
     (folder / "README.md").write_text(_model_card(card), encoding="utf-8")
+
+
+def _peft_config(soft: SoftPrompt, card: Card, base: FrozenBase, rows: torch.Tensor) -> Any:
+    """What makes the folder a PEFT adapter, or None for a deep prompt whose layers differ in shape: PEFT has no such format."""
+    from peft import PrefixTuningConfig, PromptTuningConfig
+
+    text = base.model.config.get_text_config(decoder=True)
+    common = {
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": card.base.name,
+        "num_virtual_tokens": rows.shape[0],
+        "num_transformer_submodules": 1,
+        "num_layers": text.num_hidden_layers,
+        "inference_mode": True,
+    }
+    if isinstance(soft, DeepPrompt):
+        if len(set(soft.shapes)) > 1:
+            return None
+        heads, size = soft.shapes[0]
+        return PrefixTuningConfig(**common, token_dim=heads * size, num_attention_heads=heads, encoder_hidden_size=heads * size)
+    heads = getattr(text, "num_attention_heads", 1)  # recurrent bases have none, PEFT asks anyway
+    return PromptTuningConfig(**common, token_dim=rows.shape[1], num_attention_heads=heads, prompt_tuning_init="RANDOM")
 
 
 def find_prompt(path: str | Path) -> Path:
@@ -143,12 +155,23 @@ def find_prompt(path: str | Path) -> Path:
             if not (candidate / "card.json").is_file():
                 raise ArtifactError(f"{candidate} has no card.json: it was not written by softprompt")
             return candidate
-    several = sorted(path.parent for path in (*folder.glob("*/card.json"), *folder.glob("prompts/*/card.json")))
+    several = _several(folder)
     if several:
         raise ArtifactError(f"{folder} holds {len(several)} prompts: name one, e.g. {several[0]}")
     if (folder / "config.toml").is_file():
         raise ArtifactError(f"{folder} is a run that has not finished: name one of its checkpoints, or softprompt train --resume {folder}")
     raise ArtifactError(f"{folder}: no prompt here (adapter_model.safetensors is missing)")
+
+
+def find_prompts(path: str | Path) -> list[Path]:
+    """The prompt folders meant by a path: all of a bank, else the one of `find_prompt`. Raises ArtifactError."""
+    return _several(Path(path)) or [find_prompt(path)]
+
+
+def _several(folder: Path) -> list[Path]:
+    if (folder / "prompt").is_dir():
+        return []
+    return sorted(card.parent for card in (*folder.glob("*/card.json"), *folder.glob("prompts/*/card.json")))
 
 
 def read_card(path: str | Path) -> Card:
@@ -170,10 +193,7 @@ def load_prompt(path: str | Path, base: FrozenBase, *, allow_other_base: bool = 
     folder = find_prompt(path)
     card = read_card(folder)
     rows = _read_rows(folder, card)
-    if rows.shape[1] != base.hidden_size:
-        raise ArtifactError(
-            f"{folder} has rows of {rows.shape[1]} numbers, {base.name} needs {base.hidden_size}: it belongs to {card.base.name}"
-        )
+    _check_width(folder, card, rows, base)
     if not allow_other_base:
         _check_fingerprints(folder, card, base)
     if card.template.endswith(".jinja") and "{" not in card.template:
@@ -181,12 +201,27 @@ def load_prompt(path: str | Path, base: FrozenBase, *, allow_other_base: bool = 
     encoder = make_encoder(base.tokenizer, card.template)
     if encoder.bos_id != card.bos_id and not allow_other_base:
         raise ArtifactError(f"{folder} was trained with another use of the BOS token than that of {base.name}'s tokenizer: {ANYWAY}")
-    return StoredPrompt(SoftPrompt(_without_bos(rows, card).to(base.device), card.position, encoder.bos_id), card, encoder)
+    own = _without_bos(rows, card).to(base.device)
+    if card.method == "prefix":
+        return StoredPrompt(DeepPrompt(own, card.position, encoder.bos_id, torch.ones_like(own[0]), card.shapes), card, encoder)
+    return StoredPrompt(SoftPrompt(own, card.position, encoder.bos_id), card, encoder)
+
+
+def _check_width(folder: Path, card: Card, rows: torch.Tensor, base: FrozenBase) -> None:
+    if card.method == "prefix":
+        if card.shapes != shapes_of(base.prefill([base.embed_ids([0])]).layers):
+            raise ArtifactError(f"{folder} holds keys and values of other shapes than those of {base.name}: it belongs to {card.base.name}")
+    elif rows.shape[1] != base.hidden_size:
+        raise ArtifactError(
+            f"{folder} has rows of {rows.shape[1]} numbers, {base.name} needs {base.hidden_size}: it belongs to {card.base.name}"
+        )
 
 
 def stored_rows(path: str | Path) -> torch.Tensor:
     """The rows [P, H] of a prompt or run folder, float32, BOS left out, whatever base they belong to. Raises ArtifactError."""
     folder = find_prompt(path)
+    if read_card(folder).method == "prefix":
+        raise ArtifactError(f"{folder} holds keys and values of every layer, no rows for another prompt to start from")
     return _without_bos(_read_rows(folder, read_card(folder)), read_card(folder))
 
 
@@ -213,8 +248,9 @@ def _read_rows(folder: Path, card: Card) -> torch.Tensor:
         raise ArtifactError(f"{file} must hold one tensor {TENSOR}, it holds {', '.join(sorted(tensors)) or 'none'}")
     rows = tensors[TENSOR]
     stored = card.num_virtual_tokens + (card.position == "after_bos" and card.bos_id is not None)
-    if rows.shape != (stored, card.base.hidden_size) or not rows.is_floating_point():
-        raise ArtifactError(f"{file} holds {list(rows.shape)} {rows.dtype}, its card says [{stored}, {card.base.hidden_size}] float32")
+    width = sum(heads * size for heads, size in card.shapes) or card.base.hidden_size
+    if rows.shape != (stored, width) or not rows.is_floating_point():
+        raise ArtifactError(f"{file} holds {list(rows.shape)} {rows.dtype}, its card says [{stored}, {width}] float32")
     if not torch.isfinite(rows).all():
         raise ArtifactError(f"{file} holds numbers that are not finite: the run that wrote it had diverged")
     return rows.float()
@@ -237,7 +273,9 @@ def make_card(
             tokenizer_fingerprint=base.tokenizer_fingerprint,
             chat_template_sha256=chat_template_hash(base.tokenizer),
         ),
+        method=config.prompt.method,
         num_virtual_tokens=soft.length,
+        shapes=soft.shapes if isinstance(soft, DeepPrompt) else (),
         position=soft.position,  # type: ignore[arg-type]
         bos_id=soft.bos_id,
         template=encoder.template,

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import sys
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,6 +21,12 @@ app = typer.Typer(
     help="Prompt tuning for frozen language models: train, evaluate and use soft prompts.\n\n"
     "Settings come from a TOML file, from section.key=value, or both; the latter win.",
 )
+
+
+class Ensemble(StrEnum):
+    mean = "mean"
+    vote = "vote"
+
 
 Settings = Annotated[list[str] | None, typer.Argument(metavar="[CONFIG.toml] [section.key=value ...]", help="Settings.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[section.key=value ...]", help="Settings, e.g. model.name=FOLDER.")]
@@ -57,6 +64,20 @@ def train(
         )
         raise typer.Exit(130) from None
     _write_json(json_file, result)
+
+
+@app.command()
+def doctor(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a finished run.")],
+    json_file: Json = None,
+) -> None:
+    """Say what is wrong with a finished run, with the number and what to do; compares it with what it must beat."""
+    from softprompt.doctor import diagnose
+    from softprompt.screen import draw_findings
+
+    findings = diagnose(run)
+    draw_findings(findings)
+    _write_json(json_file, {"run": str(run), "findings": findings})
 
 
 @app.command("eval")
@@ -97,26 +118,31 @@ def generate(
     top_p: Annotated[float, typer.Option(help="Sample from the likeliest tokens of this joint probability.")] = 1.0,
     top_k: Annotated[int, typer.Option(help="Sample from this many likeliest tokens; 0 is all.")] = 0,
     seed: Annotated[int, typer.Option(help="Seed of sampling.")] = 0,
+    ensemble: Annotated[
+        Ensemble | None, typer.Option(help="All prompts give one answer together, those of a bank's run folder included.")
+    ] = None,
     allow_other_base: OtherBase = False,
     json_file: Json = None,
 ) -> None:
-    """Answer texts with one soft prompt, or with several in one batch."""
+    """Answer texts with one soft prompt, with several in one batch, or with several that agree on one answer."""
     overrides = [item for item in texts or [] if re.match(r"model\.\w+=", item)]
     asked = [item for item in texts or [] if item not in overrides] or [line.rstrip("\n") for line in sys.stdin if line.strip()]
     if not asked:
         raise ConfigError("no text to answer")
-    config = _prompt_config(prompt, overrides, None)
     from softprompt import Sampling, load_base, load_prompt
+    from softprompt.artifact import find_prompts
     from softprompt.generation import check_sampling, stream
     from softprompt.screen import draw_stream
 
-    sampling = Sampling(max_new_tokens, temperature, top_p, top_k, seed)
+    sampling = Sampling(max_new_tokens, temperature, top_p, top_k, seed, ensemble.value if ensemble else "mean")
     check_sampling(sampling)
-    base = load_base(config.model)
-    paths = [prompt, *(other or [])]
+    given = [prompt, *(other or [])]
+    paths = [path for place in given for path in find_prompts(place)] if ensemble else given
+    base = load_base(_prompt_config(paths[0], overrides, None).model)
     stored = [load_prompt(path, base, allow_other_base=allow_other_base) for path in paths]
-    jobs = [(path, one, text) for text in asked for path, one in zip(paths, stored, strict=True)]
-    headings = [f"{text}  ({path})" if other else text for path, _, text in jobs]
+    together: list[tuple[Any, Any]] = [(prompt, tuple(stored))] if ensemble else list(zip(paths, stored, strict=True))
+    jobs = [(path, one, text) for text in asked for path, one in together]
+    headings = [f"{text}  ({path})" if len(together) > 1 else text for path, _, text in jobs]
     answers = draw_stream(stream(base, [one for _, one, _ in jobs], [text for _, _, text in jobs], sampling), headings)
     rows = [{"prompt": str(path), "text": text, "answer": answer} for (path, _, text), answer in zip(jobs, answers, strict=True)]
     _write_json(json_file, {"answers": rows})

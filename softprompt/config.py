@@ -104,6 +104,9 @@ class PromptConfig(Section):
     """Prompts to train at once over one base; they differ by seed: `train.seed`, and the numbers after it."""
     bank: Annotated[tuple[Member, ...], Field(strict=False)] = ()
     """A list of prompts to train at once instead, `[[prompt.bank]]`: each has a `name`, and what it has different."""
+    method: Literal["prompt", "prefix"] = "prompt"
+    """What is learned: rows before the text (prompt tuning), or keys and values of every layer (prefix tuning), which start from
+    those of the same rows."""
     length: Positive | None = None
     """Virtual tokens. Left out: as many rows as text, labels and file of `init` have, else 16."""
     init: Annotated[tuple[Source, ...], Field(strict=False)] = ()
@@ -137,8 +140,9 @@ class PromptConfig(Section):
 class OptimConfig(Section):
     """AdamW on the prompt's rows, without weight decay."""
 
-    relative_lr: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.2
-    """Peak learning rate as a share of the RMS of the base's embedding rows: one value fits every base."""
+    relative_lr: Annotated[float, Field(gt=0, allow_inf_nan=False)] | Literal["find"] = 0.2
+    """Peak learning rate as a share of the RMS of the base's embedding rows: one value fits every base. "find": five rates are
+    tried for 20 steps, all at once, and the best is taken."""
     lr: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     """Peak learning rate as a plain number, in place of `relative_lr`."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"

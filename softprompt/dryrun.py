@@ -20,6 +20,7 @@ from softprompt.batch import Batch
 from softprompt.loss import token_losses
 from softprompt.model import FrozenBase, head_of
 from softprompt.prefix import checkpointed
+from softprompt.prompt import flat
 
 
 class _Alive(TorchDispatchMode):
@@ -66,6 +67,13 @@ def step_peak(settings: Any, dtype: torch.dtype, prefix_lengths: Sequence[int], 
             del continued
             torch.autograd.grad(losses_N.sum(), leaf.tensors, allow_unused=True)
     return alive.peak
+
+
+def prefix_width(settings: Any, dtype: torch.dtype) -> int:
+    """Keys and values of one position, in numbers."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        base = _without_numbers(settings, dtype)
+        return flat(base.prefill([torch.zeros(1, base.hidden_size)]).layers).shape[1]
 
 
 def _without_numbers(settings: Any, dtype: torch.dtype) -> FrozenBase:

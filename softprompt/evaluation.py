@@ -72,9 +72,9 @@ def evaluate(
     labels = tuple(dict.fromkeys(prompt.card.data.labels + rows.labels)) if rows.labels else ()
 
     def score(soft: SoftPrompt, wish: str | None) -> Score:
-        encoded = [_with_wish(prompt.encoder, example, row, wish) for example, row in zip(rows.examples, rows.encoded, strict=True)]
+        encoded = _with_wishes(prompt.encoder, rows, wish)
         loss = _mean(losses_by_row(base, soft, encoded, budget), encoded)
-        return Score(loss, math.exp(loss), _accuracy(base, soft, prompt, rows, labels, wish, budget) if labels else None)
+        return Score(loss, math.exp(loss), label_accuracy(base, soft, prompt.encoder, rows, labels, budget, wish) if labels else None)
 
     return Evaluation(
         base=score(bare, None),
@@ -91,6 +91,12 @@ def held_out_loss(base: FrozenBase, soft: SoftPrompt, rows: Rows, tokens_per_bat
     return _mean(losses_by_row(base, soft, rows.encoded, tokens_per_batch), rows.encoded)
 
 
+def text_loss(base: FrozenBase, encoder: Encoder, rows: Rows, text: str, tokens_per_batch: int) -> float:
+    """Mean loss per supervised token of the bare base that is told `text`."""
+    encoded = _with_wishes(encoder, rows, text)
+    return _mean(losses_by_row(base, no_prompt(base, encoder.bos_id), encoded, tokens_per_batch), encoded)
+
+
 @torch.no_grad()
 def losses_by_row(base: FrozenBase, soft: SoftPrompt, rows: Sequence[Encoded], tokens_per_batch: int) -> Tensor:
     """[len(rows)] summed loss of every row's supervised tokens, float64 on the CPU."""
@@ -105,6 +111,10 @@ def losses_by_row(base: FrozenBase, soft: SoftPrompt, rows: Sequence[Encoded], t
 
 def _mean(sums: Tensor, rows: Sequence[Encoded]) -> float:
     return sums.sum().item() / sum(row.num_supervised for row in rows)
+
+
+def _with_wishes(encoder: Encoder, rows: Rows, wish: str | None) -> list[Encoded]:
+    return [_with_wish(encoder, example, row, wish) for example, row in zip(rows.examples, rows.encoded, strict=True)]
 
 
 def _with_wish(encoder: Encoder, example: Example, row: Encoded, wish: str | None) -> Encoded:
@@ -129,22 +139,25 @@ def _in_first_turn(wish: str, system: Sequence[str], spoken: Sequence[Message]) 
     return (Message("user", "\n".join([wish, *system, spoken[0].content])), *spoken[1:])
 
 
-def _accuracy(
+def label_accuracy(
     base: FrozenBase,
     soft: SoftPrompt,
-    prompt: StoredPrompt,
+    encoder: Encoder,
     rows: Rows,
     labels: Sequence[str],
-    wish: str | None,
     tokens_per_batch: int,
+    wish: str | None = None,
 ) -> float:
-    """Share of rows whose own label word (with EOS) is the likeliest of all label words, each of them whole, never cut."""
+    """Share of rows whose own label word (with EOS) is the likeliest of all label words, each of them whole, never cut.
+
+    `wish`: a text prompt that stands before every row.
+    """
     sums_by_label = []
     for label in labels:
         encoded = []
         for example in rows.examples:
             guess = replace(example, messages=(*example.messages[:-1], Message("assistant", label)))
-            encoded.append(_with_wish(prompt.encoder, guess, prompt.encoder.encode(guess), wish))
+            encoded.append(_with_wish(encoder, guess, encoder.encode(guess), wish))
         sums_by_label.append(losses_by_row(base, soft, encoded, tokens_per_batch))
     chosen = torch.stack(sums_by_label).argmin(dim=0)
     return sum(labels[index] == example.label for index, example in zip(chosen.tolist(), rows.examples, strict=True)) / len(rows.examples)

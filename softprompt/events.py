@@ -8,6 +8,22 @@ from softprompt.model import FrozenBase
 
 
 @dataclass(frozen=True)
+class Searching:
+    """A step of the search for a rate was taken, before the run is set up."""
+
+    step: int
+    num_steps: int
+
+
+@dataclass(frozen=True)
+class Found:
+    """The rate that the run will use, and the loss of every rate that was tried."""
+
+    relative_lr: float
+    losses: dict[float, float]
+
+
+@dataclass(frozen=True)
 class Started:
     """The run is set up. `first_step` is not 0 when it goes on from a checkpoint. `notes`: by prompt, where it starts from."""
 
@@ -64,4 +80,4 @@ class Finished:
     result: dict[str, Any]
 
 
-Event = Started | Step | Evaluated | Saved | Finished
+Event = Searching | Found | Started | Step | Evaluated | Saved | Finished

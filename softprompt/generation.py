@@ -7,11 +7,14 @@ from dataclasses import dataclass, replace
 import torch
 
 from softprompt.artifact import StoredPrompt
-from softprompt.decode import Sampling, decode
+from softprompt.decode import Question, Sampling, Token, decode
 from softprompt.encode import Encoder
 from softprompt.errors import ConfigError, DataError
 from softprompt.model import FrozenBase
 from softprompt.prompt import no_prompt, prefix_of
+
+Together = StoredPrompt | tuple[StoredPrompt, ...]
+Prompts = Together | Sequence[Together]
 
 
 @dataclass(frozen=True)
@@ -23,35 +26,34 @@ class Piece:
     last: bool
 
 
-def generate(
-    base: FrozenBase, prompts: StoredPrompt | Sequence[StoredPrompt], texts: Sequence[str], sampling: Sampling = Sampling()
-) -> list[str]:
-    """One answer per text. `prompts`: one for all texts, or one for each, which may differ in length and position."""
+def generate(base: FrozenBase, prompts: Prompts, texts: Sequence[str], sampling: Sampling = Sampling()) -> list[str]:
+    """One answer per text. `prompts`: one for all texts, or one for each, which may differ in length and position; a tuple of
+    prompts in the place of one answers together, as an ensemble."""
     answers = [""] * len(texts)
     for piece in stream(base, prompts, texts, sampling):
         answers[piece.row] += piece.text
     return answers
 
 
-def stream(
-    base: FrozenBase, prompts: StoredPrompt | Sequence[StoredPrompt], texts: Sequence[str], sampling: Sampling = Sampling()
-) -> Iterator[Piece]:
+def stream(base: FrozenBase, prompts: Prompts, texts: Sequence[str], sampling: Sampling = Sampling()) -> Iterator[Piece]:
     """Like `generate`, piece by piece as the tokens come. Raises DataError for a text that leaves no room for an answer."""
-    each = [prompts] * len(texts) if isinstance(prompts, StoredPrompt) else list(prompts)
+    each = [prompts] * len(texts) if isinstance(prompts, StoredPrompt | tuple) else list(prompts)
     if len(each) != len(texts):
         raise DataError(f"{len(each)} prompts for {len(texts)} texts: give one for all, or one for each")
     check_sampling(sampling)
-    ids = [_question(prompt.encoder, text) for prompt, text in zip(each, texts, strict=True)]
+    members = [one if isinstance(one, tuple) else (one,) for one in each]
+    ids = [tuple(_question(prompt.encoder, text) for prompt in one) for one, text in zip(members, texts, strict=True)]
     if not texts:
         return
-    distinct = list({id(prompt): prompt for prompt in each}.values())
-    which = [next(index for index, other in enumerate(distinct) if other is prompt) for prompt in each]
+    distinct = list({id(prompt): prompt for one in members for prompt in one}.values())
+    number = {id(prompt): index for index, prompt in enumerate(distinct)}
+    questions = [Question(tuple(number[id(prompt)] for prompt in one), own) for one, own in zip(members, ids, strict=True)]
     with torch.inference_mode():
         prefix = prefix_of(base, [prompt.soft for prompt in distinct])
-    needed = max(prefix.lengths[index] + len(text) for index, text in zip(which, ids, strict=True))
+    needed = max(prefix.lengths[index] + len(text) for asked in questions for index, text in zip(asked.which, asked.texts, strict=True))
     if base.context_length is not None and needed >= base.context_length:
         raise DataError(f"a text with its prompt takes {needed} tokens, the base's context is {base.context_length}: shorten the text")
-    yield from _as_text(base, decode(base, prefix, which, ids, sampling), len(texts))
+    yield from _as_text(base, decode(base, prefix, questions, sampling), len(texts))
 
 
 def without_prompt(base: FrozenBase, prompt: StoredPrompt) -> StoredPrompt:
@@ -67,6 +69,8 @@ def check_sampling(sampling: Sampling) -> None:
         raise ConfigError(f"temperature must be 0 or a positive number, this is {sampling.temperature}")
     if not 0 < sampling.top_p <= 1:
         raise ConfigError(f"top_p must be above 0 and at most 1, this is {sampling.top_p}")
+    if sampling.ensemble == "vote" and sampling.temperature > 0:
+        raise ConfigError("a vote has no probabilities to sample from: temperature must be 0, or the ensemble a mean")
     if sampling.top_k < 0:
         raise ConfigError(f"top_k must not be negative, this is {sampling.top_k}")
 
@@ -77,7 +81,7 @@ def _question(encoder: Encoder, text: str) -> tuple[int, ...]:
     return encoder.question(text)
 
 
-def _as_text(base: FrozenBase, tokens: Iterator, num_rows: int) -> Iterator[Piece]:  # type: ignore[type-arg]
+def _as_text(base: FrozenBase, tokens: Iterator[Token], num_rows: int) -> Iterator[Piece]:
     """Decodes each row as it grows; a character that is still incomplete waits for its next token."""
     ids: list[list[int]] = [[] for _ in range(num_rows)]
     shown = [0] * num_rows

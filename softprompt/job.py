@@ -1,7 +1,7 @@
 """What a run works with, put together and checked before its first step."""
 
 import resource
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,11 @@ from softprompt.config import Config
 from softprompt.data import RANGE, Rejected
 from softprompt.encode import Encoder, Rows, check_rejected, load_rows, make_encoder
 from softprompt.errors import ConfigError, DataError, RunError
-from softprompt.init import Material, Start, start_rows
+from softprompt.init import Material, start_rows
 from softprompt.memory import token_budget
 from softprompt.model import FrozenBase, load_base
 from softprompt.optim import RowOptimizer
-from softprompt.prompt import SoftPrompt
+from softprompt.prompt import SoftPrompt, deepened
 from softprompt.runlog import RunFolder
 from softprompt.step import Engine
 
@@ -34,22 +34,22 @@ class Trainee:
     config: Config
     soft: SoftPrompt
     optimizer: RowOptimizer
-    start: Start
+    start: SoftPrompt
     best_PH: Tensor | None
 
     @property
     def shown(self) -> SoftPrompt:
         """The prompt as it is evaluated and saved now."""
-        return SoftPrompt(self.optimizer.shown_PH, self.soft.position, self.soft.bos_id)
+        return replace(self.soft, rows_PH=self.optimizer.shown_PH)
 
     @property
     def best(self) -> SoftPrompt:
         """The prompt with the lowest held-out loss; without held-out rows, as it is now."""
-        return self.shown if self.best_PH is None else SoftPrompt(self.best_PH, self.soft.position, self.soft.bos_id)
+        return self.shown if self.best_PH is None else replace(self.soft, rows_PH=self.best_PH)
 
-    def movement(self, rms: float) -> float:
-        """RMS distance of the rows from where they started, as a share of `rms`."""
-        return (self.soft.rows_PH.detach() - self.start.rows_PH).square().mean().sqrt().item() / rms
+    def movement(self, base: FrozenBase) -> float:
+        """RMS distance of the rows from where they started, as a share of what they are relative to."""
+        return (self.soft.rows_PH.detach() - self.start.rows_PH).square().mean().sqrt().item() / self.soft.rms(base)
 
     def state(self) -> dict[str, Tensor]:
         """What a checkpoint keeps of it."""
@@ -57,35 +57,12 @@ class Trainee:
 
 
 @dataclass(frozen=True)
-class Job:
-    """Everything a run works with."""
-
-    config: Config
-    run: RunFolder
-    base: FrozenBase
-    engine: Engine
-    encoder: Encoder
-    rows: Rows
-    held: Rows | None
-    trainees: tuple[Trainee, ...]
-
-    @property
-    def num_steps(self) -> int:
-        return count_steps(self.config, len(self.rows.encoded))
-
-    @property
-    def eval_every(self) -> int:
-        """Steps between evaluations."""
-        return self.config.train.eval_every or max(EVAL_APART, -(-self.num_steps // EVALUATIONS))
-
-
-@dataclass(frozen=True)
 class Member:
-    """One prompt of a run before it has a folder: its own configuration, where it starts and where it stands."""
+    """One prompt of a run before it has a folder: its own configuration, what it starts as, and a sentence about that."""
 
     config: Config
-    start: Start
-    position: str
+    start: SoftPrompt
+    note: str
 
 
 @dataclass(frozen=True)
@@ -105,6 +82,23 @@ class Setup:
         return self.rows.rejected + (self.held.rejected if self.held else ())
 
 
+@dataclass(frozen=True)
+class Job(Setup):
+    """A set-up with its run folder and its prompts in training."""
+
+    run: RunFolder
+    trainees: tuple[Trainee, ...]
+
+    @property
+    def num_steps(self) -> int:
+        return count_steps(self.config, len(self.rows.encoded))
+
+    @property
+    def eval_every(self) -> int:
+        """Steps between evaluations."""
+        return self.config.train.eval_every or max(EVAL_APART, -(-self.num_steps // EVALUATIONS))
+
+
 def prepare(config: Config, base: FrozenBase | None) -> Setup:
     """Loads and checks all that a configuration names. Raises an Error of errors.py when something is wrong with it."""
     alone = config.members()
@@ -112,17 +106,18 @@ def prepare(config: Config, base: FrozenBase | None) -> Setup:
     encoder = make_encoder(base.tokenizer, config.data.template)
     rows, held = load_rows(config, encoder)
     _check_rows(config, rows, held)
-    members = {
-        name: Member(
-            config=own,
-            start=start_rows(Material(own.prompt, base, rows.encoded, rows.labels, own.train.seed)),
-            position=resolve_position(own, encoder),
-        )
-        for name, own in alone.items()
-    }
-    check_context(base.context_length, max(len(member.start.rows_PH) for member in members.values()), config.data.max_length)
+    members = {name: _member(own, base, encoder, rows) for name, own in alone.items()}
+    check_context(base.context_length, max(member.start.length for member in members.values()), config.data.max_length)
     engine = make_engine(config, base)
     return Setup(_with_token_budget(config, engine.tokens_per_batch), base, engine, encoder, rows, held, members)
+
+
+def _member(own: Config, base: FrozenBase, encoder: Encoder, rows: Rows) -> Member:
+    start = start_rows(Material(own.prompt, base, rows.encoded, rows.labels, own.train.seed))
+    position = resolve_position(own, encoder)
+    if own.prompt.method == "prefix":
+        return Member(own, deepened(base, start.rows_PH, encoder.bos_id), f"{start.note}; as keys and values of every layer")
+    return Member(own, SoftPrompt(start.rows_PH, position, encoder.bos_id), start.note)
 
 
 def start_job(setup: Setup, run: RunFolder) -> tuple[Job, Progress]:
@@ -133,7 +128,7 @@ def start_job(setup: Setup, run: RunFolder) -> tuple[Job, Progress]:
     checkpoint, progress = _where_it_stands(run, setup)
     num_steps = count_steps(setup.config, len(setup.rows.encoded))
     trainees = tuple(_trainee(name, member, setup, checkpoint, num_steps) for name, member in setup.members.items())
-    return Job(setup.config, run, setup.base, setup.engine, setup.encoder, setup.rows, setup.held, trainees), progress
+    return Job(**vars(setup), run=run, trainees=trainees), progress
 
 
 def _where_it_stands(run: RunFolder, setup: Setup) -> tuple[Checkpoint | None, Progress]:
@@ -154,10 +149,10 @@ def _where_it_stands(run: RunFolder, setup: Setup) -> tuple[Checkpoint | None, P
 def _trainee(name: str, member: Member, setup: Setup, checkpoint: Checkpoint | None, num_steps: int) -> Trainee:
     base, state = setup.base, checkpoint.states[name] if checkpoint else {}
     rows_PH = (state[ROWS].to(base.device) if state else member.start.rows_PH).clone().requires_grad_()
-    optimizer = RowOptimizer(rows_PH, member.config.optim, num_steps, base.rms)
+    optimizer = RowOptimizer(rows_PH, member.config.optim, num_steps, member.start.rms(base))
     optimizer.restore(state)
     best_PH = state[BEST].to(base.device) if BEST in state else None
-    return Trainee(name, member.config, SoftPrompt(rows_PH, member.position, setup.encoder.bos_id), optimizer, member.start, best_PH)
+    return Trainee(name, member.config, replace(member.start, rows_PH=rows_PH), optimizer, member.start, best_PH)
 
 
 # ---- small decisions -----------------------------------------------------------------------------------------------
@@ -169,7 +164,9 @@ def count_steps(config: Config, num_rows: int) -> int:
 
 
 def resolve_position(config: Config, encoder: Encoder) -> str:
-    """ "after_bos" or "start". Raises ConfigError for "after_bos" without a BOS token."""
+    """ "after_bos" or "start". Raises ConfigError for "after_bos" without a BOS token, and for a deep prompt before one."""
+    if config.prompt.method == "prefix" and config.prompt.position == "start" and encoder.bos_id is not None:
+        raise ConfigError('prompt.method = "prefix" stands behind BOS: prompt.position must be "after_bos" or "auto"')
     if config.prompt.position == "auto":
         return "start" if encoder.bos_id is None else "after_bos"
     if config.prompt.position == "after_bos" and encoder.bos_id is None:

@@ -23,6 +23,7 @@ class RowOptimizer:
         self.rows_PH = rows_PH
         self.config = config
         self.num_steps = num_steps
+        assert config.relative_lr != "find", "found before the run begins"
         self.peak = config.lr if config.lr is not None else config.relative_lr * rms
         self.adam = torch.optim.AdamW([rows_PH], lr=self.peak, weight_decay=0.0)
         self.average_PH = rows_PH.detach().clone()

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from softprompt.config import Config
-from softprompt.dryrun import step_peak
+from softprompt.dryrun import prefix_width, step_peak
 from softprompt.encode import load_rows, make_encoder
 from softprompt.init import prompt_length
 from softprompt.job import check_context
@@ -82,16 +82,16 @@ def make_plan(config: Config) -> Plan:
         model = AutoModelForCausalLM.from_config(settings, dtype=load_dtype(config.model), trust_remote_code=config.model.trust_remote_code)
     text = settings.get_text_config(decoder=True)
     width = model.get_input_embeddings()(torch.zeros(1, dtype=torch.long, device="meta")).shape[-1]
-    lengths = _lengths(config)
+    lengths, methods = _lengths(config), [own.prompt.method for own in config.members().values()]
     check_context(context_length(settings), max(lengths), config.data.max_length)
-    length = sum(lengths)
     dtype = load_dtype(config.model)
-    rows_bytes = 4 * length * width
+    widths = {"prompt": width, "prefix": prefix_width(settings, dtype) if "prefix" in methods else 0}
+    num_trainable = sum(widths[method] * own for method, own in zip(methods, lengths, strict=True))
     memory = Memory(
         weights=_weights(model, dtype, config.model.quantization),
         activations=_activations(config, settings, model, lengths),
-        prompt=2 * rows_bytes,
-        optimizer=2 * rows_bytes,
+        prompt=2 * 4 * num_trainable,
+        optimizer=2 * 4 * num_trainable,
     )
     return Plan(
         architecture=type(model).__name__,
@@ -100,8 +100,8 @@ def make_plan(config: Config) -> Plan:
         num_heads=getattr(text, "num_attention_heads", None),
         vocabulary=text.vocab_size,
         context_length=context_length(settings),
-        num_virtual_tokens=length,
-        num_trainable=length * width,
+        num_virtual_tokens=sum(lengths),
+        num_trainable=num_trainable,
         num_base=model.num_parameters(),
         dtype=str(dtype).removeprefix("torch."),
         memory=memory,

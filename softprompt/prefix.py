@@ -7,7 +7,7 @@ also for bases that measure distance by index (sliding windows, ALiBi).
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -43,6 +43,12 @@ class Prefix:
     def tensors(self) -> tuple[Tensor, ...]:
         """What a text reads, and what gradients arrive at."""
         return tuple(tensor for layer in self.layers for tensor in layer) or self.embeds
+
+    def separate(self) -> list[Layers]:
+        """Keys and values per layer of each prefix alone, without padding."""
+        longest = max(self.lengths)
+        starts = [longest - length for length in self.lengths]
+        return [tuple((k[index, :, start:], v[index, :, start:]) for k, v in self.layers) for index, start in enumerate(starts)]
 
     def leaf(self) -> "Prefix":
         """The same prefixes, cut off from the graph behind them, collecting gradients of their own."""
@@ -86,22 +92,28 @@ def prefill(backbone: Any, embeds: Sequence[Tensor]) -> Prefix:
     """The prefixes of K sequences of embeddings [S, H], those of one length in one forward. Computed in float32 whatever
     the base's precision: it is short, runs once a step, and every example depends on it."""
     lengths = [len(embeds_SH) for embeds_SH in embeds]
-    longest = max(lengths)
-    parts: list[list[tuple[Tensor, Tensor]] | None] = [None] * len(embeds)
+    parts: dict[int, Layers] = {}
     for length in sorted(set(lengths) - {0}):
         same = [index for index, other in enumerate(lengths) if other == length]
         layers = _prefill_same(backbone, torch.stack([embeds[index] for index in same]))
-        for row, index in enumerate(same):
-            padding = (0, 0, longest - length, 0)
-            pad = torch.nn.functional.pad
-            parts[index] = [(pad(k[row], padding), pad(v[row], padding)) for k, v in layers]
-    if longest == 0:
+        parts |= {index: tuple((k[row], v[row]) for k, v in layers) for row, index in enumerate(same)}
+    if not parts:
         return Prefix((), tuple(embeds))
-    like = next(part for part in parts if part is not None)
-    empty = [(torch.zeros_like(k), torch.zeros_like(v)) for k, v in like]
-    whole = [empty if part is None else part for part in parts]
-    stacked = tuple((torch.stack([part[i][0] for part in whole]), torch.stack([part[i][1] for part in whole])) for i in range(len(like)))
-    return Prefix(stacked, tuple(embeds))
+    nothing = tuple((k[:, :0], v[:, :0]) for k, v in next(iter(parts.values())))
+    return replace(assemble([parts.get(index, nothing) for index in range(len(embeds))]), embeds=tuple(embeds))
+
+
+def assemble(prefixes: Sequence[Layers]) -> Prefix:
+    """One Prefix of K prefixes, each given by its keys and values per layer, [heads, S, head size]; shorter ones are padded on the
+    left. Its `embeds` have no width: these prefixes have no embeddings."""
+    lengths = [layers[0][0].shape[1] for layers in prefixes]
+
+    def stacked(layer: int, part: int) -> Tensor:
+        states = [layers[layer][part] for layers in prefixes]
+        return torch.stack([torch.nn.functional.pad(state, (0, 0, max(lengths) - state.shape[1], 0)) for state in states])
+
+    layers = tuple((stacked(layer, 0), stacked(layer, 1)) for layer in range(len(prefixes[0])))
+    return Prefix(layers, tuple(layers[0][0].new_zeros(length, 0) for length in lengths))
 
 
 def _prefill_same(backbone: Any, embeds_KSH: Tensor) -> Layers:

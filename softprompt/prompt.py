@@ -1,4 +1,7 @@
-"""The soft prompt itself, and what it needs to stand in the right place."""
+"""The prompts that are learned, and how they become the prefix that texts continue from.
+
+Shapes: P virtual tokens, H hidden size, S prefix positions (BOS included), L layers, D = all keys and values of one position.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,13 +9,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from softprompt.errors import ModelError
 from softprompt.model import FrozenBase
-from softprompt.prefix import Prefix
+from softprompt.prefix import Layers, Prefix, assemble
 
 
 @dataclass(frozen=True)
 class SoftPrompt:
-    """Learned rows [P, H] in float32, whatever the base's precision, and where they stand.
+    """Learned rows [P, H] in float32, whatever the base's precision, and where they stand (Lester et al. 2021).
 
     `bos_id`: the BOS token that belongs to the prefix, or None for a base whose texts have none.
     """
@@ -25,18 +29,104 @@ class SoftPrompt:
     def length(self) -> int:
         return self.rows_PH.shape[0]
 
+    def rms(self, base: FrozenBase) -> float:
+        """What learning rates and movements are relative to: the size of numbers like those of the rows."""
+        return base.rms
+
     def embeds(self, base: FrozenBase) -> Tensor:
         """[S, H] float32: [BOS][rows] for position "after_bos", [rows][BOS] for "start"; no BOS where `bos_id` is None."""
-        bos = base.embed_ids([] if self.bos_id is None else [self.bos_id])
+        bos = _bos(base, self.bos_id)
         rows_PH = self.rows_PH.to(base.device)
         return torch.cat([bos, rows_PH] if self.position == "after_bos" else [rows_PH, bos])
 
+    def rows_like(self, other: "SoftPrompt") -> Tensor:
+        """The rows in the units of another prompt's."""
+        return self.rows_PH
+
+    def stored(self, base: FrozenBase) -> Tensor:
+        """What lies on disk: for "after_bos" the BOS row comes first."""
+        rows_PH = self.rows_PH.detach().to(base.device)
+        return torch.cat([_bos(base, self.bos_id), rows_PH]) if self.position == "after_bos" else rows_PH
+
+
+@dataclass(frozen=True)
+class DeepPrompt(SoftPrompt):
+    """Learned keys and values of P positions in every layer, behind BOS (prefix tuning, Li & Liang 2021).
+
+    `rows_PH` is [P, D]: keys and values of layer 0, of layer 1 ..., each divided by its scale in `scale_D`, so that one learning
+    rate fits all of them. `shapes`: (heads, head size) of each of these 2 L parts.
+    """
+
+    scale_D: Tensor
+    shapes: tuple[tuple[int, int], ...]
+
+    def rms(self, base: FrozenBase) -> float:
+        """1: they are divided by their scale."""
+        return 1.0
+
+    def embeds(self, base: FrozenBase) -> Tensor:
+        raise AssertionError("a deep prompt has no embeddings")
+
+    def rows_like(self, other: SoftPrompt) -> Tensor:
+        """The rows in the units of another deep prompt's."""
+        assert isinstance(other, DeepPrompt)
+        return self.rows_PH * self.scale_D / other.scale_D
+
+    def stored(self, base: FrozenBase) -> Tensor:
+        """Keys and values as they are, those of BOS first."""
+        rows_PD = (self.rows_PH.detach() * self.scale_D).to(base.device)
+        return rows_PD if self.bos_id is None else torch.cat([flat(base.prefill([_bos(base, self.bos_id)]).layers), rows_PD])
+
+    def layers(self, base: FrozenBase) -> Layers:
+        """Keys and values per layer, each [heads, S, head size]."""
+        parts = (self.rows_PH * self.scale_D).to(base.device).split([heads * size for heads, size in self.shapes], dim=1)
+        states = [part.reshape(self.length, *shape).transpose(0, 1) for part, shape in zip(parts, self.shapes, strict=True)]
+        if self.bos_id is not None:
+            first = [state[0] for layer in base.prefill([_bos(base, self.bos_id)]).layers for state in layer]
+            states = [torch.cat([one, state], dim=1) for one, state in zip(first, states, strict=True)]
+        return tuple(zip(states[::2], states[1::2], strict=True))
+
+
+def deepened(base: FrozenBase, rows_PH: Tensor, bos_id: int | None) -> DeepPrompt:
+    """The keys and values of rows that stand behind BOS: the same function as the rows, before it is trained.
+
+    Raises ModelError for a base whose prefix is no keys and values.
+    """
+    if not base.shares_prefix:
+        raise ModelError(f'{base.name} keeps a recurrent state, no keys and values: prompt.method = "prefix" cannot be used with it')
+    with torch.no_grad():
+        layers = base.prefill([SoftPrompt(rows_PH, "after_bos", bos_id).embeds(base)]).layers
+    rows_PD = flat(layers)[-len(rows_PH) :]
+    shapes = shapes_of(layers)
+    parts = rows_PD.split([heads * size for heads, size in shapes], dim=1)
+    scale_D = torch.cat([part.square().mean().sqrt().expand(part.shape[1]) for part in parts])
+    return DeepPrompt(rows_PD / scale_D, "after_bos", bos_id, scale_D, shapes)
+
+
+def shapes_of(layers: Layers) -> tuple[tuple[int, int], ...]:
+    """(heads, head size) of the keys and the values of every layer."""
+    return tuple((state.shape[1], state.shape[3]) for layer in layers for state in layer)
+
+
+def flat(layers: Layers) -> Tensor:
+    """[S, D] of the keys and values of one prefix."""
+    return torch.cat([state[0].transpose(0, 1).flatten(1) for layer in layers for state in layer], dim=1)
+
 
 def prefix_of(base: FrozenBase, prompts: Sequence[SoftPrompt]) -> Prefix:
-    """BOS and rows of every prompt, run through the base once."""
-    return base.prefill([prompt.embeds(base) for prompt in prompts])
+    """BOS and rows of every prompt, run through the base once; the keys and values of deep prompts as they are."""
+    deep = {index: prompt for index, prompt in enumerate(prompts) if isinstance(prompt, DeepPrompt)}
+    if not deep:
+        return base.prefill([prompt.embeds(base) for prompt in prompts])
+    rows = [index for index in range(len(prompts)) if index not in deep]
+    shallow = iter(base.prefill([prompts[index].embeds(base) for index in rows]).separate() if rows else [])
+    return assemble([deep[index].layers(base) if index in deep else next(shallow) for index in range(len(prompts))])
 
 
 def no_prompt(base: FrozenBase, bos_id: int | None) -> SoftPrompt:
     """The bare base, as a prompt of no rows."""
     return SoftPrompt(base.row_mean_H.new_zeros(0, base.hidden_size), "after_bos", bos_id)
+
+
+def _bos(base: FrozenBase, bos_id: int | None) -> Tensor:
+    return base.embed_ids([] if bos_id is None else [bos_id])

@@ -92,6 +92,10 @@ class RunFolder:
         with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps({"event": event, "step": step, **values}, ensure_ascii=False) + "\n")
 
+    def events(self) -> list[dict[str, Any]]:
+        """What happened so far, the lines of metrics.jsonl."""
+        return [json.loads(line) for line in (self.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
     def forget_after(self, step: int) -> None:
         """Drops the lines of what will happen again, and a last line that was cut off by a kill."""
         kept = []

@@ -30,7 +30,7 @@ def size(num_bytes: float) -> str:
 
 def draw_run(events: "Iterable[Event]", log_every: int) -> None:
     """Follows a run to its end: a bar with loss, tokens per second and time left, and a line for what matters."""
-    from softprompt.events import Evaluated, Finished, Saved, Started, Step
+    from softprompt.events import Evaluated, Finished, Found, Saved, Searching, Started, Step
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[now]}"), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as progress:
@@ -38,6 +38,11 @@ def draw_run(events: "Iterable[Event]", log_every: int) -> None:
         window: list[Step] = []
         for event in events:
             match event:
+                case Searching():
+                    progress.update(bar, description="finding the rate", total=event.num_steps, completed=event.step)
+                case Found():
+                    tried = ", ".join(f"{rate} {loss:.4f}" for rate, loss in event.losses.items())
+                    console.print(f"optim.relative_lr = {event.relative_lr}: the lowest loss of those tried: {tried}")
                 case Started():
                     _draw_started(event)
                     progress.update(bar, description="training", total=event.num_steps, completed=event.first_step)
@@ -96,6 +101,17 @@ def _draw_result(result: "dict[str, Any]") -> None:
     console.print(table)
     if len(result["prompts"]) > 1:
         _draw_bank(result["prompts"])
+    draw_findings({name: found["findings"] for name, found in result["prompts"].items() if found["findings"]})
+
+
+def draw_findings(findings: "dict[str, list[str]]") -> None:
+    """What the doctor says, prompt by prompt."""
+    for name, said in findings.items():
+        heading = "" if len(findings) == 1 else f"[bold]{escape(name)}[/]: "
+        for finding in said:
+            console.print(f"{heading}[yellow]{escape(finding)}[/]")
+        if not said:
+            console.print(f"{heading}nothing to find fault with")
 
 
 def _draw_bank(prompts: "dict[str, dict[str, float | str | None]]") -> None:

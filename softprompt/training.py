@@ -7,8 +7,9 @@ step.py's, what a run works with is put together in job.py; here are the rows of
 import math
 import resource
 import signal
+import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -20,15 +21,18 @@ from softprompt.artifact import Card, make_card, write_prompt
 from softprompt.atomic import new_folder
 from softprompt.batch import order_of_rows
 from softprompt.checkpoint import Progress, prompt_folder, save_checkpoint
-from softprompt.config import Config
-from softprompt.errors import RunError
+from softprompt.config import Config, Member, load_config
+from softprompt.doctor import case_of, examine
+from softprompt.errors import ConfigError, RunError
 from softprompt.evaluation import held_out_loss
-from softprompt.events import Evaluated, Event, Finished, Saved, Started, Step
+from softprompt.events import Evaluated, Event, Finished, Found, Saved, Searching, Started, Step
 from softprompt.job import Job, Trainee, data_card, prepare, start_job, with_absolute_paths
-from softprompt.model import FrozenBase
+from softprompt.model import FrozenBase, load_base
 from softprompt.prompt import SoftPrompt
 from softprompt.runlog import RunFolder, check_trackers, trackers
 from softprompt.step import step_gradients
+
+RATES, SEARCH_STEPS = (0.02, 0.05, 0.1, 0.2, 0.5), 20  # optim.relative_lr = "find"
 
 
 def train(config: Config, *, resume: bool = False, base: FrozenBase | None = None) -> Iterator[Event]:
@@ -49,12 +53,41 @@ def train(config: Config, *, resume: bool = False, base: FrozenBase | None = Non
         RunFolder.check_free(folder)
         config = with_absolute_paths(config)
     check_trackers(config)
+    if config.optim.relative_lr == "find":
+        base = base or load_base(config.model)
+        config = yield from _find_rate(config, base)
     setup = prepare(config, base)
     if not resume:
         run = RunFolder.create(setup.config)
         run.write_rejected(setup.rejected)
     with run.locked():
         yield from _run(*start_job(setup, run))
+
+
+def _find_rate(config: Config, base: FrozenBase) -> Generator[Event, None, Config]:
+    """Trains the prompt for a few steps at all of RATES, as one bank; returns the configuration with the best of them."""
+    if config.prompt.bank or config.prompt.count > 1 or config.optim.lr is not None:
+        raise ConfigError('optim.relative_lr = "find" is for one prompt without optim.lr: a bank may name a rate for each of its prompts')
+    bank = tuple(Member(name=f"rate-{rate}", optim={"relative_lr": rate}) for rate in RATES)
+    with tempfile.TemporaryDirectory() as folder:
+        trial = load_config(
+            config.model_dump(exclude_none=True, exclude={"train": {"patience", "minutes", "eval_every", "trackers"}}),
+            [f"train.steps={SEARCH_STEPS}", f"train.eval_every={SEARCH_STEPS}", f"train.save_every={SEARCH_STEPS}"],
+        )
+        of_all = {
+            "prompt": trial.prompt.model_copy(update={"bank": bank}),
+            "optim": trial.optim.model_copy(update={"relative_lr": RATES[0]}),  # each of the bank has its own
+            "train": trial.train.model_copy(update={"out": f"{folder}/search"}),
+        }
+        for event in train(trial.model_copy(update=of_all), base=base):
+            if isinstance(event, Step):
+                yield Searching(event.step, SEARCH_STEPS)
+    assert isinstance(event, Finished), "a run ends with its result"
+    measured = "train_loss" if event.result["eval_loss_after"] is None else "eval_loss_after"
+    losses = {rate: event.result["prompts"][f"rate-{rate}"][measured] for rate in RATES}
+    found = min(RATES, key=lambda rate: losses[rate])
+    yield Found(found, losses)
+    return config.model_copy(update={"optim": config.optim.model_copy(update={"relative_lr": found})})
 
 
 def _run(job: Job, progress: Progress) -> Iterator[Event]:
@@ -127,7 +160,7 @@ def _step(job: Job, progress: Progress) -> tuple[Step, Progress]:
         seconds=progress.seconds + seconds,
         peak_bytes=max(progress.peak_bytes, peak_bytes(job.base.device)),
     )
-    movement = _mean([one.movement(job.base.rms) for one in job.trainees])
+    movement = _mean([one.movement(job.base) for one in job.trainees])
     num_tokens = sum(len(row) for own in rows for row in own)
     return Step(progress.step, _mean(losses), _mean(rates), _mean(norms), movement, tuple(losses), num_tokens, seconds), progress
 
@@ -153,7 +186,7 @@ def _started(job: Job, progress: Progress) -> Started:
         num_train=len(job.rows.encoded),
         num_eval=len(job.held.encoded) if job.held else 0,
         num_rejected=len(job.rows.rejected) + (len(job.held.rejected) if job.held else 0),
-        notes={one.name: one.start.note for one in job.trainees},
+        notes={one.name: job.members[one.name].note for one in job.trainees},
         num_trainable=sum(one.soft.rows_PH.numel() for one in job.trainees),
         num_parameters=job.base.num_parameters,
         row_rms=job.base.rms,
@@ -172,7 +205,9 @@ def _card(job: Job, one: Trainee, soft: SoftPrompt, progress: Progress) -> Card:
         "eval_loss_before": scores.eval_loss_before,
         "eval_loss": scores.best_loss if is_best else None,
     }
-    return make_card(one.config, job.base, soft, job.encoder, data_card(job.config, job.rows, job.held), one.start.note, metrics)
+    return make_card(
+        one.config, job.base, soft, job.encoder, data_card(job.config, job.rows, job.held), job.members[one.name].note, metrics
+    )
 
 
 def _write_prompts(job: Job, progress: Progress) -> dict[str, Path]:
@@ -195,9 +230,10 @@ def _result(job: Job, progress: Progress, places: dict[str, Path]) -> dict[str, 
             "eval_loss_before": progress.scores[one.name].eval_loss_before,
             "eval_loss_after": progress.scores[one.name].best_loss,
             "best_step": progress.scores[one.name].best_step,
+            "findings": examine(case_of(job.run, index, job.members[one.name], job, one.best.rows_PH)),
             "prompt": str(places[one.name]),
         }
-        for one in job.trainees
+        for index, one in enumerate(job.trainees)
     }
     best = min(prompts.values(), key=lambda found: found["train_loss"] if found["eval_loss_after"] is None else found["eval_loss_after"])
     return {

@@ -73,7 +73,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_train_writes_its_result(finished, tmp_path):
     result = json.loads((tmp_path / "train.json").read_text())
     documented = ["steps", "train_loss", "eval_loss_before", "eval_loss_after", "seconds", "samples_per_second", "peak_bytes", "prompt"]
-    assert set(result) == {*documented, "best_step", "ended", "prompts"}
+    assert set(result) == {*documented, "best_step", "ended", "findings", "prompts"}
     assert (result["best_step"], result["ended"]) == (2, "steps")
     assert (result["steps"], result["prompt"]) == (2, str(finished / "prompt"))
     assert all(math.isfinite(result[key]) and result[key] > 0 for key in documented[:-1])
@@ -127,6 +127,21 @@ def test_generate_answers_with_several_prompts(run, finished, tmp_path):
     assert [row["text"] for row in answers] == ["bring tea", "bring tea", "a = b", "a = b"]
     assert [row["prompt"] for row in answers] == [str(finished), str(checkpoint)] * 2
     assert answers[0]["answer"] == answers[1]["answer"] != ""
+
+
+def test_the_prompts_of_a_bank_answer_together(run, config_file, tmp_path):
+    run("train", config_file(), "prompt.count=2", f"train.out={tmp_path / 'bank'}")
+    words = ("generate", tmp_path / "bank", "bring tea", "--ensemble", "mean", "model.device=cpu", "--max-new-tokens", 5)
+    code, _, error = run(*words, "--json", tmp_path / "answers.json")
+    assert (code, error) == (0, "")
+    assert len(json.loads((tmp_path / "answers.json").read_text())["answers"]) == 1
+
+
+def test_doctor_says_what_it_found(run, finished, tmp_path):
+    code, shown, _ = run("doctor", finished, "--json", tmp_path / "doctor.json")
+    (findings,) = json.loads((tmp_path / "doctor.json").read_text())["findings"].values()
+    assert code == 0
+    assert shown.split() == (" ".join(findings) or "nothing to find fault with").split()
 
 
 def test_show_prints_rows_and_a_summary(run, config_file, tmp_path):

@@ -1,6 +1,7 @@
 """Answers: the same alone and in a batch, whole characters only, and limits that are said in a sentence."""
 
 import math
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -9,10 +10,10 @@ import tiny
 import torch
 from transformers import AutoModelForCausalLM
 
-from softprompt.artifact import StoredPrompt, load_prompt
+from softprompt.artifact import StoredPrompt, find_prompts, load_prompt
 from softprompt.config import ModelConfig, load_config
 from softprompt.decode import Sampling
-from softprompt.errors import ConfigError, DataError
+from softprompt.errors import ConfigError, DataError, ModelError
 from softprompt.generation import generate, stream, without_prompt
 from softprompt.model import FrozenBase, load_base
 from softprompt.training import train
@@ -164,3 +165,83 @@ BAD = {
 def test_senseless_sampling_is_refused(bases, prompts, key, value):
     with pytest.raises(ConfigError, match=key):
         generate(bases(), prompts[0], ["bring tea"], Sampling(**{key: value}))
+
+
+# ---- ensembles -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def bank(bases, tmp_path_factory) -> list[StoredPrompt]:
+    """Three prompts that start from different noise."""
+    home = tmp_path_factory.mktemp("bank")
+    rows = tiny.write_rows(home / "rows.jsonl", tiny.some_rows(12))
+    settings = [
+        f"model.name={bases().name}",
+        "model.device=cpu",
+        f"data.train={rows}",
+        "prompt.init=random",
+        "prompt.count=3",
+        "train.steps=1",
+    ]
+    list(train(load_config(None, [*settings, f"train.out={home / 'run'}"]), base=bases()))
+    return [load_prompt(path, bases()) for path in find_prompts(home / "run")]
+
+
+def scores_of(base: FrozenBase, prompt: StoredPrompt, text: str, said: list[int]) -> torch.Tensor:
+    """Log-probabilities of the next token by transformers' own forward over the whole row."""
+    ids = [*prompt.encoder.question(text), *said]
+    embeds = torch.cat([prompt.soft.embeds(base), base.embed_ids(ids)])
+    with torch.no_grad():
+        return base.model(inputs_embeds=embeds[None]).logits[0, -1].log_softmax(dim=-1)
+
+
+def expected(base: FrozenBase, bank: list[StoredPrompt], text: str, how: str) -> str:
+    said: list[int] = []
+    while len(said) < GREEDY.max_new_tokens:
+        scores = torch.stack([scores_of(base, prompt, text, said) for prompt in bank])
+        if how == "mean":
+            token = int(scores.mean(dim=0).argmax())
+        else:
+            first = scores.argmax(dim=-1).tolist()
+            most = max(first.count(token) for token in first)
+            token = max(
+                (token for token in set(first) if first.count(token) == most), key=lambda token: float(scores.exp().mean(dim=0)[token])
+            )
+        if token in base.stop_ids:
+            break
+        said.append(token)
+    return base.tokenizer.decode(said, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("how", ["mean", "vote"])
+def test_prompts_that_answer_together_agree_token_by_token(bases, bank, how):
+    answers = generate(bases(), tuple(bank), TEXTS, replace(GREEDY, ensemble=how))
+    assert answers == [expected(bases(), bank, text, how) for text in TEXTS]
+    assert answers != generate(bases(), bank[0], TEXTS, GREEDY)
+
+
+def test_mean_and_vote_differ_somewhere(bases, bank):
+    mean, vote = (generate(bases(), tuple(bank), TEXTS, replace(GREEDY, ensemble=how)) for how in ("mean", "vote"))
+    assert mean != vote
+
+
+def test_a_prompt_together_with_itself_is_itself(bases, bank):
+    assert generate(bases(), (bank[0], bank[0]), TEXTS, GREEDY) == generate(bases(), bank[0], TEXTS, GREEDY)
+
+
+def test_ensembles_and_single_prompts_share_a_batch(bases, bank, prompts):
+    mixed = generate(bases(), [tuple(bank), prompts[0], (bank[1], prompts[1]), bank[2]], TEXTS, GREEDY)
+    alone = [tuple(bank), prompts[0], (bank[1], prompts[1]), bank[2]]
+    assert mixed == [generate(bases(), one, [text], GREEDY)[0] for one, text in zip(alone, TEXTS, strict=True)]
+
+
+def test_a_vote_cannot_be_sampled(bases, bank):
+    with pytest.raises(ConfigError, match="a vote has no probabilities"):
+        generate(bases(), tuple(bank), TEXTS, replace(SAMPLED, ensemble="vote"))
+
+
+def test_a_recurrent_base_has_no_ensembles(bases, tmp_path):
+    base = bases("falcon_mamba")
+    prompt = make_prompt(base, tmp_path, "Say it.")
+    with pytest.raises(ModelError, match="cannot answer together"):
+        generate(base, (prompt, prompt), TEXTS, GREEDY)

@@ -11,7 +11,7 @@ import torch
 
 from softprompt.artifact import load_prompt
 from softprompt.batch import batches, collate
-from softprompt.decode import Sampling, decode
+from softprompt.decode import Question, Sampling, decode
 from softprompt.encode import Encoded
 from softprompt.prompt import SoftPrompt, prefix_of
 from softprompt.step import Engine, step_gradients
@@ -157,9 +157,10 @@ def test_greedy_generation_equals_transformers(bases, family):
     which = [0, 1, 1, 0]
     with torch.no_grad():
         prefix = prefix_of(base, prompts)
+    questions = [Question((number,), (row.ids,)) for number, row in zip(which, rows, strict=True)]
     said: list[list[int]] = [[] for _ in rows]
     ended = [False] * len(rows)
-    for token in decode(base, prefix, which, [row.ids for row in rows], Sampling(max_new_tokens=20)):
+    for token in decode(base, prefix, questions, Sampling(max_new_tokens=20)):
         assert not ended[token.row]
         ended[token.row] = token.last
         if token.id is not None:

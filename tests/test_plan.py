@@ -61,8 +61,8 @@ def test_a_prompt_longer_than_the_context_is_refused(bases):
         plan_of(bases().name, "prompt.length=300", "data.max_length=300")
 
 
-def test_a_plan_needs_a_length_or_a_text(bases):
-    with pytest.raises(ConfigError, match=r"prompt\.text or prompt\.length"):
+def test_a_plan_for_a_text_needs_a_text(bases):
+    with pytest.raises(ConfigError, match=r"prompt\.text is empty"):
         plan_of(bases().name, "prompt.init=text")
 
 

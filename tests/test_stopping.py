@@ -14,7 +14,7 @@ from softprompt.config import OptimConfig
 from softprompt.encode import load_rows
 from softprompt.errors import ConfigError
 from softprompt.evaluation import held_out_loss
-from softprompt.events import Evaluated, Finished, Step
+from softprompt.events import Evaluated, Finished, Found, Step
 from softprompt.optim import RowOptimizer
 from softprompt.runlog import RunFolder
 from softprompt.training import train
@@ -108,6 +108,33 @@ def test_one_relative_rate_moves_the_rows_of_every_base_alike(make_config, tmp_p
         moved.append(next(event for event in train(config) if isinstance(event, Step)).movement)
     assert moved[0] == pytest.approx(0.25, rel=0.05)  # Adam's first step is the rate in every number
     assert moved[1] == pytest.approx(0.25, rel=0.05)
+
+
+@pytest.mark.parametrize("held", [True, False])
+def test_a_rate_is_found_before_the_run(make_config, held):
+    tree = make_config("train.steps=3", "optim.relative_lr=find").model_dump(exclude_none=True)
+    if not held:
+        del tree["data"]["eval"]
+    events = list(train(make_config().model_validate(tree)))
+    kinds = [type(event).__name__ for event in events]
+    assert kinds[:22] == ["Searching"] * 20 + ["Found", "Started"]
+    found = events[20]
+    assert found.relative_lr == min(found.losses, key=found.losses.get)
+    assert len(set(found.losses.values())) == len(found.losses) == 5
+    assert RunFolder.reopen(Path(tree["train"]["out"])).config().optim.relative_lr == found.relative_lr
+    list(train(RunFolder.reopen(Path(tree["train"]["out"])).config(), resume=True))  # without another search
+
+
+def test_the_rate_that_is_found_is_the_best_of_single_runs(make_config, tmp_path):
+    found = next(event for event in train(make_config("train.steps=3", "optim.relative_lr=find")) if isinstance(event, Found))
+    alone = make_config("train.steps=20", "train.eval_every=20", "optim.relative_lr=0.1", f"train.out={tmp_path / 'alone'}")
+    *_, finished = train(alone)
+    assert found.losses[0.1] == pytest.approx(finished.result["eval_loss_after"], rel=1e-4)
+
+
+def test_a_bank_has_no_rate_to_find(make_config):
+    with pytest.raises(ConfigError, match="is for one prompt"):
+        list(train(make_config("prompt.count=2", "optim.relative_lr=find")))
 
 
 def test_movement_is_in_the_log(make_config):

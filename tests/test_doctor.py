@@ -1,0 +1,118 @@
+"""The doctor names what is broken, and finds nothing in a sound run."""
+
+import re
+from dataclasses import replace
+
+import pytest
+import tiny
+import torch
+
+from softprompt.doctor import BARE, NOISE, REVERSED, TEXT, Case, diagnose, examine
+from softprompt.encode import Encoded, Rows
+from softprompt.errors import DataError, RunError
+from softprompt.training import train
+
+LONG = ("train.steps=60", "train.eval_every=20")
+
+
+def findings_of(config, base=None):
+    *_, finished = train(config)
+    said = finished.result["findings"]
+    (all_said,) = diagnose(config.train.out, base).values()
+    assert set(said) <= set(all_said)
+    return all_said
+
+
+def test_a_sound_run_has_no_findings(make_config, bases):
+    assert findings_of(make_config(*LONG), bases()) == []
+
+
+def test_a_sound_bank_has_no_findings(make_config, bases):
+    config = make_config(*LONG, "prompt.count=2")
+    list(train(config))
+    assert diagnose(config.train.out, bases()) == {"seed-0": [], "seed-1": []}
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("optim.relative_lr=0.0025", r"optim\.relative_lr = 0\.0025 is too low"),
+        ("optim.lr=0.0005", r"optim\.relative_lr = 0\.0025 is too low"),
+        ("optim.relative_lr=25", r"optim\.relative_lr = 25 is too high"),
+        ("data.template=Answer {{{{ '' }}}}: ", "12 different questions look like 1 to the model: data.template leaves out"),
+        ("{contrary}", "the held-out loss rose from"),
+        ("{long_answers}", "of the answers' tokens lie beyond data.max_length"),
+        ("prompt.text=aaaaaaaaaaaa", "the rows have collapsed"),
+    ],
+)
+def test_what_is_broken_is_named(make_config, bases, contrary, tmp_path, setting, said):
+    answers = tiny.some_rows(24, lambda n: {"prompt": f"bring {n}", "completion": "tea " * 100})
+    long_answers = f"data.train={tiny.write_rows(tmp_path / 'long.jsonl', answers)}"
+    more = {"prompt.text=aaaaaaaaaaaa": ["optim.relative_lr=0.02"], "{contrary}": ["train.eval_every=5", "optim.relative_lr=1"]}.get(
+        setting, []
+    )
+    found = findings_of(make_config(*LONG, "data.max_length=128", setting.format(contrary=contrary, long_answers=long_answers), *more))
+    assert any(re.search(said, finding) for finding in found), found
+
+
+def test_rows_without_anything_supervised_are_refused_before_a_run(make_config):
+    with pytest.raises(DataError, match=r"lies beyond data\.max_length"):
+        list(train(make_config("data.max_length=20")))
+
+
+def test_rows_beyond_a_sliding_window_are_dead(make_config, tmp_path):
+    folder = tiny.tiny_folder(tmp_path / "mistral", "mistral")  # two layers with a window of 12
+    found = findings_of(make_config(f"model.name={folder}", "train.steps=12", "prompt.length=40"))
+    assert any("rows hardly moved: no text looks back that far" in finding for finding in found)
+
+
+def test_a_run_that_is_not_finished_is_refused(make_config, tmp_path):
+    with pytest.raises(RunError, match="not a run folder"):
+        diagnose(tmp_path / "nowhere")
+
+
+# ---- single checks, on numbers -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def sound():
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(8, 16, generator=generator)
+    row = Encoded((5, 6, 7, 8), (False, False, True, True), "row")
+    return Case(
+        rows_PH=start + torch.randn(8, 16, generator=generator),
+        start_PH=start,
+        rms=1.0,
+        rows=Rows((row,), (), (), "", ()),
+        relative_lr=0.2,
+        deep=False,
+        losses=[3.0, 2.8, 2.5, 2.3, 2.2],
+        held_out={0: 3.0, 3: 2.5, 5: 2.3},
+        others={BARE: 3.5, TEXT: 3.1, REVERSED: 2.9, NOISE: 3.6},
+    )
+
+
+def test_the_sound_case_is_sound(sound):
+    assert examine(sound) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"held_out": {0: 2.6671, 56: 2.6670}}, "the held-out loss is 2.6670 after training and 2.6671 before"),
+        ({"others": {BARE: 2.2}}, "the bare base has a held-out loss of 2.2000, the soft prompt 2.3000"),
+        ({"others": {TEXT: 2.3}}, "the text prompt has a held-out loss of 2.3000, the soft prompt 2.3000"),
+        ({"others": {REVERSED: 2.301}}, "the same rows in reverse order give a held-out loss of 2.3010"),
+        ({"others": {NOISE: 2.2}}, "random rows of the same size give a held-out loss of 2.2000"),
+        ({"losses": [3.0, 2.8, 2.6, 9.0, 2.5]}, "the loss jumped to 9.000"),
+    ],
+)
+def test_a_single_fault_is_the_only_finding(sound, change, said):
+    (finding,) = examine(replace(sound, **change))
+    assert said in finding
+
+
+def test_without_held_out_rows_what_can_be_seen_is_said(sound):
+    assert examine(replace(sound, held_out={}, others={})) == []
+    (finding,) = examine(replace(sound, held_out={}, others={}, rows_PH=sound.start_PH + 1e-3))
+    assert "too low" in finding
