@@ -8,6 +8,7 @@ from statistics import fmean
 
 import pytest
 import tiny
+import torch
 
 from softprompt.encode import make_encoder
 
@@ -72,3 +73,85 @@ def test_a_comparison_from_end_to_end(tmp_path, monkeypatch, capsys):
     assert result["gradient_cosine"] > 0.999
     assert min(result["ours_peak_bytes"], result["peft_peak_bytes"]) > 0
     assert "gradient cosine" in capsys.readouterr().out
+
+
+# ---- quality -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def quality_task(tmp_path):
+    """Rows of text and label, as the tasks of reviews have them."""
+    import tasks
+
+    rows = [{"text": f"{'very ' * (n % 3)}{'nice' if n % 2 else 'awful'}", "label": "good" if n % 2 else "bad"} for n in range(24)]
+    files = [
+        tiny.write_rows(tmp_path / f"{part}.jsonl", rows[start:stop]) for part, start, stop in (("a", 0, 12), ("b", 12, 18), ("c", 18, 24))
+    ]
+    return tasks.Task("reviews", *files, "Good or bad?", True, steps=4, examples_per_step=4, max_length=96, virtual_tokens=5)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "softprompt",
+        "softprompt, labels then text",
+        "PEFT's defaults",
+        "PEFT, vocabulary init, best rate",
+        "PEFT P-tuning, best rate",
+        "LoRA r = 8, best rate",
+    ],
+)
+def test_every_kind_of_recipe_trains_and_is_scored(bases, quality_task, tmp_path, name):
+    import recipes
+
+    base = bases()
+    before = {key: value.clone() for key, value in base.model.state_dict().items()}
+    outcome = recipes.run_recipe(
+        recipes.RECIPES[name], quality_task, base, lambda: tiny.tiny_base(tmp_path / "fresh"), 0.01, 0, str(tmp_path / "run")
+    )
+    steps = [step for step, _, _ in outcome.curve]
+    assert (steps[0], steps[-1]) == (0, 4)
+    assert outcome.curve[-1][2] != outcome.curve[0][2]
+    assert 0 <= outcome.accuracy <= 1
+    assert outcome.num_trainable > 0
+    assert all(torch.equal(value, before[key]) for key, value in base.model.state_dict().items())
+
+
+def test_lora_starts_at_the_bare_base(bases, quality_task, tmp_path):
+    """PEFT's forward and ours agree on the loss before any step: LoRA's B is zero then."""
+    import recipes
+
+    from softprompt.encode import load_rows, make_encoder
+    from softprompt.evaluation import held_out_loss
+    from softprompt.prompt import no_prompt
+
+    base = bases()
+    config = recipes.make_config(recipes.RECIPES["LoRA r = 8, best rate"], quality_task, base, 0.01, 0, str(tmp_path / "run"))
+    encoder = make_encoder(base.tokenizer, config.data.template)
+    bare = held_out_loss(base, no_prompt(base, encoder.bos_id), load_rows(config, encoder)[1], 64)
+    outcome = recipes.run_recipe(
+        recipes.RECIPES["LoRA r = 8, best rate"],
+        quality_task,
+        base,
+        lambda: tiny.tiny_base(tmp_path / "fresh"),
+        0.01,
+        0,
+        str(tmp_path / "run"),
+    )
+    assert outcome.curve[0][2] == pytest.approx(bare, rel=1e-5)
+
+
+def test_a_grid_is_searched_on_the_first_seed_alone():
+    import quality
+
+    def run(loss):
+        return {"curve": [(0, 0.0, 3.0), (4, 1.0, loss)], "test_loss": loss, "accuracy": None, "num_trainable": 5}
+
+    runs = {}
+    asked = []
+    for rate, seed in quality._points((0.1, 0.2, 0.3), 3, runs, "a/b/c"):
+        asked.append((rate, seed))
+        runs[f"a/b/c/{rate}/{seed}"] = run({0.1: 2.0, 0.2: 1.0, 0.3: 1.5}[rate])
+    assert asked == [(0.1, 0), (0.2, 0), (0.3, 0), (0.2, 1), (0.2, 2)]
+    table = quality.report({"runs": runs})
+    assert "| c | 0.2 | 5 | 3.0000 | 1.0000 ± 0.0000 |  | 3 |" in table
