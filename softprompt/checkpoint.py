@@ -17,7 +17,6 @@ from softprompt.atomic import new_folder
 from softprompt.model import FrozenBase
 from softprompt.prompt import SoftPrompt
 
-ROWS = "rows"  # as they are trained; what is shown may be their average
 BEST = "best"  # the rows with the lowest held-out loss
 
 
@@ -66,7 +65,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint read back: counters, and by name what each prompt needs to go on (ROWS, BEST and the optimizer's tensors)."""
+    """A checkpoint read back: counters, and by name what each prompt needs to go on (BEST and the optimizer's tensors)."""
 
     progress: Progress
     states: dict[str, dict[str, Tensor]]

@@ -107,6 +107,8 @@ class PromptConfig(Section):
     method: Literal["prompt", "prefix"] = "prompt"
     """What is learned: rows before the text (prompt tuning), or keys and values of every layer (prefix tuning), which start from
     those of the same rows."""
+    reparam: Literal["none", "residual-mlp", "low-rank", "superpos"] = "none"
+    """What is trained in the place of the rows; only the rows are saved. Not yet measured against none."""
     length: Positive | None = None
     """Virtual tokens. Left out: as many rows as text, labels and file of `init` have, else 16."""
     init: Annotated[tuple[Source, ...], Field(strict=False)] = ()

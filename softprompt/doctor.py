@@ -15,7 +15,7 @@ from torch.nn.functional import cosine_similarity
 from softprompt.artifact import load_prompt
 from softprompt.encode import Rows
 from softprompt.evaluation import held_out_loss, text_loss
-from softprompt.job import Member, Setup, prepare
+from softprompt.job import Entrant, Setup, prepare
 from softprompt.model import FrozenBase, load_base
 from softprompt.prompt import DeepPrompt, SoftPrompt, no_prompt
 from softprompt.runlog import RunFolder
@@ -184,24 +184,24 @@ def diagnose(run: str | Path, base: FrozenBase | None = None) -> dict[str, list[
     config = folder.config()
     setup = prepare(config, base or load_base(config.model))
     findings = {}
-    for index, (name, member) in enumerate(setup.members.items()):
-        prompt = load_prompt(folder.prompt if len(setup.members) == 1 else folder.prompts / name, setup.base)
-        case = case_of(folder, index, member, setup, prompt.soft.rows_like(member.start))
-        findings[name] = examine(replace(case, others=_others(setup, prompt.soft, member.config.prompt.text)))
+    for index, (name, entrant) in enumerate(setup.entrants.items()):
+        prompt = load_prompt(folder.prompt if len(setup.entrants) == 1 else folder.prompts / name, setup.base)
+        case = case_of(folder, index, entrant, setup, prompt.soft.rows_like(entrant.start))
+        findings[name] = examine(replace(case, others=_others(setup, prompt.soft, entrant.config.prompt.text)))
     return findings
 
 
-def case_of(folder: RunFolder, index: int, member: Member, setup: Setup, rows_PH: Tensor) -> Case:
+def case_of(folder: RunFolder, index: int, entrant: Entrant, setup: Setup, rows_PH: Tensor) -> Case:
     """The case of a run's prompt number `index`, from the run's log."""
-    events, optim, rms = folder.events(), member.config.optim, member.start.rms(setup.base)
+    events, optim, rms = folder.events(), entrant.config.optim, entrant.start.rms(setup.base)
     assert optim.relative_lr != "find", "found before the run begins"
     return Case(
         rows_PH=rows_PH,
-        start_PH=member.start.rows_PH,
+        start_PH=entrant.start.rows_PH,
         rms=rms,
         rows=setup.rows,
         relative_lr=optim.relative_lr if optim.lr is None else optim.lr / rms,
-        deep=isinstance(member.start, DeepPrompt),
+        deep=isinstance(entrant.start, DeepPrompt),
         losses=[event["losses"][index] for event in events if event["event"] == "step"],
         held_out={event["step"]: event["losses"][index] for event in events if event["event"] == "evaluated"},
     )

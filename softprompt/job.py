@@ -2,6 +2,7 @@
 
 import resource
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from softprompt.artifact import DataCard
-from softprompt.checkpoint import BEST, ROWS, Checkpoint, Progress, Scores, latest_checkpoint
+from softprompt.checkpoint import BEST, Checkpoint, Progress, Scores, latest_checkpoint
 from softprompt.config import Config
 from softprompt.data import RANGE, Rejected
 from softprompt.encode import Encoder, Rows, check_rejected, load_rows, make_encoder
@@ -18,7 +19,8 @@ from softprompt.init import Material, start_rows
 from softprompt.memory import token_budget
 from softprompt.model import FrozenBase, load_base
 from softprompt.optim import RowOptimizer
-from softprompt.prompt import SoftPrompt, deepened
+from softprompt.prompt import DeepPrompt, SoftPrompt, deepened
+from softprompt.reparam import REPARAMS, Ground
 from softprompt.runlog import RunFolder
 from softprompt.step import Engine
 
@@ -32,32 +34,36 @@ class Trainee:
 
     name: str
     config: Config
-    soft: SoftPrompt
-    optimizer: RowOptimizer
     start: SoftPrompt
+    optimizer: RowOptimizer
     best_PH: Tensor | None
+
+    @property
+    def soft(self) -> SoftPrompt:
+        """The prompt in training, with the graph from what is trained to its rows."""
+        return replace(self.start, rows_PH=self.optimizer.trained.rows())
 
     @property
     def shown(self) -> SoftPrompt:
         """The prompt as it is evaluated and saved now."""
-        return replace(self.soft, rows_PH=self.optimizer.shown_PH)
+        return replace(self.start, rows_PH=self.optimizer.shown_PH)
 
     @property
     def best(self) -> SoftPrompt:
         """The prompt with the lowest held-out loss; without held-out rows, as it is now."""
-        return self.shown if self.best_PH is None else replace(self.soft, rows_PH=self.best_PH)
+        return self.shown if self.best_PH is None else replace(self.start, rows_PH=self.best_PH)
 
     def movement(self, base: FrozenBase) -> float:
         """RMS distance of the rows from where they started, as a share of what they are relative to."""
-        return (self.soft.rows_PH.detach() - self.start.rows_PH).square().mean().sqrt().item() / self.soft.rms(base)
+        return (self.soft.rows_PH.detach() - self.start.rows_PH).square().mean().sqrt().item() / self.start.rms(base)
 
     def state(self) -> dict[str, Tensor]:
         """What a checkpoint keeps of it."""
-        return {ROWS: self.soft.rows_PH.detach(), **self.optimizer.state(), **({} if self.best_PH is None else {BEST: self.best_PH})}
+        return {**self.optimizer.state(), **({} if self.best_PH is None else {BEST: self.best_PH})}
 
 
 @dataclass(frozen=True)
-class Member:
+class Entrant:
     """One prompt of a run before it has a folder: its own configuration, what it starts as, and a sentence about that."""
 
     config: Config
@@ -75,7 +81,7 @@ class Setup:
     encoder: Encoder
     rows: Rows
     held: Rows | None
-    members: dict[str, Member]
+    entrants: dict[str, Entrant]
 
     @property
     def rejected(self) -> tuple[Rejected, ...]:
@@ -106,18 +112,18 @@ def prepare(config: Config, base: FrozenBase | None) -> Setup:
     encoder = make_encoder(base.tokenizer, config.data.template)
     rows, held = load_rows(config, encoder)
     _check_rows(config, rows, held)
-    members = {name: _member(own, base, encoder, rows) for name, own in alone.items()}
-    check_context(base.context_length, max(member.start.length for member in members.values()), config.data.max_length)
+    entrants = {name: _entrant(own, base, encoder, rows) for name, own in alone.items()}
+    check_context(base.context_length, max(entrant.start.length for entrant in entrants.values()), config.data.max_length)
     engine = make_engine(config, base)
-    return Setup(_with_token_budget(config, engine.tokens_per_batch), base, engine, encoder, rows, held, members)
+    return Setup(_with_token_budget(config, engine.tokens_per_batch), base, engine, encoder, rows, held, entrants)
 
 
-def _member(own: Config, base: FrozenBase, encoder: Encoder, rows: Rows) -> Member:
+def _entrant(own: Config, base: FrozenBase, encoder: Encoder, rows: Rows) -> Entrant:
     start = start_rows(Material(own.prompt, base, rows.encoded, rows.labels, own.train.seed))
     position = resolve_position(own, encoder)
     if own.prompt.method == "prefix":
-        return Member(own, deepened(base, start.rows_PH, encoder.bos_id), f"{start.note}; as keys and values of every layer")
-    return Member(own, SoftPrompt(start.rows_PH, position, encoder.bos_id), start.note)
+        return Entrant(own, deepened(base, start.rows_PH, encoder.bos_id), f"{start.note}; as keys and values of every layer")
+    return Entrant(own, SoftPrompt(start.rows_PH, position, encoder.bos_id), start.note)
 
 
 def start_job(setup: Setup, run: RunFolder) -> tuple[Job, Progress]:
@@ -127,14 +133,14 @@ def start_job(setup: Setup, run: RunFolder) -> tuple[Job, Progress]:
     """
     checkpoint, progress = _where_it_stands(run, setup)
     num_steps = count_steps(setup.config, len(setup.rows.encoded))
-    trainees = tuple(_trainee(name, member, setup, checkpoint, num_steps) for name, member in setup.members.items())
+    trainees = tuple(_trainee(name, entrant, setup, checkpoint, num_steps) for name, entrant in setup.entrants.items())
     return Job(**vars(setup), run=run, trainees=trainees), progress
 
 
 def _where_it_stands(run: RunFolder, setup: Setup) -> tuple[Checkpoint | None, Progress]:
     base, rows = setup.base, setup.rows
     fresh = Progress(
-        data_fingerprint=rows.fingerprint, base_fingerprint=base.fingerprint, scores={name: Scores() for name in setup.members}
+        data_fingerprint=rows.fingerprint, base_fingerprint=base.fingerprint, scores={name: Scores() for name in setup.entrants}
     )
     checkpoint = latest_checkpoint(run.checkpoints)
     progress = checkpoint.progress if checkpoint else fresh
@@ -146,13 +152,24 @@ def _where_it_stands(run: RunFolder, setup: Setup) -> tuple[Checkpoint | None, P
     return checkpoint, progress
 
 
-def _trainee(name: str, member: Member, setup: Setup, checkpoint: Checkpoint | None, num_steps: int) -> Trainee:
+def _trainee(name: str, entrant: Entrant, setup: Setup, checkpoint: Checkpoint | None, num_steps: int) -> Trainee:
     base, state = setup.base, checkpoint.states[name] if checkpoint else {}
-    rows_PH = (state[ROWS].to(base.device) if state else member.start.rows_PH).clone().requires_grad_()
-    optimizer = RowOptimizer(rows_PH, member.config.optim, num_steps, member.start.rms(base))
-    optimizer.restore(state)
+    start, rms, seed = entrant.start, entrant.start.rms(base), entrant.config.train.seed
+    trained = REPARAMS[entrant.config.prompt.reparam](Ground(start.rows_PH, rms, partial(_vocabulary, base, start, seed), seed))
+    optimizer = RowOptimizer(trained, entrant.config.optim, num_steps, rms)
+    if state:
+        optimizer.restore(state)
     best_PH = state[BEST].to(base.device) if BEST in state else None
-    return Trainee(name, member.config, replace(member.start, rows_PH=rows_PH), optimizer, member.start, best_PH)
+    return Trainee(name, entrant.config, start, optimizer, best_PH)
+
+
+def _vocabulary(base: FrozenBase, like: SoftPrompt, seed: int, count: int) -> Tensor:
+    """Rows of tokens drawn from the vocabulary; for a deep prompt their keys and values."""
+    generator = torch.Generator().manual_seed(seed)
+    rows_VH = base.embed_ids(torch.randint(len(base.tokenizer), (count,), generator=generator).tolist())
+    if not isinstance(like, DeepPrompt):
+        return rows_VH
+    return torch.cat([deepened(base, row_H[None], like.bos_id).rows_like(like) for row_H in rows_VH])
 
 
 # ---- small decisions -----------------------------------------------------------------------------------------------

@@ -1,65 +1,76 @@
-"""AdamW on the rows of a prompt, and its learning rate over the run. Its state is plain tensors: nothing is pickled."""
+"""AdamW on what a prompt trains, and its learning rate over the run. Its state is plain tensors: nothing is pickled."""
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from softprompt.config import OptimConfig
+from softprompt.reparam import Trainable
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 AVERAGE = "average"
 
 
 class RowOptimizer:
-    """AdamW without weight decay on `rows_PH`, which must require a gradient.
+    """AdamW without weight decay on the tensors of a Trainable.
 
-    The peak rate is `optim.lr`, or the share `optim.relative_lr` of `rms`, that of the base's embedding rows: Adam moves
-    every number by about the rate, so a share means the same whatever the scale of a base's embeddings. It rises over the
-    warm-up and then decays to zero as `optim.schedule` says.
+    The peak rate of a tensor is its scale times `optim.relative_lr`, or times what makes it `optim.lr` for the rows: Adam moves
+    every number by about the rate, so a share of the RMS of the base's embedding rows means the same whatever their scale. It
+    rises over the warm-up and then decays to zero as `optim.schedule` says.
     """
 
-    def __init__(self, rows_PH: Tensor, config: OptimConfig, num_steps: int, rms: float) -> None:
-        self.rows_PH = rows_PH
+    def __init__(self, trained: Trainable, config: OptimConfig, num_steps: int, rms: float) -> None:
+        assert config.relative_lr != "find", "found before the run begins"
+        self.trained = trained
         self.config = config
         self.num_steps = num_steps
-        assert config.relative_lr != "find", "found before the run begins"
-        self.peak = config.lr if config.lr is not None else config.relative_lr * rms
-        self.adam = torch.optim.AdamW([rows_PH], lr=self.peak, weight_decay=0.0)
-        self.average_PH = rows_PH.detach().clone()
+        self.rms = rms
+        self.relative_peak = config.lr / rms if config.lr is not None else config.relative_lr
+        groups = [{"params": [tensor], "lr": 0.0, "scale": trained.scales[name]} for name, tensor in trained.tensors.items()]
+        self.adam = torch.optim.AdamW(groups, weight_decay=0.0)
+        self.average_PH = trained.rows().detach().clone()
 
     @property
     def shown_PH(self) -> Tensor:
         """The rows to evaluate and to save: the moving average where `optim.ema` is set, else the rows themselves."""
-        return self.rows_PH.detach() if self.config.ema is None else self.average_PH
+        return self.trained.rows().detach() if self.config.ema is None else self.average_PH
 
-    def lr_at(self, step: int) -> float:
-        """Rate of step number `step`, counted from 0."""
+    def relative_lr_at(self, step: int) -> float:
+        """Rate of step number `step`, counted from 0, as a share of each tensor's scale."""
         warmup = math.ceil(self.config.warmup_fraction * self.num_steps)
         if step < warmup:
-            return self.peak * (step + 1) / warmup
+            return self.relative_peak * (step + 1) / warmup
         done = (step - warmup) / max(1, self.num_steps - warmup)
-        return self.peak * {"constant": 1.0, "linear": 1.0 - done, "cosine": 0.5 * (1.0 + math.cos(math.pi * done))}[self.config.schedule]
+        decay = {"constant": 1.0, "linear": 1.0 - done, "cosine": 0.5 * (1.0 + math.cos(math.pi * done))}
+        return self.relative_peak * decay[self.config.schedule]
 
     def step(self, step: int) -> tuple[float, float]:
-        """Applies the collected gradient and clears it. Returns (gradient norm before clipping, learning rate)."""
-        norm = torch.nn.utils.clip_grad_norm_([self.rows_PH], self.config.clip_norm).item()
-        lr = self.lr_at(step)
-        self.adam.param_groups[0]["lr"] = lr
+        """Applies the collected gradient and clears it. Returns (gradient norm before clipping, learning rate of the rows)."""
+        norm = torch.nn.utils.clip_grad_norm_(list(self.trained.tensors.values()), self.config.clip_norm).item()
+        relative = self.relative_lr_at(step)
+        for group in self.adam.param_groups:
+            group["lr"] = relative * group["scale"]
         self.adam.step()
         self.adam.zero_grad()
         if self.config.ema is not None:
-            self.average_PH.lerp_(self.rows_PH.detach(), 1 - self.config.ema)
-        return norm, lr
+            self.average_PH.lerp_(self.trained.rows().detach(), 1 - self.config.ema)
+        return norm, relative * self.rms
 
     def state(self) -> dict[str, Tensor]:
-        """Adam's moments, none before the first step, and the moving average where there is one."""
-        moments = dict(self.adam.state[self.rows_PH]) if self.adam.state else {}
-        return moments if self.config.ema is None else {**moments, AVERAGE: self.average_PH}
+        """The tensors, Adam's moments of each (none before the first step), and the moving average where there is one."""
+        state = {name: tensor.detach() for name, tensor in self.trained.tensors.items()}
+        for name, tensor in self.trained.tensors.items():
+            state |= {f"{name}.{key}": value for key, value in self.adam.state.get(tensor, {}).items()}
+        return state if self.config.ema is None else {**state, AVERAGE: self.average_PH}
 
-    def restore(self, state: dict[str, Tensor]) -> None:
+    def restore(self, state: Mapping[str, Tensor]) -> None:
         """Puts back what `state` returned."""
-        if all(name in state for name in MOMENTS):
-            self.adam.state[self.rows_PH] = {name: state[name].clone() for name in MOMENTS}
+        for name, tensor in self.trained.tensors.items():
+            with torch.no_grad():
+                tensor.copy_(state[name])
+            if f"{name}.step" in state:
+                self.adam.state[tensor] = {key: state[f"{name}.{key}"].clone() for key in MOMENTS}
         if AVERAGE in state:
             self.average_PH = state[AVERAGE].to(self.average_PH.device).clone()

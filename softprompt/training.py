@@ -186,8 +186,8 @@ def _started(job: Job, progress: Progress) -> Started:
         num_train=len(job.rows.encoded),
         num_eval=len(job.held.encoded) if job.held else 0,
         num_rejected=len(job.rows.rejected) + (len(job.held.rejected) if job.held else 0),
-        notes={one.name: job.members[one.name].note for one in job.trainees},
-        num_trainable=sum(one.soft.rows_PH.numel() for one in job.trainees),
+        notes={one.name: job.entrants[one.name].note for one in job.trainees},
+        num_trainable=sum(tensor.numel() for one in job.trainees for tensor in one.optimizer.trained.tensors.values()),
         num_parameters=job.base.num_parameters,
         row_rms=job.base.rms,
     )
@@ -206,7 +206,7 @@ def _card(job: Job, one: Trainee, soft: SoftPrompt, progress: Progress) -> Card:
         "eval_loss": scores.best_loss if is_best else None,
     }
     return make_card(
-        one.config, job.base, soft, job.encoder, data_card(job.config, job.rows, job.held), job.members[one.name].note, metrics
+        one.config, job.base, soft, job.encoder, data_card(job.config, job.rows, job.held), job.entrants[one.name].note, metrics
     )
 
 
@@ -230,7 +230,7 @@ def _result(job: Job, progress: Progress, places: dict[str, Path]) -> dict[str, 
             "eval_loss_before": progress.scores[one.name].eval_loss_before,
             "eval_loss_after": progress.scores[one.name].best_loss,
             "best_step": progress.scores[one.name].best_step,
-            "findings": examine(case_of(job.run, index, job.members[one.name], job, one.best.rows_PH)),
+            "findings": examine(case_of(job.run, index, job.entrants[one.name], job, one.best.rows_PH)),
             "prompt": str(places[one.name]),
         }
         for index, one in enumerate(job.trainees)

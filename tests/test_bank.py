@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from softprompt import load_prompt
-from softprompt.checkpoint import ROWS, latest_checkpoint
+from softprompt.checkpoint import latest_checkpoint
 from softprompt.config import load_config
 from softprompt.errors import ArtifactError, ConfigError
 from softprompt.events import Finished, Saved, Started, Step
@@ -82,7 +82,7 @@ def test_prompts_of_a_bank_load_from_the_run_and_from_a_checkpoint(bases, make_c
     assert list(checkpoint.states) == ["seed-0", "seed-1"]
     for name, state in checkpoint.states.items():
         prompt = load_prompt(saved.path / name, bases())
-        assert torch.equal(prompt.soft.rows_PH, state[ROWS])
+        assert torch.equal(prompt.soft.rows_PH, state["rows"])
         assert prompt.card.seed == int(name.removeprefix("seed-"))
     with pytest.raises(ArtifactError, match=r"holds 2 prompts: name one, e\.g\. .*seed-0"):
         load_prompt(saved.path, bases())

@@ -22,7 +22,7 @@ PACKAGE = ROOT / "softprompt"
 # A module imports only from floors below its own.
 FLOORS = [
     {"errors"},
-    {"config", "hub", "atomic", "precise", "head", "memory"},
+    {"config", "hub", "atomic", "precise", "head", "memory", "reparam"},
     {"data", "unpack", "prefix"},
     {"encode"},
     {"batch", "model"},
@@ -257,6 +257,7 @@ EFFECTS: dict[str, Effect] = {
     "prompt.count": ("2", prompts_after),
     "prompt.bank": ('[{{name = "a"}}, {{name = "b", seed = 3}}]', prompts_after),
     "prompt.method": ("prefix", rows_after),
+    "prompt.reparam": ("low-rank", rows_after),
     "prompt.length": ("3", rows_after),
     "prompt.init": ("random", rows_after),
     "prompt.file": ("{prompt}", rows_after),

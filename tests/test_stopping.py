@@ -16,6 +16,7 @@ from softprompt.errors import ConfigError
 from softprompt.evaluation import held_out_loss
 from softprompt.events import Evaluated, Finished, Found, Step
 from softprompt.optim import RowOptimizer
+from softprompt.reparam import Ground, plain
 from softprompt.runlog import RunFolder
 from softprompt.training import train
 
@@ -94,10 +95,17 @@ def test_evaluations_are_spread_over_the_run(make_config, steps, expected):
     assert [event.step for event in events if isinstance(event, Evaluated)] == [0, *expected]
 
 
+def rows_themselves(rows_PH, rms=1.0):
+    return plain(Ground(rows_PH, rms, lambda count: rows_PH, seed=0))
+
+
 def test_the_rate_is_a_share_of_the_rms_of_the_rows():
-    rows = torch.zeros(2, 3, requires_grad=True)
-    assert RowOptimizer(rows, OptimConfig(relative_lr=0.1), 9, rms=0.5).peak == pytest.approx(0.05)
-    assert RowOptimizer(rows, OptimConfig(relative_lr=0.1, lr=3.0), 9, rms=0.5).peak == 3.0
+    for how, rate in ((OptimConfig(relative_lr=0.1), 0.05), (OptimConfig(relative_lr=0.1, lr=3.0), 3.0)):
+        trained = rows_themselves(torch.ones(2, 3), rms=0.5)
+        optimizer = RowOptimizer(trained, how, 9, rms=0.5)
+        trained.tensors["rows"].grad = torch.ones(2, 3)
+        assert optimizer.step(0)[1] == pytest.approx(rate)
+        torch.testing.assert_close(trained.rows().detach(), torch.ones(2, 3) - rate)
 
 
 def test_one_relative_rate_moves_the_rows_of_every_base_alike(make_config, tmp_path):
@@ -147,11 +155,11 @@ def test_movement_is_in_the_log(make_config):
 
 
 def test_the_moving_average_is_what_is_evaluated_and_saved():
-    rows = torch.zeros(1, 2, requires_grad=True)
-    optimizer = RowOptimizer(rows, OptimConfig(lr=1.0, ema=0.75, schedule="constant", warmup_fraction=0.0), 9, rms=1.0)
-    rows.grad = torch.ones(1, 2)
+    trained = rows_themselves(torch.zeros(1, 2))
+    optimizer = RowOptimizer(trained, OptimConfig(lr=1.0, ema=0.75, schedule="constant", warmup_fraction=0.0), 9, rms=1.0)
+    trained.tensors["rows"].grad = torch.ones(1, 2)
     optimizer.step(0)
-    torch.testing.assert_close(optimizer.shown_PH, 0.25 * rows.detach())
-    again = RowOptimizer(torch.zeros(1, 2, requires_grad=True), optimizer.config, 9, rms=1.0)
+    torch.testing.assert_close(optimizer.shown_PH, 0.25 * trained.rows().detach())
+    again = RowOptimizer(rows_themselves(torch.zeros(1, 2)), optimizer.config, 9, rms=1.0)
     again.restore(optimizer.state())
     assert torch.equal(again.shown_PH, optimizer.shown_PH)
