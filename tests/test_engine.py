@@ -2,6 +2,7 @@
 
 import itertools
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -15,6 +16,7 @@ from softprompt.batch import MICRO_BATCH_COST, cut_by_length
 from softprompt.config import ModelConfig
 from softprompt.errors import ModelError, RunError
 from softprompt.head import Head
+from softprompt.memory import CPU_TOKENS, activation_bytes, token_budget
 from softprompt.model import load_base
 from softprompt.precise import float32_products
 from softprompt.prefix import checkpointed
@@ -212,3 +214,15 @@ def test_no_other_cut_computes_fewer_tokens(lengths, budget):
     found = cut_by_length(lengths, budget)
     assert sorted(map(sorted, found)) in [sorted(map(sorted, cut)) for cut in allowed]
     assert cost(found) == min(cost(cut) for cut in allowed)
+
+
+def test_a_micro_batch_has_as_many_bytes_in_half_precision(bases, tmp_path, monkeypatch):
+    half = load_base(ModelConfig(name=bases().name, device="cpu", dtype="bfloat16"))
+    cpu = torch.device("cpu")
+    budgets = [token_budget(base.model.base_model, cpu, None) for base in (bases(), half)]
+    assert budgets == [CPU_TOKENS, 2 * CPU_TOKENS]
+    monkeypatch.setattr(
+        "softprompt.memory.virtual_memory", lambda: SimpleNamespace(available=200 * activation_bytes(half.model.base_model))
+    )
+    assert token_budget(half.model.base_model, cpu, None) == 100  # half of the free memory
+    assert token_budget(half.model.base_model, cpu, 7) == 7
