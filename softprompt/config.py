@@ -140,8 +140,10 @@ class PromptConfig(Section):
 
 
 class OptimConfig(Section):
-    """AdamW on the prompt's rows, without weight decay."""
+    """The optimizer of the prompt's rows, without weight decay."""
 
+    name: Literal["adamw", "adafactor", "lion", "row-normalized"] = "adamw"
+    """AdamW, Adafactor as PyTorch has it, Lion, or a momentum whose rows have one size. Not yet measured against each other."""
     relative_lr: Annotated[float, Field(gt=0, allow_inf_nan=False)] | Literal["find"] = 0.2
     """Peak learning rate as a share of the RMS of the base's embedding rows: one value fits every base. "find": five rates are
     tried for 20 steps, all at once, and the best is taken."""

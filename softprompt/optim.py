@@ -1,7 +1,8 @@
-"""AdamW on what a prompt trains, and its learning rate over the run. Its state is plain tensors: nothing is pickled."""
+"""The optimizer of what a prompt trains, and its learning rate over the run. Its state is plain tensors: nothing is pickled."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,14 +10,47 @@ from torch import Tensor
 from softprompt.config import OptimConfig
 from softprompt.reparam import Trainable
 
-MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 AVERAGE = "average"
+Groups = list[dict[str, Any]]
+
+
+class Momentum(torch.optim.Optimizer):
+    """An average of the gradients whose direction alone counts: every step moves the tensor by about the rate.
+
+    `direction` says how: the sign of every number (Lion, Chen et al. 2023), or every row divided by its RMS.
+    """
+
+    def __init__(self, groups: Groups, direction: Callable[[Tensor], Tensor], beta: float, decay: float) -> None:
+        super().__init__(groups, {"direction": direction, "beta": beta, "decay": decay})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One step; a closure is not called."""
+        for group in self.param_groups:
+            for tensor in group["params"]:
+                if tensor.grad is None:
+                    continue
+                average = self.state[tensor].setdefault("exp_avg", torch.zeros_like(tensor))
+                tensor.sub_(group["lr"] * group["direction"](average.lerp(tensor.grad, 1 - group["beta"])))
+                average.lerp_(tensor.grad, 1 - group["decay"])
+
+
+def _by_row(average: Tensor) -> Tensor:
+    return average / average.square().mean(dim=-1, keepdim=True).sqrt().clamp_min(1e-30)
+
+
+OPTIMIZERS: dict[str, Callable[[Groups], torch.optim.Optimizer]] = {
+    "adamw": lambda groups: torch.optim.AdamW(groups, weight_decay=0.0),
+    "adafactor": lambda groups: torch.optim.Adafactor(groups, weight_decay=0.0),
+    "lion": lambda groups: Momentum(groups, torch.sign, beta=0.9, decay=0.99),
+    "row-normalized": lambda groups: Momentum(groups, _by_row, beta=0.9, decay=0.9),
+}
 
 
 class RowOptimizer:
-    """AdamW without weight decay on the tensors of a Trainable.
+    """An optimizer without weight decay on the tensors of a Trainable.
 
-    The peak rate of a tensor is its scale times `optim.relative_lr`, or times what makes it `optim.lr` for the rows: Adam moves
+    The peak rate of a tensor is its scale times `optim.relative_lr`, or times what makes it `optim.lr` for the rows: AdamW moves
     every number by about the rate, so a share of the RMS of the base's embedding rows means the same whatever their scale. It
     rises over the warm-up and then decays to zero as `optim.schedule` says.
     """
@@ -28,8 +62,12 @@ class RowOptimizer:
         self.num_steps = num_steps
         self.rms = rms
         self.relative_peak = config.lr / rms if config.lr is not None else config.relative_lr
-        groups = [{"params": [tensor], "lr": 0.0, "scale": trained.scales[name]} for name, tensor in trained.tensors.items()]
-        self.adam = torch.optim.AdamW(groups, weight_decay=0.0)
+        scaled = config.name != "adafactor"  # which multiplies the rate by the RMS of the tensor itself
+        groups: Groups = [
+            {"params": [tensor], "lr": self.relative_peak, "scale": trained.scales[name] if scaled else 1.0}
+            for name, tensor in trained.tensors.items()
+        ]
+        self.optimizer = OPTIMIZERS[config.name](groups)
         self.average_PH = trained.rows().detach().clone()
 
     @property
@@ -50,19 +88,19 @@ class RowOptimizer:
         """Applies the collected gradient and clears it. Returns (gradient norm before clipping, learning rate of the rows)."""
         norm = torch.nn.utils.clip_grad_norm_(list(self.trained.tensors.values()), self.config.clip_norm).item()
         relative = self.relative_lr_at(step)
-        for group in self.adam.param_groups:
+        for group in self.optimizer.param_groups:
             group["lr"] = relative * group["scale"]
-        self.adam.step()
-        self.adam.zero_grad()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
         if self.config.ema is not None:
             self.average_PH.lerp_(self.trained.rows().detach(), 1 - self.config.ema)
         return norm, relative * self.rms
 
     def state(self) -> dict[str, Tensor]:
-        """The tensors, Adam's moments of each (none before the first step), and the moving average where there is one."""
+        """The tensors, the optimizer's own of each (none before the first step), and the moving average where there is one."""
         state = {name: tensor.detach() for name, tensor in self.trained.tensors.items()}
         for name, tensor in self.trained.tensors.items():
-            state |= {f"{name}.{key}": value for key, value in self.adam.state.get(tensor, {}).items()}
+            state |= {f"{name}.{key}": value for key, value in self.optimizer.state.get(tensor, {}).items()}
         return state if self.config.ema is None else {**state, AVERAGE: self.average_PH}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
@@ -70,7 +108,8 @@ class RowOptimizer:
         for name, tensor in self.trained.tensors.items():
             with torch.no_grad():
                 tensor.copy_(state[name])
-            if f"{name}.step" in state:
-                self.adam.state[tensor] = {key: state[f"{name}.{key}"].clone() for key in MOMENTS}
+            own = {key.removeprefix(f"{name}."): value.clone() for key, value in state.items() if key.startswith(f"{name}.")}
+            if own:
+                self.optimizer.state[tensor] = own
         if AVERAGE in state:
             self.average_PH = state[AVERAGE].to(self.average_PH.device).clone()

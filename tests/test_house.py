@@ -263,6 +263,7 @@ EFFECTS: dict[str, Effect] = {
     "prompt.file": ("{prompt}", rows_after),
     "prompt.text": ("Another text.", rows_after),
     "prompt.position": ("start", rows_after),
+    "optim.name": ("lion", rows_after),
     "optim.lr": ("0.01", rows_after),
     "optim.relative_lr": ("0.01", rows_after),
     "optim.ema": ("0.5", rows_after),

@@ -108,6 +108,45 @@ def test_the_rate_is_a_share_of_the_rms_of_the_rows():
         torch.testing.assert_close(trained.rows().detach(), torch.ones(2, 3) - rate)
 
 
+@pytest.mark.parametrize(
+    ("name", "first"),
+    [
+        ("adamw", [[-1.0, -1.0], [1.0, 0.0]]),
+        ("lion", [[-1.0, -1.0], [1.0, 0.0]]),
+        ("row-normalized", [[-0.6 * 2**0.5, -0.8 * 2**0.5], [2**0.5, 0.0]]),
+    ],
+)
+def test_the_first_step_of_each_optimizer(name, first):
+    trained = rows_themselves(torch.ones(2, 2))
+    optimizer = RowOptimizer(trained, OptimConfig(name=name, relative_lr=0.1, clip_norm=99), 9, rms=1.0)
+    trained.tensors["rows"].grad = torch.tensor([[3.0, 4.0], [-2.0, 0.0]])
+    optimizer.step(0)
+    torch.testing.assert_close(trained.rows().detach(), 1 + 0.1 * torch.tensor(first), rtol=1e-4, atol=1e-5)
+
+
+def test_lion_is_that_of_its_paper():
+    trained = rows_themselves(torch.zeros(1, 1))
+    optimizer = RowOptimizer(trained, OptimConfig(name="lion", relative_lr=0.1, clip_norm=99, schedule="constant"), 9, rms=1.0)
+    for step, gradient in enumerate([1.0, -0.01, -0.2]):  # Chen et al. 2023: c = 0.9 m + 0.1 g, then m = 0.99 m + 0.01 g
+        trained.tensors["rows"].grad = torch.tensor([[gradient]])
+        optimizer.step(step)
+    assert trained.rows().item() == pytest.approx(-0.1 - 0.1 + 0.1)
+
+
+@pytest.mark.parametrize("name", ["adafactor", "lion", "row-normalized"])
+def test_every_optimizer_learns_and_resumes_to_the_same_bits(make_config, tmp_path, name):
+    settings = (f"optim.name={name}", "train.steps=12", "train.save_every=4")
+    *_, finished = train(make_config(*settings, f"train.out={tmp_path / 'straight'}"))
+    assert finished.result["eval_loss_after"] < finished.result["eval_loss_before"]
+    config = make_config(*settings)
+    for event in (events := train(config)):
+        if isinstance(event, Step) and event.step == 6:
+            break
+    events.close()
+    list(train(RunFolder.reopen(Path(config.train.out)).config(), resume=True))
+    assert torch.equal(rows_of(Path(config.train.out)), rows_of(tmp_path / "straight"))
+
+
 def test_one_relative_rate_moves_the_rows_of_every_base_alike(make_config, tmp_path):
     moved = []
     for scale in (1.0, 0.02):
