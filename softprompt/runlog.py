@@ -63,7 +63,7 @@ class RunFolder:
     def reopen(cls, path: Path) -> "RunFolder":
         """Raises RunError when there is no run to go on with."""
         if not (path / "config.toml").is_file():
-            raise RunError(f"{path} is not a run folder (no config.toml): nothing to resume")
+            raise RunError(f"{path} is not a run folder (no config.toml)")
         return cls(path)
 
     @contextmanager
