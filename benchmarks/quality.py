@@ -10,7 +10,6 @@ the table and --plot the curves of what the file holds; with --draw nothing is t
 
 import argparse
 import json
-import os
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -48,6 +47,7 @@ def train_all(given: argparse.Namespace, results: dict[str, Any]) -> None:
     from recipes import RECIPES, run_recipe
     from tasks import MAKERS, make_tasks
 
+    from softprompt.atomic import write_text
     from softprompt.config import ModelConfig
     from softprompt.model import load_base
 
@@ -64,7 +64,7 @@ def train_all(given: argparse.Namespace, results: dict[str, Any]) -> None:
                         with tempfile.TemporaryDirectory() as out:
                             outcome = run_recipe(RECIPES[recipe], task, base, lambda: load_base(config), rate, seed, f"{out}/run")  # noqa: B023
                         results["runs"][key] = asdict(outcome)
-                        _write(given.json, results)
+                        write_text(given.json, json.dumps(results, indent=1) + "\n")
                         print(key, f"{outcome.test_loss:.4f}", outcome.accuracy, flush=True)
 
 
@@ -81,12 +81,6 @@ def best_rate(runs: Runs, prefix: str) -> float:
     """The rate of the first seed's lowest held-out loss at the end."""
     first = {key: run for key, run in runs.items() if key.startswith(f"{prefix}/") and key.endswith("/0")}
     return float(min(first, key=lambda key: first[key]["curve"][-1][2]).split("/")[-2])
-
-
-def _write(path: Path, results: dict[str, Any]) -> None:
-    draft = path.with_name(path.name + ".part")
-    draft.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    os.replace(draft, path)
 
 
 # ---- what was found ------------------------------------------------------------------------------------------------

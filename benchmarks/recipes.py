@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from softprompt import init
+from softprompt.artifact import load_prompt
 from softprompt.batch import Batch, batches, order_of_rows
 from softprompt.config import Config, load_config
 from softprompt.encode import Encoded, load_rows, make_encoder
@@ -59,9 +60,7 @@ def peft_noise(material: init.Material, room: int) -> init.Start:
 
 def peft_vocabulary(material: init.Material, room: int) -> init.Start:
     """PEFT's SAMPLE_VOCAB: any tokens of the vocabulary."""
-    generator = torch.Generator().manual_seed(material.seed)
-    ids = torch.randint(len(material.base.tokenizer), (room,), generator=generator).tolist()
-    return init.Start(material.base.embed_ids(ids), "any tokens of the vocabulary")
+    return init.Start(material.base.drawn_rows(room, material.seed), "any tokens of the vocabulary")
 
 
 GRID = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
@@ -134,8 +133,6 @@ def _ours(recipe: Recipe, task: Task, config: Config, base: FrozenBase) -> Outco
                     result = event.result
     finally:
         init.SOURCES.update(before)
-    from softprompt.artifact import load_prompt
-
     return _scored(task, config, base, load_prompt(result["prompt"], base).soft, curve, base.hidden_size * task.virtual_tokens)
 
 

@@ -10,7 +10,6 @@ with their reason: delete them there to have them measured again. The plot needs
 
 import argparse
 import json
-import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -21,6 +20,8 @@ from compare import say
 from jobs import Job, PeftSetting, SideFailed, measure
 from train_speed import Asked, make_job, prepare_rows
 from workloads import Profile, Workload
+
+from softprompt.atomic import write_text
 
 PEFT_SIZES = (2, 8)
 
@@ -74,7 +75,7 @@ def measure_all(asked: Asked, path: Path) -> dict[str, Any]:
         if key not in results["points"]:
             results["points"][key] = measure_point(asked, point, side)
             say(key, results["points"][key].get("samples_per_second"))
-            _write(path, results)
+            write_text(path, json.dumps(results, indent=2) + "\n")
     return results
 
 
@@ -129,13 +130,6 @@ def _attempt(side: str, job: Job, folder: Path, setting: PeftSetting | None) -> 
         return {**used, **asdict(measure(side, job, folder, setting))}
     except SideFailed as error:
         return {**used, "failed": str(error)}
-
-
-def _write(path: Path, results: Mapping[str, Any]) -> None:
-    """Whole or not at all: a run that is ended in between leaves the results before."""
-    draft = path.with_name(path.name + ".part")
-    draft.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    os.replace(draft, path)
 
 
 # ---- the figure ----------------------------------------------------------------------------------------------------

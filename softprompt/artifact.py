@@ -219,10 +219,10 @@ def _check_width(folder: Path, card: Card, rows: torch.Tensor, base: FrozenBase)
 
 def stored_rows(path: str | Path) -> torch.Tensor:
     """The rows [P, H] of a prompt or run folder, float32, BOS left out, whatever base they belong to. Raises ArtifactError."""
-    folder = find_prompt(path)
-    if read_card(folder).method == "prefix":
+    folder, card = find_prompt(path), read_card(path)
+    if card.method == "prefix":
         raise ArtifactError(f"{folder} holds keys and values of every layer, no rows for another prompt to start from")
-    return _without_bos(_read_rows(folder, read_card(folder)), read_card(folder))
+    return _without_bos(_read_rows(folder, card), card)
 
 
 def _without_bos(rows: torch.Tensor, card: Card) -> torch.Tensor:

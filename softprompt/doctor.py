@@ -7,6 +7,7 @@ prompt has to beat on the held-out rows: the bare base, the text prompt, its own
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -183,17 +184,17 @@ def diagnose(run: str | Path, base: FrozenBase | None = None) -> dict[str, list[
     folder = RunFolder.reopen(Path(run))
     config = folder.config()
     setup = prepare(config, base or load_base(config.model))
-    findings = {}
+    events, findings = folder.events(), {}
     for index, (name, entrant) in enumerate(setup.entrants.items()):
         prompt = load_prompt(folder.prompt if len(setup.entrants) == 1 else folder.prompts / name, setup.base)
-        case = case_of(folder, index, entrant, setup, prompt.soft.rows_like(entrant.start))
+        case = case_of(events, index, entrant, setup, prompt.soft.rows_like(entrant.start))
         findings[name] = examine(replace(case, others=_others(setup, prompt.soft, entrant.config.prompt.text)))
     return findings
 
 
-def case_of(folder: RunFolder, index: int, entrant: Entrant, setup: Setup, rows_PH: Tensor) -> Case:
+def case_of(events: Sequence[Mapping[str, Any]], index: int, entrant: Entrant, setup: Setup, rows_PH: Tensor) -> Case:
     """The case of a run's prompt number `index`, from the run's log."""
-    events, optim, rms = folder.events(), entrant.config.optim, entrant.start.rms(setup.base)
+    optim, rms = entrant.config.optim, entrant.start.rms(setup.base)
     assert optim.relative_lr != "find", "found before the run begins"
     return Case(
         rows_PH=rows_PH,

@@ -165,8 +165,7 @@ def _trainee(name: str, entrant: Entrant, setup: Setup, checkpoint: Checkpoint |
 
 def _vocabulary(base: FrozenBase, like: SoftPrompt, seed: int, count: int) -> Tensor:
     """Rows of tokens drawn from the vocabulary; for a deep prompt their keys and values."""
-    generator = torch.Generator().manual_seed(seed)
-    rows_VH = base.embed_ids(torch.randint(len(base.tokenizer), (count,), generator=generator).tolist())
+    rows_VH = base.drawn_rows(count, seed)
     if not isinstance(like, DeepPrompt):
         return rows_VH
     return torch.cat([deepened(base, row_H[None], like.bos_id).rows_like(like) for row_H in rows_VH])

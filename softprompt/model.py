@@ -73,6 +73,11 @@ class FrozenBase:
         with torch.no_grad():
             return self.embed(torch.tensor(list(ids), dtype=torch.long, device=self.device)).float()
 
+    def drawn_rows(self, count: int, seed: int) -> Tensor:
+        """[count, H], float32: the rows of any tokens of the vocabulary."""
+        generator = torch.Generator().manual_seed(seed)
+        return self.embed_ids(torch.randint(len(self.tokenizer), (count,), generator=generator).tolist())
+
     def prefill(self, embeds: Sequence[Tensor]) -> Prefix:
         """The prefixes of K sequences of embeddings, each [S, H]."""
         return prefill(self.model.base_model, embeds) if self.shares_prefix else Prefix((), tuple(embeds))

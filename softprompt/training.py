@@ -21,7 +21,7 @@ from softprompt.artifact import Card, make_card, write_prompt
 from softprompt.atomic import new_folder
 from softprompt.batch import order_of_rows
 from softprompt.checkpoint import Progress, prompt_folder, save_checkpoint
-from softprompt.config import Config, Member, load_config
+from softprompt.config import Config, Member
 from softprompt.doctor import case_of, examine
 from softprompt.errors import ConfigError, RunError
 from softprompt.evaluation import held_out_loss
@@ -70,16 +70,14 @@ def _find_rate(config: Config, base: FrozenBase) -> Generator[Event, None, Confi
         raise ConfigError('optim.relative_lr = "find" is for one prompt without optim.lr: a bank may name a rate for each of its prompts')
     bank = tuple(Member(name=f"rate-{rate}", optim={"relative_lr": rate}) for rate in RATES)
     with tempfile.TemporaryDirectory() as folder:
-        trial = load_config(
-            config.model_dump(exclude_none=True, exclude={"train": {"patience", "minutes", "eval_every", "trackers"}}),
-            [f"train.steps={SEARCH_STEPS}", f"train.eval_every={SEARCH_STEPS}", f"train.save_every={SEARCH_STEPS}"],
-        )
+        short = {name: SEARCH_STEPS for name in ("steps", "eval_every", "save_every")}
+        endless = {"patience": None, "minutes": None, "trackers": ()}
         of_all = {
-            "prompt": trial.prompt.model_copy(update={"bank": bank}),
-            "optim": trial.optim.model_copy(update={"relative_lr": RATES[0]}),  # each of the bank has its own
-            "train": trial.train.model_copy(update={"out": f"{folder}/search"}),
+            "prompt": config.prompt.model_copy(update={"bank": bank}),
+            "optim": config.optim.model_copy(update={"relative_lr": RATES[0]}),  # each of the bank has its own
+            "train": config.train.model_copy(update={**short, **endless, "out": f"{folder}/search"}),
         }
-        for event in train(trial.model_copy(update=of_all), base=base):
+        for event in train(config.model_copy(update=of_all), base=base):
             if isinstance(event, Step):
                 yield Searching(event.step, SEARCH_STEPS)
     assert isinstance(event, Finished), "a run ends with its result"
@@ -185,7 +183,7 @@ def _started(job: Job, progress: Progress) -> Started:
         first_step=progress.step,
         num_train=len(job.rows.encoded),
         num_eval=len(job.held.encoded) if job.held else 0,
-        num_rejected=len(job.rows.rejected) + (len(job.held.rejected) if job.held else 0),
+        num_rejected=len(job.rejected),
         notes={one.name: job.entrants[one.name].note for one in job.trainees},
         num_trainable=sum(tensor.numel() for one in job.trainees for tensor in one.optimizer.trained.tensors.values()),
         num_parameters=job.base.num_parameters,
@@ -223,6 +221,7 @@ def _write_prompts(job: Job, progress: Progress) -> dict[str, Path]:
 
 def _result(job: Job, progress: Progress, places: dict[str, Path]) -> dict[str, Any]:
     """The run in numbers; the losses are those of `prompt`, the best of a bank on the held-out rows, else in training."""
+    events = job.run.events()
     prompts: dict[str, dict[str, Any]] = {
         one.name: {
             "seed": one.config.train.seed,
@@ -230,7 +229,7 @@ def _result(job: Job, progress: Progress, places: dict[str, Path]) -> dict[str, 
             "eval_loss_before": progress.scores[one.name].eval_loss_before,
             "eval_loss_after": progress.scores[one.name].best_loss,
             "best_step": progress.scores[one.name].best_step,
-            "findings": examine(case_of(job.run, index, job.entrants[one.name], job, one.best.rows_PH)),
+            "findings": examine(case_of(events, index, job.entrants[one.name], job, one.best.rows_PH)),
             "prompt": str(places[one.name]),
         }
         for index, one in enumerate(job.trainees)

@@ -14,7 +14,6 @@ from transformers import AutoModelForCausalLM
 from softprompt.artifact import load_prompt, read_card
 from softprompt.decode import Sampling
 from softprompt.errors import ArtifactError, ConfigError, ModelError
-from softprompt.events import Step
 from softprompt.generation import generate
 from softprompt.plan import make_plan
 from softprompt.prompt import deepened, prefix_of
@@ -110,11 +109,7 @@ def test_it_resumes_to_the_same_bits_beside_plain_rows(make_config, tmp_path, st
     settings = (bank, "train.steps=6", "train.save_every=2")
     list(train(make_config(*settings, f"train.out={tmp_path / 'straight'}")))
     config = make_config(*settings)
-    events = train(config)
-    for event in events:
-        if isinstance(event, Step) and event.step == stop_after:
-            break
-    events.close()
+    tiny.stop_after(config, stop_after)
     list(train(RunFolder.reopen(Path(config.train.out)).config(), resume=True))
     for name in ("deep", "rows"):
         one, other = (rows_of_member(run, name) for run in (Path(config.train.out), tmp_path / "straight"))

@@ -3,13 +3,13 @@
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from safetensors.torch import load_file
 from test_run import rows_of
 
 from softprompt.artifact import load_prompt
 from softprompt.checkpoint import latest_checkpoint
-from softprompt.events import Step
 from softprompt.reparam import REPARAMS, Ground
 from softprompt.runlog import RunFolder
 from softprompt.training import train
@@ -60,9 +60,6 @@ def test_it_resumes_to_the_same_bits(make_config, tmp_path, name):
     settings = (f"prompt.reparam={name}", "train.steps=6", "train.save_every=2", "optim.ema=0.5")
     list(train(make_config(*settings, f"train.out={tmp_path / 'straight'}")))
     config = make_config(*settings)
-    for event in (events := train(config)):
-        if isinstance(event, Step) and event.step == 3:
-            break
-    events.close()
+    tiny.stop_after(config, 3)
     list(train(RunFolder.reopen(Path(config.train.out)).config(), resume=True))
     assert torch.equal(rows_of(Path(config.train.out)), rows_of(tmp_path / "straight"))

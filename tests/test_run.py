@@ -66,11 +66,7 @@ def test_a_resumed_run_equals_the_straight_run_bit_for_bit(make_config, contrary
     settings = ("train.steps=6", "train.save_every=2", contrary, *how)
     list(train(make_config(*settings, f"train.out={tmp_path / 'straight'}")))
     config = make_config(*settings)
-    events = train(config)
-    for event in events:
-        if isinstance(event, Step) and event.step == stop_after:
-            break
-    events.close()  # as abrupt as it gets inside one process: nothing after this step is written
+    tiny.stop_after(config, stop_after)
     run = Path(config.train.out)
     assert run.is_dir()
     assert not (run / "prompt").exists()

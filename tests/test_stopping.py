@@ -139,10 +139,7 @@ def test_every_optimizer_learns_and_resumes_to_the_same_bits(make_config, tmp_pa
     *_, finished = train(make_config(*settings, f"train.out={tmp_path / 'straight'}"))
     assert finished.result["eval_loss_after"] < finished.result["eval_loss_before"]
     config = make_config(*settings)
-    for event in (events := train(config)):
-        if isinstance(event, Step) and event.step == 6:
-            break
-    events.close()
+    tiny.stop_after(config, 6)
     list(train(RunFolder.reopen(Path(config.train.out)).config(), resume=True))
     assert torch.equal(rows_of(Path(config.train.out)), rows_of(tmp_path / "straight"))
 

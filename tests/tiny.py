@@ -9,8 +9,10 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from softprompt.config import ModelConfig
+from softprompt.config import Config, ModelConfig
+from softprompt.events import Step
 from softprompt.model import FrozenBase, load_base
+from softprompt.training import train
 
 PAD, BOS, EOS = 0, 1, 2
 VOCABULARY = 320
@@ -109,3 +111,12 @@ def numbers_kept(run: Callable[[], object]) -> int:
     with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
         run()
     return kept
+
+
+def stop_after(config: Config, step: int) -> None:
+    """Runs until this step and no further, as abruptly as it gets inside one process: nothing after the step is written."""
+    events = train(config)
+    for event in events:
+        if isinstance(event, Step) and event.step == step:
+            break
+    events.close()  # type: ignore[attr-defined]
