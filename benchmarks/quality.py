@@ -1,11 +1,12 @@
 """Does it learn? Ours and PEFT's methods on the same rows, steps and seeds; held-out loss and accuracy.
 
-    python benchmarks/quality.py --base gemma=FOLDER --base smollm=FOLDER --alpaca FILE --json docs/results.json --report docs/results.md
+    python benchmarks/quality.py --base gemma=FOLDER --base smollm=FOLDER --alpaca FILE --results docs/results.jsonl --report docs/results.md
                                  [--task NAME ...] [--recipe NAME ...] [--seeds 3]
 
-Every finished run is written at once, and a run that the file holds already is not repeated. A recipe with a grid of rates is
-searched on the first seed, by the loss on the held-out rows; its best rate alone is run with the other seeds. --report writes
-the table and --plot the curves of what the file holds; with --draw nothing is trained.
+Every finished run becomes a line of the file at once, and a run that the file holds already is not repeated; several processes
+may add to one file, each with tasks or recipes of its own. A recipe with a grid of rates is searched on the first seed, by the
+loss on the held-out rows, from the middle outward for as long as it falls; its best rate alone is run with the other seeds.
+--report writes the table and --plot the curves of what the file holds; with --draw nothing is trained.
 """
 
 import argparse
@@ -28,53 +29,68 @@ def main() -> None:
     parser.add_argument("--recipe", action="append", help="a key of recipes.RECIPES; repeatable; left out, all of them")
     parser.add_argument("--alpaca", type=Path, help="1,000 rows of instruction, input and output")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--json", required=True, type=Path)
+    parser.add_argument("--results", required=True, type=Path, help="JSONL, a run per line")
     parser.add_argument("--report", type=Path, help="Markdown table to write")
     parser.add_argument("--plot", type=Path, help="PNG of the curves to draw")
     parser.add_argument("--draw", action="store_true", help="train nothing")
     given = parser.parse_args()
-    results = json.loads(given.json.read_text(encoding="utf-8")) if given.json.exists() else {"runs": {}}
     if not given.draw:
-        train_all(given, results)
+        train_all(given)
+    runs = read(given.results)
     if given.report:
-        given.report.write_text(report(results), encoding="utf-8")
+        given.report.write_text(report(runs), encoding="utf-8")
     if given.plot:
-        draw(results["runs"], given.plot)
+        draw(runs, given.plot)
 
 
-def train_all(given: argparse.Namespace, results: dict[str, Any]) -> None:
+def read(path: Path) -> Runs:
+    """The runs by key: base/task/recipe/rate/seed."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return {run["key"]: run for run in map(json.loads, lines)}
+
+
+def train_all(given: argparse.Namespace) -> None:
     from meters import machine
     from recipes import RECIPES, run_recipe
     from tasks import MAKERS, make_tasks
 
-    from softprompt.atomic import write_text
     from softprompt.config import ModelConfig
     from softprompt.model import load_base
 
-    results["machine"] = machine()
     tasks = make_tasks(given.task or list(MAKERS), CACHE, given.alpaca)
     for name, folder in (base.split("=", 1) for base in given.base):
         config = ModelConfig(name=folder)
         base = load_base(config)
         for task in tasks:
             for recipe in given.recipe or list(RECIPES):
-                for rate, seed in _points(RECIPES[recipe].rates, given.seeds, results["runs"], f"{name}/{task.name}/{recipe}"):
+                runs = read(given.results)
+                for rate, seed in _points(RECIPES[recipe].rates, given.seeds, runs, f"{name}/{task.name}/{recipe}"):
                     key = f"{name}/{task.name}/{recipe}/{rate}/{seed}"
-                    if key not in results["runs"]:
+                    if key not in runs:
                         with tempfile.TemporaryDirectory() as out:
                             outcome = run_recipe(RECIPES[recipe], task, base, lambda: load_base(config), rate, seed, f"{out}/run")  # noqa: B023
-                        results["runs"][key] = asdict(outcome)
-                        write_text(given.json, json.dumps(results, indent=1) + "\n")
+                        runs[key] = {"key": key, **asdict(outcome), "machine": machine()}
+                        with given.results.open("a", encoding="utf-8") as file:
+                            file.write(json.dumps(runs[key], ensure_ascii=False) + "\n")
                         print(key, f"{outcome.test_loss:.4f}", outcome.accuracy, flush=True)
 
 
 def _points(rates: tuple[float, ...], seeds: int, runs: Runs, prefix: str) -> Iterator[tuple[float | None, int]]:
     """The grid on the first seed, then its best rate on the others; what was found so far decides."""
-    for rate in rates or (None,):
-        yield rate, 0
-    best = best_rate(runs, prefix) if rates else None
+
+    def loss(index: int) -> float:
+        return runs[f"{prefix}/{rates[index]}/0"]["curve"][-1][2]
+
+    best = len(rates) // 2
+    yield rates[best] if rates else None, 0
+    for way in (1, -1):
+        while 0 <= best + way < len(rates):
+            yield rates[best + way], 0
+            if not loss(best + way) < loss(best):
+                break
+            best += way
     for seed in range(1, seeds):
-        yield best, seed
+        yield rates[best] if rates else None, seed
 
 
 def best_rate(runs: Runs, prefix: str) -> float:
@@ -97,14 +113,14 @@ def grouped(runs: Runs) -> dict[tuple[str, str], dict[str, list[dict[str, Any]]]
     return found
 
 
-def report(results: dict[str, Any]) -> str:
+def report(runs_by_key: Runs) -> str:
     lines = [
         "# Results",
         "",
         "Made by `benchmarks/quality.py`: mean over the seeds, and their standard deviation where there are several.",
         "",
     ]
-    for (base, task), recipes in grouped(results["runs"]).items():
+    for (base, task), recipes in grouped(runs_by_key).items():
         lines += [f"## {task}, {base}", "", "| recipe | rate | trainable | held-out loss before | test loss | accuracy | seeds |"]
         lines += ["|---|---|---|---|---|---|---|"]
         for recipe, runs in recipes.items():

@@ -1,10 +1,11 @@
 """What quality.py trains: recipes of ours and of PEFT, from the same rows in the same order, and how each is scored.
 
-PEFT's prompt tuning is trained by our engine with PEFT's layout, start, optimizer and schedule, and without approximation: the
-function and its gradient are the same (tests/test_invariants.py holds ours equal to PEFT's forward), the waiting is not. P-tuning
-and LoRA are PEFT's own modules in a plain loop.
+All are trained through our engine, without approximation: the function and its gradient are those of PEFT's forward
+(tests/test_invariants.py, tests/test_deep.py), the waiting is not. PEFT's prompt tuning has PEFT's layout, start, optimizer and
+schedule; P-tuning, prefix tuning and LoRA are PEFT's own modules in a plain loop.
 """
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,21 +15,22 @@ import peft
 import torch
 from tasks import Task
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from softprompt import init
 from softprompt.artifact import load_prompt
-from softprompt.batch import Batch, batches, order_of_rows
+from softprompt.batch import batches, order_of_rows
 from softprompt.config import Config, load_config
-from softprompt.encode import Encoded, load_rows, make_encoder
-from softprompt.evaluation import held_out_loss, label_accuracy
-from softprompt.events import Evaluated, Finished, Step
+from softprompt.encode import Encoded, Rows, load_rows, make_encoder
+from softprompt.evaluation import candidate_losses, row_losses, with_labels
+from softprompt.events import Evaluated, Finished, Started, Step
 from softprompt.job import with_absolute_paths
-from softprompt.model import FrozenBase, freeze
-from softprompt.prompt import SoftPrompt, no_prompt
+from softprompt.loss import token_losses
+from softprompt.model import FrozenBase
+from softprompt.prefix import Prefix
+from softprompt.prompt import DeepPrompt, SoftPrompt, no_prompt, prefix_of, shapes_of
 from softprompt.training import train
 
-EVALUATIONS = 8
+EVALUATIONS = 3
 AS_PEFT = ("prompt.position=start", "optim.warmup_fraction=0", "train.head_tolerance=0")
 
 
@@ -74,6 +76,9 @@ RECIPES = {
     "softprompt, low rank": Recipe(("prompt.reparam=low-rank",)),
     "softprompt, superposition": Recipe(("prompt.reparam=superpos",)),
     "softprompt, prefix": Recipe(("prompt.method=prefix",)),
+    "softprompt, prefix, rate 0.05": Recipe(("prompt.method=prefix", "optim.relative_lr=0.05")),
+    "softprompt, prefix, rate 0.02": Recipe(("prompt.method=prefix", "optim.relative_lr=0.02")),
+    "softprompt, 32 rows": Recipe(("prompt.length=32", 'prompt.init=["text", "vocab"]')),
     "softprompt, moving average": Recipe(("optim.ema=0.9",)),
     "softprompt, Adafactor": Recipe(("optim.name=adafactor",)),
     "softprompt, Lion": Recipe(("optim.name=lion",)),
@@ -86,6 +91,8 @@ RECIPES = {
     "PEFT, text init, best rate": Recipe(AS_PEFT, rates=GRID),
     "PEFT, vocabulary init, best rate": Recipe((*AS_PEFT, "prompt.init=random"), rates=GRID, start=peft_vocabulary),
     "PEFT P-tuning, best rate": Recipe(kind="p-tuning", rates=(3e-4, 1e-3, 3e-3)),
+    "PEFT P-tuning by LSTM, best rate": Recipe(kind="p-tuning-lstm", rates=(3e-4, 1e-3, 3e-3)),
+    "PEFT prefix tuning, best rate": Recipe(kind="prefix-tuning", rates=(1e-3, 1e-2, 1e-1)),
     "LoRA r = 8, best rate": Recipe(kind="lora", rates=(3e-4, 1e-3, 3e-3)),
 }
 
@@ -127,24 +134,39 @@ def _ours(recipe: Recipe, task: Task, config: Config, base: FrozenBase) -> Outco
             match event:
                 case Step():
                     seconds += event.seconds
+                case Started():
+                    num_trainable = event.num_trainable
                 case Evaluated():
                     curve.append((event.step, seconds, event.loss))
                 case Finished():
                     result = event.result
     finally:
         init.SOURCES.update(before)
-    return _scored(task, config, base, load_prompt(result["prompt"], base).soft, curve, base.hidden_size * task.virtual_tokens)
+    with torch.no_grad():
+        prefix = prefix_of(base, [load_prompt(result["prompt"], base).soft])
+    return _scored(task, config, base, prefix, list, curve, num_trainable)
 
 
 def _scored(
-    task: Task, config: Config, base: FrozenBase, soft: SoftPrompt, curve: list[tuple[int, float, float]], num_trainable: int
+    task: Task,
+    config: Config,
+    base: FrozenBase,
+    prefix: Prefix,
+    read: Callable[[Sequence[Encoded]], list[Encoded]],
+    curve: list[tuple[int, float, float]],
+    num_trainable: int,
 ) -> Outcome:
+    """Loss on the test rows and, for a labelled task, the share of them whose own label is the likeliest of all labels."""
+    if task.test == task.held:
+        return Outcome(curve, min(point[2] for point in curve), None, num_trainable)
     encoder = make_encoder(base.tokenizer, config.data.template)
     test = config.model_copy(update={"data": config.data.model_copy(update={"train": str(task.test), "eval": None})})
     rows, _ = load_rows(test, encoder)
-    loss = held_out_loss(base, soft, rows, TOKENS)
-    accuracy = label_accuracy(base, soft, encoder, rows, rows.labels, TOKENS) if task.labelled else None
-    return Outcome(curve, loss, accuracy, num_trainable)
+    candidates_RC = [read(row) for row in with_labels(encoder, rows, rows.labels)]
+    losses_RC = candidate_losses(base, prefix, candidates_RC, TOKENS)
+    own_R = torch.tensor([rows.labels.index(str(example.label)) for example in rows.examples])
+    loss = losses_RC.gather(1, own_R[:, None]).sum().item() / rows.num_supervised
+    return Outcome(curve, loss, (losses_RC.argmin(dim=1) == own_R).double().mean().item(), num_trainable)
 
 
 TOKENS = 512
@@ -153,60 +175,116 @@ TOKENS = 512
 # ---- PEFT's own modules --------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Peer:
+    """A method of PEFT's: its own module and start; the base's forward, loss and batches are our engine's.
+
+    `base` has LoRA's layers in it where there are any. `prefix`: what rows continue from, with gradient. `bos_id`: set where BOS
+    stands in the text, behind the prefix.
+    """
+
+    base: FrozenBase
+    trained: list[Tensor]
+    prefix: Callable[[], Prefix]
+    bos_id: int | None = None
+
+    def rows(self, rows: Sequence[Encoded]) -> list[Encoded]:
+        """The rows as this peer reads them."""
+        if self.bos_id is None:
+            return list(rows)
+        return [Encoded((self.bos_id, *row.ids), (False, *row.supervised)) for row in rows]
+
+    def step(self, rows: Sequence[Encoded]) -> None:
+        """Adds the gradient of the mean loss per supervised token."""
+        count = sum(row.num_supervised for row in rows)
+        prefix = self.prefix()
+        leaf = prefix.leaf()
+        for batch in batches(self.rows(rows), [0] * len(rows), TOKENS, self.base.device):
+            continued = self.base.continue_from(leaf, batch.which_B, batch.ids_BT, batch.mask_BT)
+            (token_losses(self.base, continued, batch).sum() / count).backward()
+        prefix.backward_from(leaf)
+
+
+def _lora(base: FrozenBase, task: Task, bos_id: int | None) -> Peer:
+    config = peft.LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"])
+    model = peft.get_peft_model(base.model, config)  # puts its layers into base.model, in place
+    return Peer(base, _trained(model), lambda: prefix_of(base, [no_prompt(base, bos_id)]))
+
+
+def _encoder(kind: str) -> Callable[[FrozenBase, Task, int | None], Peer]:
+    def make(base: FrozenBase, task: Task, bos_id: int | None) -> Peer:
+        config = peft.PromptEncoderConfig(
+            task_type="CAUSAL_LM",
+            num_virtual_tokens=task.virtual_tokens,
+            encoder_reparameterization_type=kind,
+            encoder_hidden_size=base.hidden_size,
+        )
+        model = peft.get_peft_model(base.model, config)
+
+        def prefix() -> Prefix:
+            return prefix_of(base, [SoftPrompt(model.get_prompt(1)[0].float(), "start", bos_id)])
+
+        return Peer(base, _trained(model), prefix)
+
+    return make
+
+
+def _prefix_tuning(base: FrozenBase, task: Task, bos_id: int | None) -> Peer:
+    shapes = shapes_of(base.prefill([base.embed_ids([0])]).layers)
+    heads, size = shapes[0]
+    config = peft.PrefixTuningConfig(
+        task_type="CAUSAL_LM", num_virtual_tokens=task.virtual_tokens, token_dim=heads * size, num_attention_heads=heads
+    )
+    model = peft.get_peft_model(base.model, config)
+    scale_D = torch.ones(len(shapes) * heads * size)
+
+    def prefix() -> Prefix:
+        rows_PD = model.prompt_encoder["default"](torch.arange(task.virtual_tokens))
+        return prefix_of(base, [DeepPrompt(rows_PD, "after_bos", None, scale_D, shapes)])
+
+    return Peer(base, _trained(model), prefix, bos_id)
+
+
+PEERS = {"lora": _lora, "p-tuning": _encoder("MLP"), "p-tuning-lstm": _encoder("LSTM"), "prefix-tuning": _prefix_tuning}
+
+
+def _trained(model: Any) -> list[Tensor]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
 def _peft(kind: str, task: Task, config: Config, base: FrozenBase, rate: float) -> Outcome:
+    """A plain loop: AdamW without weight decay, gradients clipped to 1, the rate falling linearly to zero. As with ours, the best
+    of the evaluated states on the held-out rows is the one that is tested."""
     torch.manual_seed(config.train.seed)
     encoder = make_encoder(base.tokenizer, config.data.template)
     rows, held = load_rows(with_absolute_paths(config), encoder)
     assert held is not None
-    settings: dict[str, Callable[[], Any]] = {
-        "lora": lambda: peft.LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"]),
-        "p-tuning": lambda: peft.PromptEncoderConfig(
-            task_type="CAUSAL_LM", num_virtual_tokens=task.virtual_tokens, encoder_hidden_size=base.hidden_size
-        ),
-    }
-    model = peft.get_peft_model(base.model, settings[kind]())
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=0.0)
-    curve, seconds = [], 0.0
+    peer = PEERS[kind](base, task, encoder.bos_id)
+    optimizer = torch.optim.AdamW(peer.trained, lr=rate, weight_decay=0.0)
+    curve, seconds, best = [], 0.0, [tensor.detach().clone() for tensor in peer.trained]
     for step in range(task.steps + 1):
-        if step % (config.train.eval_every or 1) == 0 or step == task.steps:
-            curve.append((step, seconds, _peft_loss(model, held.encoded, encoder.bos_id)))
-        if step == task.steps:
-            break
-        began = time.perf_counter()
-        numbers = order_of_rows(len(rows.encoded), step * task.examples_per_step, task.examples_per_step, config.train.seed)
-        _peft_step(model, optimizer, [rows.encoded[number] for number in numbers], encoder.bos_id, rate * (1 - step / task.steps))
-        seconds += time.perf_counter() - began
-    num_trainable = sum(parameter.numel() for parameter in trained)
-    if kind == "lora":
-        merged = freeze(model.merge_and_unload(), base.tokenizer, base.name)
-        return _scored(task, config, merged, no_prompt(merged, encoder.bos_id), curve, num_trainable)
+        if step % config.train.eval_every == 0 or step == task.steps:
+            with torch.no_grad():
+                loss = row_losses(base, peer.prefix(), peer.rows(held.encoded), TOKENS).sum().item() / held.num_supervised
+            if loss < min((point[2] for point in curve), default=math.inf):
+                best = [tensor.detach().clone() for tensor in peer.trained]
+            curve.append((step, seconds, loss))
+        if step < task.steps:
+            seconds += _peft_step(peer, optimizer, rows, config, step, rate * (1 - step / task.steps))
     with torch.no_grad():
-        rows_PH = model.get_prompt(1)[0].float()
-    return _scored(task, config, base, SoftPrompt(rows_PH, "start", encoder.bos_id), curve, num_trainable)
+        for tensor, value in zip(peer.trained, best, strict=True):
+            tensor.copy_(value)
+        prefix = peer.prefix()
+    return _scored(task, config, base, prefix, peer.rows, curve, sum(tensor.numel() for tensor in peer.trained))
 
 
-def _peft_step(model: Any, optimizer: torch.optim.Optimizer, rows: Sequence[Encoded], bos_id: int | None, rate: float) -> None:
-    count = sum(row.num_supervised for row in rows)
-    for batch in batches(rows, [0] * len(rows), TOKENS, model.device):
-        (_peft_losses(model, batch, bos_id).sum() / count).backward()
-    torch.nn.utils.clip_grad_norm_([parameter for parameter in model.parameters() if parameter.requires_grad], 1.0)
+def _peft_step(peer: Peer, optimizer: torch.optim.Optimizer, rows: Rows, config: Config, step: int, rate: float) -> float:
+    """One step at this rate; returns its seconds."""
+    began, size = time.perf_counter(), config.train.examples_per_step
+    numbers = order_of_rows(len(rows.encoded), step * size, size, config.train.seed)
+    peer.step([rows.encoded[number] for number in numbers])
+    torch.nn.utils.clip_grad_norm_(peer.trained, 1.0)
     optimizer.param_groups[0]["lr"] = rate
     optimizer.step()
     optimizer.zero_grad()
-
-
-@torch.no_grad()
-def _peft_loss(model: Any, rows: Sequence[Encoded], bos_id: int | None) -> float:
-    total = sum(_peft_losses(model, batch, bos_id).sum().item() for batch in batches(rows, [0] * len(rows), TOKENS, model.device))
-    return total / sum(row.num_supervised for row in rows)
-
-
-def _peft_losses(model: Any, batch: Batch, bos_id: int | None) -> Tensor:
-    """[N] loss of every supervised token of a micro-batch, padded on the right, by PEFT's forward."""
-    ids_BT, mask_BT = batch.ids_BT, batch.mask_BT
-    if bos_id is not None:
-        ids_BT = torch.cat([ids_BT.new_full((len(ids_BT), 1), bos_id), ids_BT], dim=1)
-        mask_BT = torch.cat([mask_BT[:, :1], mask_BT], dim=1)
-    logits_BTV = model(input_ids=ids_BT, attention_mask=mask_BT).logits[:, -batch.ids_BT.shape[1] :]
-    return cross_entropy(logits_BTV.flatten(0, 1)[batch.scored_N].float(), batch.targets_N, reduction="none")
+    return time.perf_counter() - began

@@ -52,7 +52,7 @@ def _alpaca(cache: Path, alpaca: Path | None) -> Task:
         raise SystemExit("the task alpaca needs --alpaca FILE, 1,000 rows of instruction, input and output")
     rows = json.loads(alpaca.read_text(encoding="utf-8"))
     files = _write(cache, "alpaca", rows[:900], rows[900:1000], rows[900:1000])
-    return Task("alpaca", *files, INSTRUCTIONS, False, steps=56, examples_per_step=16, max_length=256, virtual_tokens=17)
+    return Task("alpaca", *files, INSTRUCTIONS, False, steps=56, examples_per_step=8, max_length=128, virtual_tokens=17)
 
 
 def _sentiment(cache: Path, alpaca: Path | None) -> Task:
@@ -89,7 +89,7 @@ MAKERS: dict[str, Callable[[Path, Path | None], Task]] = {"alpaca": _alpaca, "se
 
 def _labelled(cache: Path, name: str, rows: list[dict[str, Any]], text: str) -> Task:
     files = _write(cache, name, rows[:TRAIN], rows[TRAIN : TRAIN + HELD], rows[TRAIN + HELD : TRAIN + HELD + TEST])
-    return Task(name, *files, text, True, steps=94, examples_per_step=32, max_length=160, virtual_tokens=16)
+    return Task(name, *files, text, True, steps=63, examples_per_step=16, max_length=160, virtual_tokens=16)
 
 
 def _balanced(sides: dict[str, Iterable[str]]) -> list[dict[str, Any]]:

@@ -21,8 +21,9 @@ MICRO_BATCH_COST = 64  # tokens whose layers take as long as one more walk over 
 class Batch:
     """A micro-batch, padded on the right. `ids_BT` and `mask_BT` are long; `which_B` says which prefix a row continues from.
 
-    `scored_N` are the flat positions (row x T + column) of the hidden states whose next token is supervised, `targets_N`
-    those tokens and `row_N` their rows, in the same row by row order. `rows` are the numbers of the rows as they were given.
+    The last token of a row is predicted and never read, so it is not among `ids_BT`. `scored_N` are the flat positions
+    (row x T + column) of the hidden states whose next token is supervised, `targets_N` those tokens and `row_N` their rows, in
+    the same row by row order. `rows` are the numbers of the rows as they were given.
     """
 
     ids_BT: Tensor
@@ -69,17 +70,18 @@ def cut_by_length(lengths: Sequence[int], tokens_per_batch: int) -> list[list[in
 def collate(rows: Sequence[Encoded], numbers: Sequence[int], which: Sequence[int], device: torch.device) -> Batch:
     """The tensors of `rows[number]` for every number; `which[i]` is the prefix that row `numbers[i]` continues from."""
     picked = [rows[number] for number in numbers]
-    width = max(len(row) for row in picked)
+    width = max(len(row) for row in picked) - 1
     ids_BT = torch.zeros(len(picked), width, dtype=torch.long)
-    mask_BT = torch.zeros_like(ids_BT)
+    mask_BT, next_BT = torch.zeros_like(ids_BT), torch.zeros_like(ids_BT)
     supervised_BT = torch.zeros(len(picked), width, dtype=torch.bool)
     for index, row in enumerate(picked):
-        ids_BT[index, : len(row)] = torch.tensor(row.ids)
-        mask_BT[index, : len(row)] = 1
-        supervised_BT[index, : len(row)] = torch.tensor(row.supervised)
-    next_N = supervised_BT.flatten().nonzero()[:, 0]
-    which_B = torch.tensor(which)
-    tensors = (ids_BT, mask_BT, which_B, next_N - 1, ids_BT.flatten()[next_N], next_N // width)
+        real = slice(len(row) - 1)
+        ids_BT[index, real] = torch.tensor(row.ids[:-1])
+        mask_BT[index, real] = 1
+        next_BT[index, real] = torch.tensor(row.ids[1:])
+        supervised_BT[index, real] = torch.tensor(row.supervised[1:])
+    scored_N = supervised_BT.flatten().nonzero()[:, 0]
+    tensors = (ids_BT, mask_BT, torch.tensor(which), scored_N, next_BT.flatten()[scored_N], scored_N // width)
     ids_BT, mask_BT, which_B, scored_N, targets_N, row_N = (_sent(tensor, device) for tensor in tensors)
     return Batch(ids_BT, mask_BT, which_B, scored_N, targets_N, row_N, tuple(numbers))
 

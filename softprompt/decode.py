@@ -16,7 +16,7 @@ from transformers import GenerationConfig, LogitsProcessorList, TemperatureLogit
 
 from softprompt.errors import ModelError
 from softprompt.model import FrozenBase
-from softprompt.prefix import Continued, Prefix
+from softprompt.prefix import Continued, Prefix, as_prefixes
 
 
 @dataclass(frozen=True)
@@ -113,14 +113,8 @@ def _read_texts(base: FrozenBase, prefix: Prefix, questions: Sequence[Question])
     read = base.continue_from(prefix, which_B, ids_BT, mask_BT, keep=True)
     last_B = mask_BT.sum(dim=1) - 1
     hidden_B1H = read.hidden_BTH[torch.arange(len(texts), device=base.device), last_B][:, None]
-    order_BS = read.mask_BS.argsort(dim=1, stable=True)
-    holes = int((read.mask_BS == 0).sum(dim=1).min())
-
-    def moved(states: Tensor) -> Tensor:
-        return states.gather(2, order_BS[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[3]))[:, :, holes:]
-
-    layers = tuple((moved(k), moved(v)) for k, v in read.layers)
-    return Continued(hidden_B1H, layers, read.mask_BS.gather(1, order_BS)[:, holes:])
+    whole = as_prefixes(read)
+    return Continued(hidden_B1H, whole.layers, whole.mask_KS)
 
 
 def _keep(past: Continued, rows: Sequence[int]) -> Continued:

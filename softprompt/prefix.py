@@ -40,6 +40,13 @@ class Prefix:
         return tuple(len(embeds_SH) for embeds_SH in self.embeds)
 
     @property
+    def mask_KS(self) -> Tensor:
+        """1 where a prefix has a position, 0 on the padding to its left."""
+        device, longest = self.embeds[0].device, max(self.lengths)
+        length_K1 = torch.tensor(self.lengths, device=device)[:, None]
+        return (torch.arange(longest, device=device) >= longest - length_K1).long()
+
+    @property
     def tensors(self) -> tuple[Tensor, ...]:
         """What a text reads, and what gradients arrive at."""
         return tuple(tensor for layer in self.layers for tensor in layer) or self.embeds
@@ -116,6 +123,19 @@ def assemble(prefixes: Sequence[Layers]) -> Prefix:
     return Prefix(layers, tuple(layers[0][0].new_zeros(length, 0) for length in lengths))
 
 
+def as_prefixes(read: Continued) -> Prefix:
+    """Texts that were read with `keep`, as prefixes to continue from: every one's padding moves to its left."""
+    order_BS = read.mask_BS.argsort(dim=1, stable=True)
+    lengths = read.mask_BS.sum(dim=1).tolist()
+    holes = read.mask_BS.shape[1] - max(lengths)
+
+    def moved(states: Tensor) -> Tensor:
+        return states.gather(2, order_BS[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[3]))[:, :, holes:]
+
+    layers = tuple((moved(k), moved(v)) for k, v in read.layers)
+    return Prefix(layers, tuple(read.hidden_BTH.new_zeros(length, 0) for length in lengths))
+
+
 def _prefill_same(backbone: Any, embeds_KSH: Tensor) -> Layers:
     # A cache without a config keeps every position in every layer; sliding windows are then applied by the mask alone.
     cache = DynamicCache()
@@ -139,11 +159,9 @@ def layers_of(cache: DynamicCache) -> Layers:
 
 def continue_shared(backbone: Any, embeds_BTH: Tensor, prefix: Prefix, which_B: Tensor, mask_BT: Tensor, keep: bool) -> Continued:
     """One forward over the text alone, whose queries look at the prefixes' keys and values. `keep`: for decoding."""
-    longest = max(prefix.lengths)
-    length_K = torch.tensor(prefix.lengths, device=mask_BT.device)
-    mask_KS = (torch.arange(longest, device=mask_BT.device) >= longest - length_K[:, None]).to(mask_BT.dtype)
+    mask_KS = prefix.mask_KS
     mask_BS = torch.cat([mask_KS[which_B], mask_BT], dim=1)
-    positions_BT = (length_K[which_B, None] + mask_BT.cumsum(dim=1) - 1).clamp(min=0)
+    positions_BT = (mask_KS.sum(dim=1)[which_B, None] + mask_BT.cumsum(dim=1) - 1).clamp(min=0)
     spread = [(_spread(k, which_B, embeds_BTH.dtype), _spread(v, which_B, embeds_BTH.dtype)) for k, v in prefix.layers]
     cache = DynamicCache(ddp_cache_data=spread) if keep and spread else DynamicCache()
     if not keep:

@@ -98,6 +98,8 @@ def quality_task(tmp_path):
         "PEFT's defaults",
         "PEFT, vocabulary init, best rate",
         "PEFT P-tuning, best rate",
+        "PEFT P-tuning by LSTM, best rate",
+        "PEFT prefix tuning, best rate",
         "LoRA r = 8, best rate",
     ],
 )
@@ -152,6 +154,6 @@ def test_a_grid_is_searched_on_the_first_seed_alone():
     for rate, seed in quality._points((0.1, 0.2, 0.3), 3, runs, "a/b/c"):
         asked.append((rate, seed))
         runs[f"a/b/c/{rate}/{seed}"] = run({0.1: 2.0, 0.2: 1.0, 0.3: 1.5}[rate])
-    assert asked == [(0.1, 0), (0.2, 0), (0.3, 0), (0.2, 1), (0.2, 2)]
-    table = quality.report({"runs": runs})
+    assert asked == [(0.2, 0), (0.3, 0), (0.1, 0), (0.2, 1), (0.2, 2)]
+    table = quality.report(runs)
     assert "| c | 0.2 | 5 | 3.0000 | 1.0000 ± 0.0000 |  | 3 |" in table

@@ -50,7 +50,9 @@ def loss_and_gradient(base, soft: SoftPrompt, rows, tokens_per_batch: int, **how
 
 
 def whole_batch(base, rows, which=None):
-    return collate(rows, range(len(rows)), which or [0] * len(rows), base.device)
+    """One micro-batch that reads all tokens of the rows; a row's last one is not read, so each gets one more."""
+    longer = [replace(row, ids=(*row.ids, 0), supervised=(*row.supervised, False)) for row in rows]
+    return collate(longer, range(len(rows)), which or [0] * len(rows), base.device)
 
 
 def peft_model(base, soft: SoftPrompt):
