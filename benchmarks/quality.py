@@ -1,6 +1,6 @@
 """Does it learn? Ours and PEFT's methods on the same rows, steps and seeds; held-out loss and accuracy.
 
-    python benchmarks/quality.py --base gemma=FOLDER --base smollm=FOLDER --alpaca FILE --results docs/results.jsonl --report docs/results.md
+    python benchmarks/quality.py --base gemma=FOLDER --base smollm=FOLDER --alpaca FILE --results FILE --report docs/results.md
                                  [--task NAME ...] [--recipe NAME ...] [--seeds 3]
 
 Every finished run becomes a line of the file at once, and a run that the file holds already is not repeated; several processes

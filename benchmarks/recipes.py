@@ -8,7 +8,7 @@ schedule; P-tuning, prefix tuning and LoRA are PEFT's own modules in a plain loo
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import peft
@@ -20,17 +20,18 @@ from softprompt import init
 from softprompt.artifact import load_prompt
 from softprompt.batch import batches, order_of_rows
 from softprompt.config import Config, load_config
+from softprompt.data import Message
 from softprompt.encode import Encoded, Rows, load_rows, make_encoder
-from softprompt.evaluation import candidate_losses, row_losses, with_labels
 from softprompt.events import Evaluated, Finished, Started, Step
 from softprompt.job import with_absolute_paths
+from softprompt.likelihood import candidate_losses, row_losses
 from softprompt.loss import token_losses
 from softprompt.model import FrozenBase
 from softprompt.prefix import Prefix
 from softprompt.prompt import DeepPrompt, SoftPrompt, no_prompt, prefix_of, shapes_of
 from softprompt.training import train
 
-EVALUATIONS = 3
+EVALUATIONS = 2
 AS_PEFT = ("prompt.position=start", "optim.warmup_fraction=0", "train.head_tolerance=0")
 
 
@@ -157,12 +158,16 @@ def _scored(
     num_trainable: int,
 ) -> Outcome:
     """Loss on the test rows and, for a labelled task, the share of them whose own label is the likeliest of all labels."""
-    if task.test == task.held:
+    if not task.labelled:  # their held-out rows are the test rows
         return Outcome(curve, min(point[2] for point in curve), None, num_trainable)
     encoder = make_encoder(base.tokenizer, config.data.template)
     test = config.model_copy(update={"data": config.data.model_copy(update={"train": str(task.test), "eval": None})})
     rows, _ = load_rows(test, encoder)
-    candidates_RC = [read(row) for row in with_labels(encoder, rows, rows.labels)]
+    guesses = [
+        [replace(example, messages=(*example.messages[:-1], Message("assistant", label))) for label in rows.labels]
+        for example in rows.examples
+    ]
+    candidates_RC = [read([encoder.encode(guess) for guess in own]) for own in guesses]
     losses_RC = candidate_losses(base, prefix, candidates_RC, TOKENS)
     own_R = torch.tensor([rows.labels.index(str(example.label)) for example in rows.examples])
     loss = losses_RC.gather(1, own_R[:, None]).sum().item() / rows.num_supervised

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from softprompt.data import load_examples as load_examples
     from softprompt.decode import Sampling as Sampling
     from softprompt.errors import Error as Error
+    from softprompt.evaluation import Contest as Contest
     from softprompt.evaluation import evaluate as evaluate
     from softprompt.generation import generate as generate
     from softprompt.model import load_base as load_base
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Config": "config",
+    "Contest": "evaluation",
     "Error": "errors",
     "Sampling": "decode",
     "evaluate": "evaluation",

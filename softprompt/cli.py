@@ -84,24 +84,43 @@ def doctor(
 def evaluate(
     prompt: Annotated[Path, typer.Argument(metavar="PROMPT", help="Prompt, checkpoint or run folder.")],
     overrides: Overrides = None,
-    data: Annotated[str | None, typer.Option(metavar="FILE", help="Held-out rows; the same as data.eval=FILE.")] = None,
+    data: Annotated[str | None, typer.Option(metavar="FILE", help="Held-out rows; left out, those of the run that PROMPT is.")] = None,
+    other: Annotated[
+        list[Path] | None, typer.Option("--with", metavar="PROMPT|ADAPTER", help="Another prompt, or a PEFT adapter; repeatable.")
+    ] = None,
     text: Annotated[str | None, typer.Option(help="Text prompt to compare with, instead of the prompt's init text.")] = None,
+    shots: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Rows to take few-shot examples from; left out, the run's training rows.")
+    ] = None,
+    ensemble: Annotated[bool, typer.Option("--ensemble", help="All prompts compete together too.")] = False,
+    answers: Annotated[bool, typer.Option("--answers", help="Generate answers and score them too.")] = False,
+    metric: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="A metric instead of those that suit the rows, or module:function; repeatable.")
+    ] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens of an answer; left out, by the longest reference.")] = None,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Where the results get a folder; left out, in the run.")] = None,
     allow_other_base: OtherBase = False,
     json_file: Json = None,
 ) -> None:
-    """Compare a soft prompt with the bare base and with a text prompt on held-out rows."""
-    config = _prompt_config(prompt, overrides, data)
-    if config.data.eval is None:
-        raise ConfigError("which rows? give --data FILE")
-    from softprompt import evaluation, load_base, load_examples, load_prompt
-    from softprompt.screen import draw_evaluation
+    """Compare soft prompts with what costs nothing: the bare base, a text prompt, a few examples; on held-out rows."""
+    from softprompt.lineup import entered
 
-    loaded = load_examples(config.data.eval, limit=config.data.limit, label_words=config.data.label_words)
-    base = load_base(config.model)
-    stored = load_prompt(prompt, base, allow_other_base=allow_other_base)
-    result = evaluation.evaluate(base, stored, loaded, text=text, tokens_per_batch=config.train.tokens_per_batch)
+    given = entered(prompt, other or [], data, shots, overrides or [])
+    from softprompt import Contest, load_base, load_prompt
+    from softprompt.evaluation import evaluating
+    from softprompt.metrics import metric_named
+    from softprompt.screen import draw_evaluation, follow_evaluation
+
+    for name in metric or []:
+        metric_named(name)
+    loaded, train = given.rows()
+    base = load_base(given.config.model)
+    prompts = [(name, load_prompt(path, base, allow_other_base=allow_other_base)) for name, path in given.prompts.items()]
+    contest = Contest(text, train, ensemble, given.adapters, tuple(metric or ()), answers, max_new_tokens)
+    budget = given.config.train.tokens_per_batch
+    result = follow_evaluation(evaluating(base, prompts, loaded, contest, out=out or given.results, tokens_per_batch=budget))
     draw_evaluation(result)
-    _write_json(json_file, {"prompt": str(prompt), "data": config.data.eval, **result.as_dict()})
+    _write_json(json_file, {"prompt": str(prompt), "data": given.config.data.eval, **result.as_dict()})
 
 
 @app.command()
@@ -138,7 +157,7 @@ def generate(
     check_sampling(sampling)
     given = [prompt, *(other or [])]
     paths = [path for place in given for path in find_prompts(place)] if ensemble else given
-    base = load_base(_prompt_config(paths[0], overrides, None).model)
+    base = load_base(_base_config(paths[0], overrides))
     stored = [load_prompt(path, base, allow_other_base=allow_other_base) for path in paths]
     together: list[tuple[Any, Any]] = [(prompt, tuple(stored))] if ensemble else list(zip(paths, stored, strict=True))
     jobs = [(path, one, text) for text in asked for path, one in together]
@@ -213,17 +232,12 @@ def _resumed(run: Path, settings: list[str] | None) -> Any:
     return RunFolder.reopen(run).config()
 
 
-def _prompt_config(prompt: Path, overrides: list[str] | None, data: str | None) -> Any:
-    """The configuration that a stored prompt brings with it, then the overrides."""
+def _base_config(prompt: Path, overrides: list[str]) -> Any:
+    """The base that a stored prompt was trained for, then the overrides."""
     from softprompt.artifact import read_card
     from softprompt.config import load_config
 
-    card = read_card(prompt)
-    model = card.model_config_of_base.model_dump(exclude_none=True)
-    own: dict[str, Any] = {"model": model, "data": {"label_words": card.data.label_words}}
-    if data is not None:
-        own["data"]["eval"] = data
-    return load_config(own, overrides or ())
+    return load_config({"model": read_card(prompt).model_config_of_base.model_dump(exclude_none=True)}, overrides).model
 
 
 def _write_json(file: Path | None, result: dict[str, Any]) -> None:

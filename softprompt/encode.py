@@ -56,6 +56,11 @@ class Encoder:
     bos_id: int | None
     segments: Callable[[Example], list[Segment]]
 
+    @property
+    def knows_turns(self) -> bool:
+        """Whether earlier turns of a conversation are written; a template of the user's may look at the last one alone."""
+        return self.template in NAMES
+
     def encode(self, example: Example, max_length: int | None = None) -> Encoded:
         """Ids and supervision of a whole row, cut at `max_length` tokens (BOS counted).
 

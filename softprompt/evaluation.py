@@ -1,104 +1,316 @@
-"""A prompt against what costs nothing: the bare base, and the same wish written as text.
+"""Prompts against what costs nothing, on the same rows: the bare base, a text prompt, a few examples in the context.
 
-All contestants see the same rows with the same supervised tokens; each is a prefix that is computed once.
+Every score has an interval, and every pair of contestants a verdict, from the same bootstrap samples of rows.
 """
 
-import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
-from itertools import takewhile
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from itertools import combinations
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from softprompt.answers import answer
 from softprompt.artifact import StoredPrompt
-from softprompt.batch import Batch, batches
+from softprompt.atomic import write_text
+from softprompt.contestants import Contestant, Entry, choose_shots, competing, enter, line_up
 from softprompt.data import Example, Loaded, Message
 from softprompt.encode import Encoded, Encoder, Rows, encode_rows
-from softprompt.errors import DataError
-from softprompt.loss import token_losses
+from softprompt.errors import ConfigError, DataError
+from softprompt.likelihood import candidate_losses, row_losses
 from softprompt.memory import token_budget
+from softprompt.metrics import (
+    Estimate,
+    Metric,
+    Table,
+    Verdict,
+    bootstrap_weights,
+    confusion,
+    estimate,
+    metric_named,
+    reliability,
+    suiting,
+    verdict,
+)
 from softprompt.model import FrozenBase
-from softprompt.prefix import Continued, Prefix, as_prefixes
+from softprompt.predictions import Predictions
 from softprompt.prompt import SoftPrompt, no_prompt, prefix_of
 
 
 @dataclass(frozen=True)
-class Score:
-    """`loss` per supervised token (natural log), `perplexity` = exp(loss), `accuracy` by likelihood of the label words
-    (None for rows without labels)."""
+class Contest:
+    """Who competes with the prompts, and in what. `text`: a text prompt, instead of the first prompt's init text. `train`: rows to
+    take examples from. `metrics`: names, instead of those that suit the rows. `answers`: generate as well."""
 
-    loss: float
-    perplexity: float
-    accuracy: float | None
+    text: str | None = None
+    train: Loaded | None = None
+    ensemble: bool = False
+    adapters: tuple[Path, ...] = ()
+    metrics: tuple[str, ...] = ()
+    answers: bool = False
+    max_new_tokens: int | None = None
+
+
+@dataclass(frozen=True)
+class Progress:
+    """`done` of `total` rows of what is being done: "scoring" or "answering"."""
+
+    doing: str
+    done: int
+    total: int
+
+
+@dataclass(frozen=True)
+class Result:
+    """One contestant: its scores by metric, the tokens that each request has more than the bare base's, its table; how many examples
+    it is shown, how many of its answers did not end."""
+
+    scores: dict[str, Estimate]
+    tokens: float
+    table: Table
+    num_shots: int = 0
+    num_unended: int | None = None
+
+    def __getitem__(self, metric: str) -> float:
+        """A score by its metric's name. Raises KeyError for what was not measured."""
+        return self.scores[metric].value
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Scores of the contestants on the same rows. `text` is None when there is no text to compare with."""
+    """What came of a contest. `metric` is the one that the verdicts go by. `folder`: where it lies."""
 
-    base: Score
-    text: Score | None
-    prompt: Score
+    contestants: dict[str, Result]
+    verdicts: list[Verdict]
+    metric: str
     num_rows: int
     num_supervised: int
     num_rejected: int
+    labels: tuple[str, ...]
+    folder: Path | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """The documented JSON of `softprompt eval`."""
-        contestants = {
-            name: asdict(score) if score else None for name, score in (("base", self.base), ("text", self.text), ("prompt", self.prompt))
-        }
         return {
-            "contestants": contestants,
+            "contestants": {
+                name: {"loss": None, "perplexity": None, "accuracy": None}
+                | {metric: one.value for metric, one in result.scores.items()}
+                | {"tokens": result.tokens, "shots": result.num_shots, "unended_answers": result.num_unended}
+                for name, result in self.contestants.items()
+            },
+            "intervals": {
+                name: {metric: [one.low, one.high] for metric, one in result.scores.items()} for name, result in self.contestants.items()
+            },
+            "metric": self.metric,
+            "verdicts": [asdict(one) for one in self.verdicts],
+            "labels": list(self.labels),
+            "confusion": {name: confusion(result.table) for name, result in self.contestants.items()} if self.labels else None,
+            "calibration": {name: reliability(result.table) for name, result in self.contestants.items()} if self.labels else None,
             "rows": self.num_rows,
             "supervised_tokens": self.num_supervised,
             "rejected": self.num_rejected,
         }
 
 
-@torch.no_grad()
 def evaluate(
-    base: FrozenBase, prompt: StoredPrompt, loaded: Loaded, *, text: str | None = None, tokens_per_batch: int | None = None
+    base: FrozenBase,
+    prompts: StoredPrompt | Sequence[tuple[str, StoredPrompt]],
+    loaded: Loaded,
+    contest: Contest = Contest(),
+    *,
+    out: Path | None = None,
+    tokens_per_batch: int | None = None,
 ) -> Evaluation:
-    """Held-out loss, perplexity and, for label data, accuracy of base, text prompt and soft prompt.
+    """Compares one prompt, or several with their names, with what they must beat. Raises what `evaluating` raises."""
+    for event in evaluating(base, prompts, loaded, contest, out=out, tokens_per_batch=tokens_per_batch):
+        if isinstance(event, Evaluation):
+            return event
+    raise AssertionError("an evaluation ends with its result")
 
-    `text` stands in for the prompt's own init text as the hard prompt. Raises DataError when no row can be used.
+
+@dataclass
+class _Work:
+    """What an evaluation works with."""
+
+    base: FrozenBase
+    line: list[Contestant]
+    rows: Rows
+    labels: tuple[str, ...]
+    metrics: list[Metric]
+    budget: int
+    max_length: int
+    limit: int | None
+    entries: dict[str, list[Entry]] = field(default_factory=dict)
+
+
+@torch.no_grad()
+def evaluating(
+    base: FrozenBase,
+    prompts: StoredPrompt | Sequence[tuple[str, StoredPrompt]],
+    loaded: Loaded,
+    contest: Contest = Contest(),
+    *,
+    out: Path | None = None,
+    tokens_per_batch: int | None = None,
+) -> Iterator[Progress | Evaluation]:
+    """Like `evaluate`, with its progress. `out`: where the evaluation gets a folder of its own, with predictions.jsonl and
+    evaluation.json; the same evaluation goes on with what lies there.
+
+    Raises DataError when no row can be used, ConfigError for a metric that does not fit, ArtifactError for an adapter that does
+    not, RunError when `out` cannot be written.
     """
-    rows = encode_rows(prompt.encoder, loaded, prompt.card.max_length)
+    named = [("prompt", prompts)] if isinstance(prompts, StoredPrompt) else list(prompts)
+    work = _prepare(base, named, loaded, contest, tokens_per_batch)
+    key = _key(work, named)
+    folder = out / key[:8] if out else None
+    predictions = Predictions(folder / "predictions.jsonl" if folder and work.limit else None, key)
+    tables: dict[str, Table] = {}
+    for contestant in work.line:
+        yield Progress("scoring", len(tables), len(work.line))
+        with competing(base, contestant):
+            work.entries[contestant.name] = _enter(work, contestant)
+            tables[contestant.name] = _likelihoods(work, contestant.name)
+            if contestant.adapter is not None and work.limit:
+                yield from _answers(work, [contestant.name], predictions)
+    if work.limit:
+        yield from _answers(work, [one.name for one in work.line if one.adapter is None], predictions)
+    evaluation = replace(_conclude(work, tables, predictions), folder=folder)
+    if folder:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / "evaluation.json", json.dumps(evaluation.as_dict(), indent=2, ensure_ascii=False) + "\n")
+    yield evaluation
+
+
+def _prepare(
+    base: FrozenBase, named: Sequence[tuple[str, StoredPrompt]], loaded: Loaded, contest: Contest, tokens_per_batch: int | None
+) -> _Work:
+    first = named[0][1]
+    rows = encode_rows(first.encoder, loaded, first.card.max_length)
     if not rows.encoded:
         raise DataError(f"no usable row: {rows.rejected[0].source}: {rows.rejected[0].reason}")
-    text = text if text is not None else prompt.card.text
-    bare = no_prompt(base, prompt.encoder.bos_id)
+    labels = tuple(dict.fromkeys(first.card.data.labels + rows.labels)) if rows.labels else ()
+    if first.card.data.labels and not labels:
+        words = ", ".join(first.card.data.labels[:5])
+        raise DataError(f"the rows have no labels, the prompt was trained on rows with a text and a label ({words}): evaluate it on such")
+    references = [example.response for example in rows.examples]
+    names = contest.metrics or suiting(references, bool(labels), contest.answers)
+    metrics = [metric_named(name) for name in names]
+    for metric in metrics:
+        if metric.needs == "label_losses" and not labels:
+            raise ConfigError(f"{metric.name} needs rows with a text and a label, these have none")
+    limit = None
+    if contest.answers or any(metric.needs == "answers" for metric in metrics):
+        longest = max(sum(row.supervised) for row in rows.encoded)
+        limit = contest.max_new_tokens or longest + longest // 2 + 8
+    shots: tuple[Example, ...] = ()
+    if contest.train is not None:
+        longest_row = max(len(row) for row in rows.encoded) + (limit or 0) + 1
+        room = (base.context_length or 10**9) - longest_row
+        shots = choose_shots(first.encoder, contest.train.examples, rows.examples, room)
+    text = contest.text if contest.text is not None else first.card.text
+    line = line_up(base, named, text=text, shots=shots, ensemble=contest.ensemble, adapters=contest.adapters)
+    if len({one.name for one in line}) < len(line):
+        raise ConfigError("two contestants have the same name: rename a folder")
     budget = token_budget(base.model.base_model, base.device, tokens_per_batch)
-    labels = tuple(dict.fromkeys(prompt.card.data.labels + rows.labels)) if rows.labels else ()
+    return _Work(base, line, rows, labels, metrics, budget, first.card.max_length, limit)
 
-    def score(soft: SoftPrompt, wish: str | None) -> Score:
-        encoded = _with_wishes(prompt.encoder, rows, wish)
-        prefix = prefix_of(base, [soft])
-        if not labels:
-            loss = _mean(row_losses(base, prefix, encoded, budget), encoded)
-            return Score(loss, math.exp(loss), None)
-        guesses = with_labels(prompt.encoder, rows, labels, wish)
-        losses_RC = candidate_losses(base, prefix, [[row, *own] for row, own in zip(encoded, guesses, strict=True)], budget)
-        loss = _mean(losses_RC[:, 0], encoded)
-        return Score(loss, math.exp(loss), _accuracy(losses_RC[:, 1:], labels, rows))
 
-    return Evaluation(
-        base=score(bare, None),
-        text=score(bare, text) if text else None,
-        prompt=score(prompt.soft, None),
-        num_rows=len(rows.encoded),
-        num_supervised=rows.num_supervised,
-        num_rejected=len(rows.rejected),
+def _key(work: _Work, named: Sequence[tuple[str, StoredPrompt]]) -> str:
+    """What makes an evaluation the same as another, as sha256."""
+    digest = hashlib.sha256(
+        f"{work.base.fingerprint} {work.rows.fingerprint} {work.limit} {[metric.name for metric in work.metrics]}".encode()
     )
+    for name, prompt in named:
+        digest.update(f"{name} {prompt.card.template}".encode() + prompt.soft.rows_PH.float().cpu().numpy().tobytes())
+    for one in work.line:
+        digest.update(repr((one.name, one.wish, one.shots, one.adapter)).encode())
+    return digest.hexdigest()
 
 
-def _accuracy(losses_RC: Tensor, labels: Sequence[str], rows: Rows) -> float:
-    """Share of rows whose own label word is the likeliest of all label words."""
-    chosen = losses_RC.argmin(dim=1).tolist()
-    return sum(labels[index] == example.label for index, example in zip(chosen, rows.examples, strict=True)) / len(rows.examples)
+def _enter(work: _Work, contestant: Contestant) -> list[Entry]:
+    examples = [[example, *(_with_response(example, label) for label in work.labels)] for example in work.rows.examples]
+    entries = []
+    for index, prompt in enumerate(contestant.members):
+        plain = [prompt.encoder.encode(example, work.max_length) for example in work.rows.examples]
+        entries.append(enter(work.base, contestant, index, examples, plain))
+    return entries
+
+
+def _with_response(example: Example, response: str) -> Example:
+    return replace(example, messages=(*example.messages[:-1], Message("assistant", response)))
+
+
+def _likelihoods(work: _Work, name: str) -> Table:
+    """The losses of a contestant; an ensemble's labels are judged by the mean of its members' log-likelihoods."""
+    entries = work.entries[name]
+    losses = []
+    for entry in entries:
+        prefix = prefix_of(work.base, [entry.soft])
+        if work.labels:
+            losses.append(candidate_losses(work.base, prefix, entry.rows, work.budget))
+        else:
+            losses.append(row_losses(work.base, prefix, [own[0] for own in entry.rows], work.budget)[:, None])
+    losses_RC = torch.stack(losses).mean(dim=0).numpy()
+    rows, table = [own[0] for own in entries[0].rows], Table(tuple(example.response for example in work.rows.examples), labels=work.labels)
+    if len(entries) == 1:
+        num_bytes = [_num_bytes(work.base.tokenizer, row) for row in rows]
+        tokens = [row.num_supervised for row in rows]
+        table = replace(table, losses=losses_RC[:, 0], tokens=np.array(tokens, float), num_bytes=np.array(num_bytes, float))
+    if not work.labels:
+        return table
+    truth = np.array([work.labels.index(str(example.label)) for example in work.rows.examples])
+    return replace(table, truth=truth, label_losses=losses_RC[:, 1:])
+
+
+def _num_bytes(tokenizer: Any, row: Encoded) -> int:
+    ids = [token for token, on in zip(row.ids, row.supervised, strict=True) if on]
+    return len(tokenizer.decode(ids, skip_special_tokens=True).encode())
+
+
+def _answers(work: _Work, names: Sequence[str], predictions: Predictions) -> Iterator[Progress]:
+    wanted = [(name, row) for name in names for row in range(len(work.rows.examples))]
+    missing = [pair for pair in wanted if pair not in predictions.answers]
+    yield Progress("answering", len(wanted) - len(missing), len(wanted))
+    assert work.limit is not None
+    for done, said in enumerate(answer(work.base, {name: work.entries[name] for name in names}, missing, work.limit), 1):
+        example = work.rows.examples[said.row]
+        question = example.messages[-2].content
+        predictions.add({**asdict(said), "source": example.source, "question": question, "reference": example.response})
+        yield Progress("answering", len(wanted) - len(missing) + done, len(wanted))
+
+
+def _conclude(work: _Work, tables: dict[str, Table], predictions: Predictions) -> Evaluation:
+    num_rows = len(work.rows.examples)
+    weights_RN = bootstrap_weights(num_rows)
+    results = {}
+    shots = {one.name: len(one.shots) for one in work.line}
+    for name, table in tables.items():
+        unended = None
+        if work.limit:
+            said = [predictions.answers[name, row] for row in range(num_rows)]
+            table, unended = replace(table, answers=tuple(one["text"] for one in said)), sum(not one["ended"] for one in said)
+        measured = [metric for metric in work.metrics if getattr(table, metric.needs) is not None]
+        scores = {metric.name: estimate(metric, table, weights_RN) for metric in measured}
+        results[name] = Result(scores, sum(entry.tokens for entry in work.entries[name]), table, shots[name], unended)
+    by = _deciding(work.metrics)
+    rivals = [name for name, result in results.items() if by.name in result.scores]
+    estimates = {name: results[name].scores[by.name] for name in rivals}
+    verdicts = [verdict(by, (second, first), estimates, num_rows) for first, second in combinations(rivals, 2)]
+    return Evaluation(results, verdicts, by.name, num_rows, work.rows.num_supervised, len(work.rows.rejected), work.labels)
+
+
+def _deciding(metrics: Sequence[Metric]) -> Metric:
+    """What verdicts go by: how often labels are right, else the first metric of answers, else the first of all."""
+    kinds = ("label_losses", "answers", "losses")
+    return next(metric for kind in kinds for metric in metrics if metric.needs == kind)
+
+
+# ---- losses alone --------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -110,96 +322,10 @@ def held_out_loss(base: FrozenBase, soft: SoftPrompt, rows: Rows, tokens_per_bat
 @torch.no_grad()
 def text_loss(base: FrozenBase, encoder: Encoder, rows: Rows, text: str, tokens_per_batch: int) -> float:
     """Mean loss per supervised token of the bare base that is told `text`."""
-    encoded = _with_wishes(encoder, rows, text)
+    told = Contestant("text", (), wish=text)
+    encoded = [told.full(encoder, example, row) for example, row in zip(rows.examples, rows.encoded, strict=True)]
     return _mean(row_losses(base, prefix_of(base, [no_prompt(base, encoder.bos_id)]), encoded, tokens_per_batch), encoded)
-
-
-@torch.no_grad()
-def row_losses(
-    base: FrozenBase, prefix: Prefix, rows: Sequence[Encoded], tokens_per_batch: int, which: Sequence[int] | None = None
-) -> Tensor:
-    """[len(rows)] summed loss of every row's supervised tokens, float64 on the CPU. Row i continues from prefix number `which[i]`,
-    all of them from the first where nothing is said."""
-    sums = torch.zeros(len(rows), dtype=torch.float64)
-    for batch in batches(rows, which or [0] * len(rows), tokens_per_batch, base.device):
-        continued = base.continue_from(prefix, batch.which_B, batch.ids_BT, batch.mask_BT)
-        _add_losses(sums, base, continued, batch)
-    return sums
-
-
-def _add_losses(sums: Tensor, base: FrozenBase, continued: Continued, batch: Batch) -> None:
-    if not len(batch.targets_N):
-        return
-    losses = token_losses(base, continued, batch).double().cpu()
-    sums.index_add_(0, torch.tensor(batch.rows)[batch.row_N.cpu()], losses)
-
-
-@torch.no_grad()
-def candidate_losses(base: FrozenBase, prefix: Prefix, rows: Sequence[Sequence[Encoded]], tokens_per_batch: int) -> Tensor:
-    """[rows, candidates] summed loss of every row's supervised tokens with each of its candidates, float64 on the CPU.
-
-    `rows[r][c]` is row r with candidate c. What a row's candidates have in common is read once, and each goes on from there.
-    """
-    shared = [_num_shared(candidates) for candidates in rows]
-    if not base.shares_prefix or min(shared) < 2:
-        columns = [row_losses(base, prefix, candidates, tokens_per_batch) for candidates in zip(*rows, strict=True)]
-        return torch.stack(columns, dim=1)
-    texts = [Encoded(row[0].ids[:count], row[0].supervised[:count]) for row, count in zip(rows, shared, strict=True)]
-    of_texts, of_tails = torch.zeros(len(rows), dtype=torch.float64), torch.zeros(len(rows), len(rows[0]), dtype=torch.float64)
-    for batch in batches(texts, [0] * len(texts), tokens_per_batch, base.device):
-        read = base.continue_from(prefix, batch.which_B, batch.ids_BT, batch.mask_BT, keep=True)
-        _add_losses(of_texts, base, read, batch)
-        tails = [_from(candidate, shared[row] - 1) for row in batch.rows for candidate in rows[row]]
-        which = [index for index in range(len(batch.rows)) for _ in rows[0]]
-        of_tails[list(batch.rows)] = row_losses(base, as_prefixes(read), tails, tokens_per_batch, which).view(len(batch.rows), -1)
-    return of_texts[:, None] + of_tails
-
-
-def _num_shared(candidates: Sequence[Encoded]) -> int:
-    """Tokens at the beginning that all candidates of a row have, less than any of them has in all."""
-    columns = zip(*(candidate.ids[:-1] for candidate in candidates), strict=False)
-    return sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
-
-
-def _from(row: Encoded, first: int) -> Encoded:
-    return Encoded(row.ids[first:], row.supervised[first:])
 
 
 def _mean(sums: Tensor, rows: Sequence[Encoded]) -> float:
     return sums.sum().item() / sum(row.num_supervised for row in rows)
-
-
-def _with_wishes(encoder: Encoder, rows: Rows, wish: str | None) -> list[Encoded]:
-    return [_with_wish(encoder, example, row, wish) for example, row in zip(rows.examples, rows.encoded, strict=True)]
-
-
-def _with_wish(encoder: Encoder, example: Example, row: Encoded, wish: str | None) -> Encoded:
-    """The row with a text prompt as its system turn; cut where the plain row was cut, so that the same tokens are scored."""
-    if wish is None:
-        return row
-    system = [message.content for message in example.messages if message.role == "system"]
-    spoken = tuple(message for message in example.messages if message.role != "system")
-    for turns in ((Message("system", "\n".join([wish, *system])), *spoken), _in_first_turn(wish, system, spoken)):
-        try:
-            full = encoder.encode(replace(example, messages=turns))
-            break
-        except DataError as error:  # some chat templates know no system turn
-            refused = error
-    else:
-        raise refused
-    keep = len(full) - row.num_cut
-    return Encoded(full.ids[:keep], full.supervised[:keep], row.source, row.num_cut)
-
-
-def _in_first_turn(wish: str, system: Sequence[str], spoken: Sequence[Message]) -> tuple[Message, ...]:
-    return (Message("user", "\n".join([wish, *system, spoken[0].content])), *spoken[1:])
-
-
-def with_labels(encoder: Encoder, rows: Rows, labels: Sequence[str], wish: str | None = None) -> list[list[Encoded]]:
-    """Every row with each of the label words (and EOS) as its answer, whole, never cut. `wish`: a text prompt before every row."""
-
-    def guessed(example: Example, label: str) -> Encoded:
-        guess = replace(example, messages=(*example.messages[:-1], Message("assistant", label)))
-        return _with_wish(encoder, guess, encoder.encode(guess), wish)
-
-    return [[guessed(example, label) for label in labels] for example in rows.examples]

@@ -117,6 +117,12 @@ class RunFolder:
         return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
 
 
+def run_of(path: Path) -> RunFolder | None:
+    """The run that a prompt or checkpoint lies in, or None."""
+    above = (folder for folder in (path, *path.absolute().parents[:3]) if (folder / "config.toml").is_file())
+    return next((RunFolder(folder) for folder in above), None)
+
+
 def _in_the_way(path: Path) -> str:
     if (path / "result.json").is_file():
         return f"{path} holds a finished run: choose another train.out"

@@ -1,6 +1,6 @@
 """What the command line draws: tables, coloured tokens, the progress of a run. Everything goes through one console."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -10,9 +10,11 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from softprompt.evaluation import Evaluation
+    from softprompt.evaluation import Evaluation, Result
+    from softprompt.evaluation import Progress as Asked
     from softprompt.events import Event, Started
     from softprompt.generation import Piece
+    from softprompt.metrics import Estimate, Verdict
     from softprompt.plan import Plan
     from softprompt.show import Shown, Summary
 
@@ -124,20 +126,80 @@ def _draw_bank(prompts: "dict[str, dict[str, float | str | None]]") -> None:
     console.print(table)
 
 
+def follow_evaluation(events: "Iterable[Asked | Evaluation]") -> "Evaluation":
+    """A bar with the rows done and the time left; returns the evaluation that ends it."""
+    from softprompt.evaluation import Evaluation
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        bar = progress.add_task("scoring", total=None)
+        for event in events:
+            if isinstance(event, Evaluation):
+                return event
+            progress.update(bar, description=event.doing, total=event.total, completed=event.done)
+    raise AssertionError("an evaluation ends with its result")
+
+
 def draw_evaluation(evaluation: "Evaluation") -> None:
-    """The contestants side by side."""
+    """The contestants side by side, then what the differences can tell. The score that decides is shown with its interval."""
+    results, decides = evaluation.contestants, evaluation.metric
+    names = list(dict.fromkeys(metric for result in results.values() for metric in result.scores))
+    if len(names) > 3:  # it says what the loss says, and there is little room
+        names = [name for name in names if name != "perplexity"]
     table = Table(title=f"{evaluation.num_rows} rows, {evaluation.num_supervised:,} supervised tokens", title_justify="left")
-    for name in ("contestant", "loss", "perplexity", "accuracy"):
-        table.add_column(name, justify="left" if name == "contestant" else "right")
-    for name, score in (("bare base", evaluation.base), ("text prompt", evaluation.text), ("soft prompt", evaluation.prompt)):
-        if score is None:
-            table.add_row(name, "-", "-", "-")
-        else:
-            accuracy = "-" if score.accuracy is None else f"{score.accuracy:.1%}"
-            table.add_row(name, f"{score.loss:.4f}", f"{score.perplexity:.3f}", accuracy)
+    for heading in ("contestant", "tokens", *(name.replace("_per_", "/").replace("_", " ") for name in names)):
+        table.add_column(heading, justify="left" if heading == "contestant" else "right")
+    for name, result in results.items():
+        cells = [_estimate(metric, result.scores.get(metric), metric == decides) for metric in names]
+        table.add_row(called(name, result.num_shots), f"+{result.tokens:.0f}" if round(result.tokens) else "0", *cells)
     console.print(table)
+    for one in evaluation.verdicts:
+        if one.first not in ("text", "few-shot"):
+            console.print(sentence(one, results))
+    for name, result in results.items():
+        if result.num_unended:
+            console.print(
+                f"[yellow]{result.num_unended} answers of {called(name, result.num_shots)} did not end: raise --max-new-tokens[/]"
+            )
     if evaluation.num_rejected:
         console.print(f"{evaluation.num_rejected} rows could not be used")
+    if evaluation.folder:
+        console.print(f"written to {escape(str(evaluation.folder))}")
+
+
+def called(name: str, num_shots: int = 0) -> str:
+    """A contestant's name for people."""
+    known = {"base": "bare base", "text": "text prompt", "prompt": "soft prompt", "few-shot": f"{num_shots} examples"}
+    return known.get(name, name)
+
+
+def _estimate(metric: str, one: "Estimate | None", with_interval: bool) -> str:
+    if one is None:
+        return "-"
+    if percent(metric):
+        return f"{one.value:.1%}" + (f" ({100 * one.low:.1f} to {100 * one.high:.1f})" if with_interval else "")
+    return f"{one.value:.4f}" + (f" ({one.low:.3f} to {one.high:.3f})" if with_interval else "")
+
+
+def percent(metric: str) -> bool:
+    """Whether a metric is a share, shown in per cent."""
+    from softprompt.metrics import METRICS
+
+    return metric in METRICS and METRICS[metric].percent
+
+
+def sentence(verdict: "Verdict", results: "Mapping[str, Result]") -> str:
+    """A verdict in words."""
+    first, second = (called(name, results[name].num_shots) for name in (verdict.first, verdict.second))
+    values = [results[name].scores[verdict.metric].value for name in (verdict.first, verdict.second)]
+    shares = percent(verdict.metric)
+    shown = [f"{value:.1%}" if shares else f"{value:.4f}" for value in values]
+    change, low, high = (f"{100 * end:+.1f}" if shares else f"{end:+.4f}" for end in (verdict.difference, verdict.low, verdict.high))
+    measured = f"{verdict.metric.replace('_', ' ')} {shown[0]} against {shown[1]}, {change}{' points' if shares else ''} ({low} to {high})"
+    if verdict.outcome != "cannot tell":
+        return f"{first} is [bold]{verdict.outcome}[/] than {second}: {measured}"
+    told = "" if verdict.rows_needed is None else f"; about {verdict.rows_needed:,} rows would tell"
+    return f"{first} against {second}: cannot tell with {verdict.num_rows} rows: {measured}{told}"
 
 
 def draw_rows(shown: "Shown", num_rows: int) -> None:

@@ -157,3 +157,14 @@ def test_a_grid_is_searched_on_the_first_seed_alone():
     assert asked == [(0.2, 0), (0.3, 0), (0.1, 0), (0.2, 1), (0.2, 2)]
     table = quality.report(runs)
     assert "| c | 0.2 | 5 | 3.0000 | 1.0000 ± 0.0000 |  | 3 |" in table
+
+
+def test_rows_without_labels_are_scored_by_their_loss(bases, quality_task, tmp_path):
+    from dataclasses import replace
+
+    import recipes
+
+    task = replace(quality_task, labelled=False)
+    outcome = recipes.run_recipe(recipes.RECIPES["softprompt"], task, bases(), bases, None, 0, str(tmp_path / "run"))
+    assert outcome.accuracy is None
+    assert outcome.test_loss == min(point[2] for point in outcome.curve)

@@ -84,7 +84,7 @@ def test_eval_compares_base_text_and_prompt(run, finished, tmp_path):
     code, shown, _ = run("eval", finished, "--data", tmp_path / "eval.jsonl", "model.device=cpu", "--json", tmp_path / "eval.json")
     contestants = json.loads((tmp_path / "eval.json").read_text())["contestants"]
     assert code == 0
-    assert list(contestants) == ["base", "text", "prompt"]
+    assert list(contestants) == ["base", "text", "few-shot", "prompt"]
     for score in contestants.values():
         assert score["perplexity"] == pytest.approx(math.exp(score["loss"]))
         assert score["accuracy"] is None

@@ -1,0 +1,174 @@
+"""Who competes in an evaluation: the bare base, a text prompt, a few examples, soft prompts, an ensemble, a PEFT adapter.
+
+Whatever stands before the rows as text is the same for all of them, so it is read once: its embeddings are the rows of a
+prompt that nobody trained.
+"""
+
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import takewhile
+from pathlib import Path
+
+from softprompt.artifact import StoredPrompt
+from softprompt.data import Example, Message
+from softprompt.encode import Encoded, Encoder
+from softprompt.errors import ArtifactError, DataError
+from softprompt.generation import without_prompt
+from softprompt.model import FrozenBase
+from softprompt.prompt import SoftPrompt
+
+MAX_SHOTS, SHOT_TOKENS = 16, 1024  # a few-shot context has at most so many examples, and at most so many tokens
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """`members`: what it continues from, several for an ensemble. `wish` or `shots`: the text before every row. `adapter`: a PEFT
+    adapter's folder, whose layers are in the base while it competes."""
+
+    name: str
+    members: tuple[StoredPrompt, ...]
+    wish: str | None = None
+    shots: tuple[Example, ...] = ()
+    adapter: Path | None = None
+
+    def full(self, encoder: Encoder, example: Example, plain: Encoded) -> Encoded:
+        """The row as this contestant reads it; cut where the plain row was cut, so that the same tokens are scored."""
+        if self.wish is None and not self.shots:
+            return plain
+        whole = _told(encoder, example, self.wish) if self.wish is not None else _shown(encoder, example, self.shots)
+        keep, num_supervised = len(whole) - plain.num_cut, plain.num_supervised
+        ids, supervised = whole.ids[:keep], list(whole.supervised[:keep])
+        extra = sum(supervised) - num_supervised  # the answers of the examples are not scored
+        for index in [index for index, on in enumerate(supervised) if on][:extra]:
+            supervised[index] = False
+        return Encoded(ids, tuple(supervised), plain.source, plain.num_cut)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One member of a contestant at the start: what its rows continue from, and its rows, [rows][candidates].
+
+    `tokens`: how many each request has more than the bare base's.
+    """
+
+    soft: SoftPrompt
+    rows: list[list[Encoded]]
+    tokens: float
+
+
+def enter(base: FrozenBase, contestant: Contestant, member: int, examples: Sequence[Sequence[Example]], plain: Sequence[Encoded]) -> Entry:
+    """`examples[r]`: row r, then its other candidates. `plain`: the rows as the bare base reads them."""
+    prompt = contestant.members[member]
+    rows = []
+    for (own, *others), row in zip(examples, plain, strict=True):
+        guesses = [contestant.full(prompt.encoder, other, prompt.encoder.encode(other)) for other in others]
+        rows.append([contestant.full(prompt.encoder, own, row), *guesses])
+    tokens = sum(len(own[0]) for own in rows) / len(rows) - sum(map(len, plain)) / len(rows) + prompt.soft.length
+    if contestant.wish is None and not contestant.shots:
+        return Entry(prompt.soft, rows, tokens)
+    shared = _shared([candidate for own in rows for candidate in own])
+    text_PH = base.embed_ids(rows[0][0].ids[:shared])
+    soft = SoftPrompt(text_PH, "after_bos", prompt.soft.bos_id)
+    return Entry(soft, [[_after(candidate, shared) for candidate in own] for own in rows], tokens)
+
+
+def _shared(rows: Sequence[Encoded]) -> int:
+    """Tokens that all rows begin with; at least one of each, and all that is supervised, is left."""
+    shortest = min(row.supervised.index(True) for row in rows) - 1
+    columns = zip(*(row.ids[: max(0, shortest)] for row in rows), strict=False)
+    return sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
+
+
+def _after(row: Encoded, count: int) -> Encoded:
+    return replace(row, ids=row.ids[count:], supervised=row.supervised[count:])
+
+
+# ---- text before the rows ------------------------------------------------------------------------------------------
+
+
+def _told(encoder: Encoder, example: Example, wish: str) -> Encoded:
+    """The row with a text prompt as its system turn, or in its first turn where the template knows no system."""
+    system = [message.content for message in example.messages if message.role == "system"]
+    spoken = tuple(message for message in example.messages if message.role != "system")
+    first = Message("user", "\n".join([wish, *system, spoken[0].content]))
+    for turns in ((Message("system", "\n".join([wish, *system])), *spoken), (first, *spoken[1:])):
+        try:
+            return encoder.encode(replace(example, messages=turns))
+        except DataError as error:  # some chat templates know no system turn
+            refused = error
+    raise refused
+
+
+def _shown(encoder: Encoder, example: Example, shots: Sequence[Example]) -> Encoded:
+    """The row as the last turns of a conversation that the examples begin; row behind row where a template knows one turn only."""
+    if not encoder.knows_turns:
+        parts = [encoder.encode(one) for one in (*shots, example)]
+        return Encoded(tuple(token for part in parts for token in part.ids), tuple(on for part in parts for on in part.supervised))
+    turns = [message for one in (*shots, example) for message in one.messages]
+    system = [message for message in example.messages if message.role == "system"]
+    return encoder.encode(replace(example, messages=(*system, *(turn for turn in turns if turn.role != "system"))))
+
+
+def choose_shots(encoder: Encoder, examples: Sequence[Example], held: Sequence[Example], room: int, seed: int = 0) -> tuple[Example, ...]:
+    """Examples of the training rows for a few-shot context, the labels in turn: as many as fit, none that is held out."""
+    known = {example.messages for example in held}
+    pool = [example for example in examples if example.messages not in known]
+    random.Random(seed).shuffle(pool)
+    by_label: dict[str | None, list[Example]] = {}
+    for example in pool:
+        by_label.setdefault(example.label, []).append(example)
+    in_turn = [own[index] for index in range(max(map(len, by_label.values()), default=0)) for own in by_label.values() if index < len(own)]
+    chosen: list[Example] = []
+    left = min(room, SHOT_TOKENS)
+    for example in in_turn:
+        length = len(encoder.encode(example)) + 4  # what a template writes between two turns
+        if length <= left and len(chosen) < MAX_SHOTS:
+            chosen.append(example)
+            left -= length
+    return tuple(chosen)
+
+
+# ---- adapters ------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def competing(base: FrozenBase, contestant: Contestant) -> Iterator[None]:
+    """Inside, the layers of the contestant's adapter are in the base. Raises ArtifactError for an adapter that does not fit."""
+    if contestant.adapter is None:
+        yield
+        return
+    from peft import PeftModel
+
+    try:
+        model = PeftModel.from_pretrained(base.model, str(contestant.adapter))
+    except (ValueError, RuntimeError, KeyError, OSError) as error:
+        raise ArtifactError(f"{contestant.adapter} cannot be put on {base.name}: {str(error).splitlines()[0]}") from None
+    try:
+        yield
+    finally:
+        model.unload()
+
+
+def line_up(
+    base: FrozenBase,
+    prompts: Sequence[tuple[str, StoredPrompt]],
+    *,
+    text: str | None = None,
+    shots: Sequence[Example] = (),
+    ensemble: bool = False,
+    adapters: Sequence[Path] = (),
+) -> list[Contestant]:
+    """All contestants, those that cost nothing first. They read the rows with the template of the first prompt."""
+    first = prompts[0][1]
+    bare = (without_prompt(base, first),)
+    line = [Contestant("base", bare)]
+    if text:
+        line.append(Contestant("text", bare, wish=text))
+    if shots:
+        line.append(Contestant("few-shot", bare, shots=tuple(shots)))
+    line += [Contestant(name, (prompt,)) for name, prompt in prompts]
+    if ensemble:
+        line.append(Contestant("ensemble", tuple(prompt for _, prompt in prompts)))
+    return [*line, *(Contestant(adapter.name, bare, adapter=adapter) for adapter in adapters)]

@@ -1,0 +1,45 @@
+"""predictions.jsonl: what every contestant answered to every row, written row by row, so that an evaluation can go on.
+
+The first line names the evaluation; the file is read again only by the same one.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from softprompt.errors import RunError
+
+
+class Predictions:
+    """Answers by contestant and row number. Without a path they are kept in memory alone."""
+
+    def __init__(self, path: Path | None, key: str) -> None:
+        """Raises RunError when the file holds another evaluation or cannot be written."""
+        self.path = path
+        self.answers: dict[tuple[str, int], dict[str, Any]] = {}
+        if path is None:
+            return
+        try:
+            whole = self._read(path, key) if path.exists() else []
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("".join(line + "\n" for line in [json.dumps({"evaluation": key}), *whole]), encoding="utf-8")
+        except OSError as error:
+            raise RunError(f"{path}: cannot be written: {error.strerror}") from None
+
+    def _read(self, path: Path, key: str) -> list[str]:
+        """The whole lines of an earlier try; a last one that was cut off by a kill is dropped."""
+        first, *lines = path.read_text(encoding="utf-8").split("\n")
+        if first != json.dumps({"evaluation": key}):
+            raise RunError(f"{path} is not of this evaluation: remove it, or choose another --out")
+        whole = lines[:-1]
+        for line in whole:
+            answer = json.loads(line)
+            self.answers[answer["contestant"], answer["row"]] = answer
+        return whole
+
+    def add(self, answer: dict[str, Any]) -> None:
+        """Keeps and writes one answer."""
+        self.answers[answer["contestant"], answer["row"]] = answer
+        if self.path is not None:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(answer, ensure_ascii=False) + "\n")
