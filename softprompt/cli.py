@@ -124,6 +124,60 @@ def evaluate(
 
 
 @app.command()
+def inspect(
+    prompt: Annotated[Path, typer.Argument(metavar="PROMPT", help="Prompt, checkpoint or run folder.")],
+    overrides: Overrides = None,
+    data: Annotated[str | None, typer.Option(metavar="FILE", help="Held-out rows; left out, those of the run that PROMPT is.")] = None,
+    rows: Annotated[int, typer.Option(min=0, help="Held-out rows to measure each row's worth on; 0 leaves it out.")] = 64,
+    allow_other_base: OtherBase = False,
+    json_file: Json = None,
+) -> None:
+    """Show a prompt's rows: their size, the tokens they lie near, how far they moved, what the loss is without each."""
+    from softprompt import inspection
+    from softprompt.lineup import opened
+    from softprompt.screen import draw_inspection
+
+    found = opened(prompt, data, rows, overrides or [], allow_other_base)
+    result = inspection.inspect(found.base, found.prompt, found.held, found.start, found.tokens_per_batch)
+    draw_inspection(result)
+    _write_json(json_file, {"prompt": str(prompt), **result.as_dict()})
+
+
+@app.command()
+def prune(
+    prompt: Annotated[Path, typer.Argument(metavar="PROMPT", help="Prompt, checkpoint or run folder.")],
+    overrides: Overrides = None,
+    keep: Annotated[int, typer.Option(help="Rows to keep.")] = 0,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder for the shorter prompt.")] = None,
+    data: Annotated[str | None, typer.Option(metavar="FILE", help="Held-out rows; left out, those of the run that PROMPT is.")] = None,
+    rows: Annotated[int, typer.Option(min=1, help="Held-out rows to measure on.")] = 64,
+    allow_other_base: OtherBase = False,
+    json_file: Json = None,
+) -> None:
+    """Write a shorter prompt: the rows that are missed least are left out, one after the other; the loss is measured."""
+    if out is None:
+        raise ConfigError("where does the shorter prompt go? give --out DIR")
+    if out.exists():
+        raise ConfigError(f"--out {out} exists: choose another folder")
+    from softprompt import inspection
+    from softprompt.artifact import write_prompt
+    from softprompt.atomic import new_folder
+    from softprompt.lineup import opened
+    from softprompt.screen import console
+
+    found = opened(prompt, data, rows, overrides or [], allow_other_base)
+    shorter, before, after = inspection.prune(found.base, found.prompt, found.held, keep, found.tokens_per_batch)
+    with new_folder(out) as draft:
+        write_prompt(draft, shorter.soft, shorter.card, found.base)
+    console.print(
+        f"{found.prompt.soft.length} rows: held-out loss {before:.4f}; {keep} rows: {after:.4f} ({len(found.held)} held-out rows)"
+    )
+    console.print(f"written to {out}", markup=False)
+    result = {"loss_before": before, "loss_after": after, "num_virtual_tokens": keep, "held_out_rows": len(found.held)}
+    _write_json(json_file, {"prompt": str(out), **result})
+
+
+@app.command()
 def generate(
     prompt: Annotated[Path, typer.Argument(metavar="PROMPT", help="Prompt, checkpoint or run folder.")],
     texts: Annotated[

@@ -6,10 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from softprompt.artifact import find_prompt, find_prompts, read_card
+from softprompt.artifact import StoredPrompt, find_prompt, find_prompts, load_prompt, read_card
 from softprompt.config import Config, load_config
 from softprompt.data import Loaded, hold_out, load_examples
+from softprompt.encode import Encoded, encode_rows
 from softprompt.errors import ArtifactError, ConfigError
+from softprompt.job import prepare
+from softprompt.memory import token_budget
+from softprompt.model import FrozenBase, load_base
+from softprompt.prompt import SoftPrompt
 from softprompt.runlog import RunFolder, run_of
 
 
@@ -54,6 +59,35 @@ def entered(prompt: Path, others: Sequence[Path], data: str | None, shots: str |
         own["data"] = {**own["data"], "eval": data}
     config = load_config(own, overrides)
     return Entered(config, prompts, adapters, shots or (config.data.train if run and config.data.eval else None), run)
+
+
+@dataclass(frozen=True)
+class Opened:
+    """One prompt on its base. `held`: encoded held-out rows; `start`: what it was before training, where its run is at hand."""
+
+    base: FrozenBase
+    prompt: StoredPrompt
+    held: tuple[Encoded, ...]
+    start: SoftPrompt | None
+    tokens_per_batch: int
+
+
+def opened(prompt: Path, data: str | None, num_rows: int, overrides: Sequence[str], allow_other_base: bool) -> Opened:
+    """Loads a prompt, its base and at most `num_rows` held-out rows, of `data` or of its run; without any, `held` is empty."""
+    given = entered(find_prompt(prompt), (), data, None, overrides)
+    base = load_base(given.config.model)
+    stored = load_prompt(prompt, base, allow_other_base=allow_other_base)
+    held: tuple[Encoded, ...] = ()
+    if num_rows and (given.config.data.eval or given.config.data.eval_fraction):
+        held = encode_rows(stored.encoder, given.rows()[0], stored.card.max_length).encoded[:num_rows]
+    start = None
+    if given.run is not None and Path(str(given.run.config().data.train)).exists():
+        entrants = prepare(given.run.config(), base).entrants
+        place = find_prompt(prompt)
+        entrant = entrants.get(place.name) or (next(iter(entrants.values())) if len(entrants) == 1 else None)
+        start = None if entrant is None else entrant.start
+    budget = token_budget(base.model.base_model, base.device, given.config.train.tokens_per_batch)
+    return Opened(base, stored, held, start, budget)
 
 
 def _own_settings(prompt: Path, run: RunFolder | None) -> dict[str, Any]:

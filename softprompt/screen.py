@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from softprompt.evaluation import Progress as Asked
     from softprompt.events import Event, Started
     from softprompt.generation import Piece
+    from softprompt.inspection import Inspection
     from softprompt.metrics import Estimate, Verdict
     from softprompt.plan import Plan
     from softprompt.show import Shown, Summary
@@ -200,6 +201,45 @@ def sentence(verdict: "Verdict", results: "Mapping[str, Result]") -> str:
         return f"{first} is [bold]{verdict.outcome}[/] than {second}: {measured}"
     told = "" if verdict.rows_needed is None else f"; about {verdict.rows_needed:,} rows would tell"
     return f"{first} against {second}: cannot tell with {verdict.num_rows} rows: {measured}{told}"
+
+
+def draw_inspection(inspection: "Inspection") -> None:
+    """A prompt row by row, then what can be said of all."""
+    from softprompt.inspection import CAUTION
+
+    card = inspection.card
+    what = "keys and values of every layer" if card.method == "prefix" else "rows"
+    console.print(f"[bold]{card.num_virtual_tokens} virtual tokens[/] ({what}, {card.position}) for {escape(card.base.name)}")
+    table = Table(title="row by row", title_justify="left")
+    shown = {"row": True, "size": True, "drift": any(row.drift is not None for row in inspection.rows)}
+    shown |= {"worth": inspection.loss is not None, "nearest tokens": card.method == "prompt"}
+    for heading in (heading for heading, on in shown.items() if on):
+        table.add_column(heading, justify="left" if heading == "nearest tokens" else "right")
+    for index, row in enumerate(inspection.rows):
+        near = "  ".join(f"{token!r} {cosine:.2f}" for token, cosine in row.near)
+        cells = {
+            "row": str(index),
+            "size": f"{row.size:.2f}",
+            "drift": "-" if row.drift is None else f"{row.drift:.2f}",
+            "worth": "-" if row.worth is None else f"{row.worth:+.4f}",
+            "nearest tokens": escape(near),
+        }
+        table.add_row(*(cells[heading] for heading, on in shown.items() if on))
+    console.print(table)
+    console.print("size and drift: RMS, as a share of that of the base's embedding rows; worth: what the loss rises by without the row")
+    if card.method == "prompt":
+        console.print(CAUTION)
+    if inspection.alike is not None:
+        console.print(f"cosine between two rows: {inspection.alike[0]:.2f} in the mean, {inspection.alike[1]:.2f} at most")
+    if inspection.loss is None:
+        console.print("what each row is worth is measured on held-out rows: give --data FILE")
+        return
+    console.print(f"held-out loss {inspection.loss:.4f} on {inspection.num_rows} rows, {inspection.bare_loss:.4f} without the prompt")
+    if inspection.expendable:
+        rows, left = ", ".join(map(str, inspection.expendable)), card.num_virtual_tokens - len(inspection.expendable)
+        console.print(
+            f"worth less than 1% of the gain, each alone: rows {rows}; softprompt prune --keep {max(1, left)} measures them together"
+        )
 
 
 def draw_rows(shown: "Shown", num_rows: int) -> None:
