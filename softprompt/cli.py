@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from softprompt.errors import ConfigError, Error
+from softprompt.errors import ConfigError, Error, MissingPackage
 
 app = typer.Typer(
     name="softprompt",
@@ -219,6 +219,19 @@ def generate(
     answers = draw_stream(stream(base, [one for _, one, _ in jobs], [text for _, _, text in jobs], sampling), headings)
     rows = [{"prompt": str(path), "text": text, "answer": answer} for (path, _, text), answer in zip(jobs, answers, strict=True)]
     _write_json(json_file, {"answers": rows})
+
+
+@app.command("lm-eval", context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
+def lm_eval(context: typer.Context) -> None:
+    """Run the lm-evaluation-harness, which then knows --model softprompt --model_args prompt=PROMPT; all else is its own."""
+    try:
+        from lm_eval.__main__ import cli_evaluate
+    except ImportError:
+        raise MissingPackage("lm-eval", "lm-eval") from None
+    from softprompt import harness  # noqa: F401 - registers the model
+
+    sys.argv = ["softprompt lm-eval", *context.args]
+    cli_evaluate()
 
 
 @app.command()

@@ -30,7 +30,7 @@ FLOORS = [
     {"step", "dryrun", "likelihood"},
     {"artifact", "show"},
     {"runlog", "checkpoint", "init"},
-    {"generation", "events", "inspection"},
+    {"generation", "events", "inspection", "harness"},
     {"contestants"},
     {"answers"},
     {"evaluation"},
