@@ -168,3 +168,17 @@ def test_rows_without_labels_are_scored_by_their_loss(bases, quality_task, tmp_p
     outcome = recipes.run_recipe(recipes.RECIPES["softprompt"], task, bases(), bases, None, 0, str(tmp_path / "run"))
     assert outcome.accuracy is None
     assert outcome.test_loss == min(point[2] for point in outcome.curve)
+
+
+@pytest.mark.filterwarnings("ignore:Position ids are not supported")
+def test_the_speed_of_an_evaluation_from_end_to_end(tmp_path, monkeypatch):
+    import eval_speed
+
+    model, out = tiny.tiny_folder(tmp_path / "model", max_position_embeddings=2048), tmp_path / "out.json"
+    how = ["--rows", "5", "--labelled", "6", "--pairs", "1", "--tokens", "4"]
+    monkeypatch.setattr(sys, "argv", ["eval_speed.py", "--base", str(model), "--json", str(out), *how])
+    eval_speed.main()
+    result = json.loads(out.read_text(encoding="utf-8"))
+    assert result["answers_equal_to_peft"] >= 1 / 5, "of the longest row, which PEFT does not pad"
+    assert result["largest_difference_of_a_loss"] < 1e-3
+    assert min(result[key] for key in result if "_over_" in key) > 0
