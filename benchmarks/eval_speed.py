@@ -24,8 +24,8 @@ from softprompt.answers import ROWS, answer
 from softprompt.atomic import write_text
 from softprompt.config import ModelConfig
 from softprompt.contestants import Entry
-from softprompt.data import Example, Message, load_examples
-from softprompt.encode import Encoded, make_encoder
+from softprompt.data import Example, load_examples
+from softprompt.encode import make_encoder
 from softprompt.likelihood import candidate_losses, row_losses
 from softprompt.memory import token_budget
 from softprompt.model import FrozenBase, load_base
@@ -105,10 +105,7 @@ def as_peft(base: FrozenBase, soft: SoftPrompt) -> Any:
 def labels(base: FrozenBase, soft: SoftPrompt, encoder: Any, examples: Sequence[Example], pairs: int) -> dict[str, Any]:
     """Three labels of every row: one reading of its text for all, against each pair of text and label alone."""
 
-    def guessed(example: Example, label: str) -> Encoded:
-        return encoder.encode(Example((example.messages[-2], Message("assistant", label)), example.source))
-
-    candidates = [[guessed(example, label) for label in LABELS] for example in examples]
+    candidates = [[encoder.encode(example.answered(label)) for label in LABELS] for example in examples]
     budget = token_budget(base.model.base_model, base.device, None)
     with torch.no_grad():
         prefix = prefix_of(base, [soft])

@@ -8,7 +8,7 @@ schedule; P-tuning, prefix tuning and LoRA are PEFT's own modules in a plain loo
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import peft
@@ -20,7 +20,6 @@ from softprompt import init
 from softprompt.artifact import load_prompt
 from softprompt.batch import batches, order_of_rows
 from softprompt.config import Config, load_config
-from softprompt.data import Message
 from softprompt.encode import Encoded, Rows, load_rows, make_encoder
 from softprompt.events import Evaluated, Finished, Started, Step
 from softprompt.job import with_absolute_paths
@@ -166,11 +165,7 @@ def _scored(
     encoder = make_encoder(base.tokenizer, config.data.template)
     test = config.model_copy(update={"data": config.data.model_copy(update={"train": str(task.test), "eval": None})})
     rows, _ = load_rows(test, encoder)
-    guesses = [
-        [replace(example, messages=(*example.messages[:-1], Message("assistant", label))) for label in rows.labels]
-        for example in rows.examples
-    ]
-    candidates_RC = [read([encoder.encode(guess) for guess in own]) for own in guesses]
+    candidates_RC = [read([encoder.encode(example.answered(label)) for label in rows.labels]) for example in rows.examples]
     losses_RC = candidate_losses(base, prefix, candidates_RC, TOKENS)
     own_R = torch.tensor([rows.labels.index(str(example.label)) for example in rows.examples])
     loss = losses_RC.gather(1, own_R[:, None]).sum().item() / rows.num_supervised

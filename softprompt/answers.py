@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from softprompt.contestants import Entry
-from softprompt.decode import Question, Sampling, decode
+from softprompt.decode import Question, Sampling, decode_whole
 from softprompt.encode import Encoded
 from softprompt.errors import DataError
 from softprompt.model import FrozenBase
@@ -42,22 +42,14 @@ def answer(base: FrozenBase, entries: Mapping[str, Sequence[Entry]], wanted: Seq
         (name, row): Question(tuple(places[name]), tuple(question_of(member.rows[row][0]) for member in entries[name]))
         for name, row in wanted
     }
-    lengths = {
-        pair: max(prefix.lengths[which] + len(text) for which, text in zip(asked.which, asked.texts, strict=True))
-        for pair, asked in questions.items()
-    }
+    lengths = {pair: question.length(prefix) for pair, question in questions.items()}
     for (name, row), length in lengths.items():
         if base.context_length is not None and length >= base.context_length:
             raise DataError(f"row {row + 1} takes {length} tokens with {name}, the base's context is {base.context_length}")
     sampling = Sampling(max_new_tokens=limit)
     for group in _groups(lengths, questions, limit):
-        ids: dict[int, list[int]] = {index: [] for index in range(len(group))}
-        for token in decode(base, prefix, [questions[pair] for pair in group], sampling):
-            if token.id is not None:
-                ids[token.row].append(token.id)
-            if token.last:
-                text = base.tokenizer.decode(ids[token.row], skip_special_tokens=True)
-                yield Answer(*group[token.row], text, len(ids[token.row]), token.id is None)
+        for number, ids, ended in decode_whole(base, prefix, [questions[pair] for pair in group], sampling):
+            yield Answer(*group[number], base.tokenizer.decode(ids, skip_special_tokens=True), len(ids), ended)
 
 
 def _groups(

@@ -30,6 +30,8 @@ class Ensemble(StrEnum):
 
 Settings = Annotated[list[str] | None, typer.Argument(metavar="[CONFIG.toml] [section.key=value ...]", help="Settings.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[section.key=value ...]", help="Settings, e.g. model.name=FOLDER.")]
+PromptPath = Annotated[Path, typer.Argument(metavar="PROMPT", help="Prompt, checkpoint or run folder.")]
+HeldOut = Annotated[str | None, typer.Option("--data", metavar="FILE", help="Held-out rows; left out, those of the run that PROMPT is.")]
 Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the result as one JSON object.")]
 OtherBase = Annotated[bool, typer.Option("--allow-other-base", help="Use a prompt on a base or tokenizer that it was not trained for.")]
 
@@ -82,9 +84,9 @@ def doctor(
 
 @app.command("eval")
 def evaluate(
-    prompt: Annotated[Path, typer.Argument(metavar="PROMPT", help="Prompt, checkpoint or run folder.")],
+    prompt: PromptPath,
     overrides: Overrides = None,
-    data: Annotated[str | None, typer.Option(metavar="FILE", help="Held-out rows; left out, those of the run that PROMPT is.")] = None,
+    data: HeldOut = None,
     other: Annotated[
         list[Path] | None, typer.Option("--with", metavar="PROMPT|ADAPTER", help="Another prompt, or a PEFT adapter; repeatable.")
     ] = None,
@@ -120,14 +122,14 @@ def evaluate(
     budget = given.config.train.tokens_per_batch
     result = follow_evaluation(evaluating(base, prompts, loaded, contest, out=out or given.results, tokens_per_batch=budget))
     draw_evaluation(result)
-    _write_json(json_file, {"prompt": str(prompt), "data": given.config.data.eval, **result.as_dict()})
+    _write_json(json_file, {"prompt": str(prompt), "data": given.source, **result.as_dict()})
 
 
 @app.command()
 def inspect(
-    prompt: Annotated[Path, typer.Argument(metavar="PROMPT", help="Prompt, checkpoint or run folder.")],
+    prompt: PromptPath,
     overrides: Overrides = None,
-    data: Annotated[str | None, typer.Option(metavar="FILE", help="Held-out rows; left out, those of the run that PROMPT is.")] = None,
+    data: HeldOut = None,
     rows: Annotated[int, typer.Option(min=0, help="Held-out rows to measure each row's worth on; 0 leaves it out.")] = 64,
     allow_other_base: OtherBase = False,
     json_file: Json = None,
@@ -138,18 +140,18 @@ def inspect(
     from softprompt.screen import draw_inspection
 
     found = opened(prompt, data, rows, overrides or [], allow_other_base)
-    result = inspection.inspect(found.base, found.prompt, found.held, found.start, found.tokens_per_batch)
+    result = inspection.inspect(found.base, found.prompt, found.held, found.start(), found.tokens_per_batch)
     draw_inspection(result)
     _write_json(json_file, {"prompt": str(prompt), **result.as_dict()})
 
 
 @app.command()
 def prune(
-    prompt: Annotated[Path, typer.Argument(metavar="PROMPT", help="Prompt, checkpoint or run folder.")],
+    prompt: PromptPath,
     overrides: Overrides = None,
     keep: Annotated[int, typer.Option(help="Rows to keep.")] = 0,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder for the shorter prompt.")] = None,
-    data: Annotated[str | None, typer.Option(metavar="FILE", help="Held-out rows; left out, those of the run that PROMPT is.")] = None,
+    data: HeldOut = None,
     rows: Annotated[int, typer.Option(min=1, help="Held-out rows to measure on.")] = 64,
     allow_other_base: OtherBase = False,
     json_file: Json = None,
@@ -179,7 +181,7 @@ def prune(
 
 @app.command()
 def generate(
-    prompt: Annotated[Path, typer.Argument(metavar="PROMPT", help="Prompt, checkpoint or run folder.")],
+    prompt: PromptPath,
     texts: Annotated[
         list[str] | None, typer.Argument(metavar="[TEXT ...] [model.key=value ...]", help="Texts; without any, one per line of the input.")
     ] = None,

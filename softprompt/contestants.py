@@ -8,12 +8,11 @@ import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import takewhile
 from pathlib import Path
 
 from softprompt.artifact import StoredPrompt
 from softprompt.data import Example, Message
-from softprompt.encode import Encoded, Encoder
+from softprompt.encode import Encoded, Encoder, num_shared
 from softprompt.errors import ArtifactError, DataError
 from softprompt.generation import without_prompt
 from softprompt.model import FrozenBase
@@ -58,31 +57,28 @@ class Entry:
     tokens: float
 
 
-def enter(base: FrozenBase, contestant: Contestant, member: int, examples: Sequence[Sequence[Example]], plain: Sequence[Encoded]) -> Entry:
-    """`examples[r]`: row r, then its other candidates. `plain`: the rows as the bare base reads them."""
+def enter(
+    base: FrozenBase, contestant: Contestant, member: int, examples: Sequence[Sequence[Example]], plain: Sequence[Sequence[Encoded]]
+) -> Entry:
+    """`examples[r]`: row r, then its other candidates; `plain`: these as the bare base reads them."""
     prompt = contestant.members[member]
-    rows = []
-    for (own, *others), row in zip(examples, plain, strict=True):
-        guesses = [contestant.full(prompt.encoder, other, prompt.encoder.encode(other)) for other in others]
-        rows.append([contestant.full(prompt.encoder, own, row), *guesses])
-    tokens = sum(len(own[0]) for own in rows) / len(rows) - sum(map(len, plain)) / len(rows) + prompt.soft.length
+    rows = [
+        [contestant.full(prompt.encoder, example, row) for example, row in zip(own, read, strict=True)]
+        for own, read in zip(examples, plain, strict=True)
+    ]
+    longer = sum(len(own[0]) - len(read[0]) for own, read in zip(rows, plain, strict=True))
+    tokens = longer / len(rows) + prompt.soft.length
     if contestant.wish is None and not contestant.shots:
         return Entry(prompt.soft, rows, tokens)
-    shared = _shared([candidate for own in rows for candidate in own])
+    shared = num_shared(_unsupervised(candidate) for own in rows for candidate in own)
     text_PH = base.embed_ids(rows[0][0].ids[:shared])
     soft = SoftPrompt(text_PH, "after_bos", prompt.soft.bos_id)
-    return Entry(soft, [[_after(candidate, shared) for candidate in own] for own in rows], tokens)
+    return Entry(soft, [[candidate.after(shared) for candidate in own] for own in rows], tokens)
 
 
-def _shared(rows: Sequence[Encoded]) -> int:
-    """Tokens that all rows begin with; at least one of each, and all that is supervised, is left."""
-    shortest = min(row.supervised.index(True) for row in rows) - 1
-    columns = zip(*(row.ids[: max(0, shortest)] for row in rows), strict=False)
-    return sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
-
-
-def _after(row: Encoded, count: int) -> Encoded:
-    return replace(row, ids=row.ids[count:], supervised=row.supervised[count:])
+def _unsupervised(row: Encoded) -> tuple[int, ...]:
+    """The ids before the first supervised one, without the last of them, which predicts it."""
+    return row.ids[: row.supervised.index(True) - 1]
 
 
 # ---- text before the rows ------------------------------------------------------------------------------------------

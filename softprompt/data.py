@@ -11,7 +11,7 @@ import json
 import random
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,10 @@ class Example:
     @property
     def response(self) -> str:
         return self.messages[-1].content
+
+    def answered(self, response: str) -> "Example":
+        """The same row with another response."""
+        return replace(self, messages=(*self.messages[:-1], Message("assistant", response)))
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,10 @@ class Question:
     which: tuple[int, ...]
     texts: tuple[tuple[int, ...], ...]
 
+    def length(self, prefix: Prefix) -> int:
+        """Positions that the longest of its texts takes, those of the prefix included."""
+        return max(prefix.lengths[which] + len(text) for which, text in zip(self.which, self.texts, strict=True))
+
 
 @dataclass(frozen=True)
 class Token:
@@ -80,6 +84,18 @@ def decode(base: FrozenBase, prefix: Prefix, questions: Sequence[Question], samp
                 past, owner = _keep(past, rows), [going.index(owner[row]) for row in rows]
                 alive, chosen = [alive[index] for index in going], [chosen[index] for index in going]
             past = base.next_hidden(torch.tensor([chosen[index] for index in owner], device=base.device), past)
+
+
+def decode_whole(
+    base: FrozenBase, prefix: Prefix, questions: Sequence[Question], sampling: Sampling
+) -> Iterator[tuple[int, list[int], bool]]:
+    """(number of the question, all ids of its answer, whether it came to its end) as the answers are complete."""
+    ids: list[list[int]] = [[] for _ in questions]
+    for token in decode(base, prefix, questions, sampling):
+        if token.id is not None:
+            ids[token.row].append(token.id)
+        if token.last:
+            yield token.row, ids[token.row], token.id is None
 
 
 def _together(logits_BV: Tensor, owner: Sequence[int], num_questions: int, ensemble: str) -> Tensor:
@@ -138,8 +154,7 @@ def _limit(base: FrozenBase, prefix: Prefix, question: Question, sampling: Sampl
     """Tokens that an answer may have: `max_new_tokens`, or what the base's context leaves it."""
     if base.context_length is None:
         return sampling.max_new_tokens
-    longest = max(prefix.lengths[which] + len(text) for which, text in zip(question.which, question.texts, strict=True))
-    return min(sampling.max_new_tokens, base.context_length - longest)
+    return min(sampling.max_new_tokens, base.context_length - question.length(prefix))
 
 
 def _stream(seed: int, text: Sequence[int], device: torch.device) -> torch.Generator:
@@ -165,8 +180,9 @@ def _decode_plain(base: FrozenBase, start_SH: Tensor, text: Sequence[int], row: 
     with torch.random.fork_rng():
         torch.manual_seed(sampling.seed)
         said = base.model.generate(inputs_embeds=embeds_SH[None], generation_config=settings)[0].tolist()
+    ended = said[-1] in base.stop_ids
     said = [token for token in said if token not in base.stop_ids]
     for index, token in enumerate(said):
-        yield Token(row, token, index == len(said) - 1)
-    if not said:
+        yield Token(row, token, not ended and index == len(said) - 1)
+    if ended:
         yield Token(row, None, True)

@@ -5,9 +5,10 @@ generation will see them: the model continues from the tokens of the question, w
 The BOS token is kept out of the ids: it belongs to the prefix (see model.py), once, before everything else.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,15 @@ class Encoded:
     @property
     def num_supervised(self) -> int:
         return sum(self.supervised)
+
+    def after(self, count: int) -> "Encoded":
+        """The row without its first `count` tokens."""
+        return replace(self, ids=self.ids[count:], supervised=self.supervised[count:])
+
+
+def num_shared(texts: Iterable[Sequence[int]]) -> int:
+    """Tokens that all texts begin with."""
+    return sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, zip(*texts, strict=False)))
 
 
 @dataclass(frozen=True)
@@ -260,17 +270,22 @@ def encode_rows(encoder: Encoder, loaded: Loaded, max_length: int) -> Rows:
     return Rows(encoded, examples, tuple(rejected), loaded.fingerprint, loaded.labels)
 
 
-def load_rows(config: Config, encoder: Encoder) -> tuple[Rows, Rows | None]:
-    """(training rows, held-out rows or None) of a configuration. Does not judge how many were rejected."""
+def load_splits(config: Config) -> tuple[Loaded, Loaded | None]:
+    """(training rows, held-out rows or None) of a configuration, before they are encoded."""
     if config.data.train is None:
         raise ConfigError("data.train is not set: name a file, a folder or a hub data set")
     words = config.data.label_words
     train = load_examples(config.data.train, limit=config.data.limit, label_words=words)
-    held: Loaded | None = None
     if config.data.eval is not None:
-        held = load_examples(config.data.eval, label_words=words)
-    elif config.data.eval_fraction:
-        train, held = hold_out(train, config.data.eval_fraction, config.train.seed)
+        return train, load_examples(config.data.eval, label_words=words)
+    if config.data.eval_fraction:
+        return hold_out(train, config.data.eval_fraction, config.train.seed)
+    return train, None
+
+
+def load_rows(config: Config, encoder: Encoder) -> tuple[Rows, Rows | None]:
+    """The rows of `load_splits`, encoded. Does not judge how many were rejected."""
+    train, held = load_splits(config)
     rows = encode_rows(encoder, train, config.data.max_length)
     return rows, None if held is None else encode_rows(encoder, held, config.data.max_length)
 

@@ -7,6 +7,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from softprompt.answers import answer
 from softprompt.artifact import StoredPrompt
 from softprompt.atomic import write_text
 from softprompt.contestants import Contestant, Entry, choose_shots, competing, enter, line_up
-from softprompt.data import Example, Loaded, Message
+from softprompt.data import Example, Loaded
 from softprompt.encode import Encoded, Encoder, Rows, encode_rows
 from softprompt.errors import ConfigError, DataError
 from softprompt.likelihood import candidate_losses, row_losses
@@ -146,6 +147,20 @@ class _Work:
     max_length: int
     limit: int | None
     entries: dict[str, list[Entry]] = field(default_factory=dict)
+    plain: dict[str, list[list[Encoded]]] = field(default_factory=dict)  # by template
+
+    @cached_property
+    def examples(self) -> list[list[Example]]:
+        """Every row, then the row with each of the label words as its response."""
+        return [[example, *(example.answered(label) for label in self.labels)] for example in self.rows.examples]
+
+    def read(self, encoder: Encoder) -> list[list[Encoded]]:
+        """These as the bare base reads them, encoded once; only the rows themselves are cut, never a label word."""
+        if encoder.template not in self.plain:
+            self.plain[encoder.template] = [
+                [encoder.encode(own, self.max_length), *(encoder.encode(other) for other in others)] for own, *others in self.examples
+            ]
+        return self.plain[encoder.template]
 
 
 @torch.no_grad()
@@ -233,16 +248,8 @@ def _key(work: _Work, named: Sequence[tuple[str, StoredPrompt]]) -> str:
 
 
 def _enter(work: _Work, contestant: Contestant) -> list[Entry]:
-    examples = [[example, *(_with_response(example, label) for label in work.labels)] for example in work.rows.examples]
-    entries = []
-    for index, prompt in enumerate(contestant.members):
-        plain = [prompt.encoder.encode(example, work.max_length) for example in work.rows.examples]
-        entries.append(enter(work.base, contestant, index, examples, plain))
-    return entries
-
-
-def _with_response(example: Example, response: str) -> Example:
-    return replace(example, messages=(*example.messages[:-1], Message("assistant", response)))
+    encoders = [prompt.encoder for prompt in contestant.members]
+    return [enter(work.base, contestant, index, work.examples, work.read(encoder)) for index, encoder in enumerate(encoders)]
 
 
 def _likelihoods(work: _Work, name: str) -> Table:

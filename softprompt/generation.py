@@ -50,7 +50,7 @@ def stream(base: FrozenBase, prompts: Prompts, texts: Sequence[str], sampling: S
     questions = [Question(tuple(number[id(prompt)] for prompt in one), own) for one, own in zip(members, ids, strict=True)]
     with torch.inference_mode():
         prefix = prefix_of(base, [prompt.soft for prompt in distinct])
-    needed = max(prefix.lengths[index] + len(text) for asked in questions for index, text in zip(asked.which, asked.texts, strict=True))
+    needed = max(question.length(prefix) for question in questions)
     if base.context_length is not None and needed >= base.context_length:
         raise DataError(f"a text with its prompt takes {needed} tokens, the base's context is {base.context_length}: shorten the text")
     yield from _as_text(base, decode(base, prefix, questions, sampling), len(texts))

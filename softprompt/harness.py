@@ -14,7 +14,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from softprompt.artifact import load_prompt, read_card
 from softprompt.batch import batches
-from softprompt.decode import Question, Sampling, decode
+from softprompt.decode import Question, Sampling, decode_whole
 from softprompt.encode import Encoded
 from softprompt.errors import ConfigError
 from softprompt.memory import token_budget
@@ -139,12 +139,9 @@ class SoftPromptLM(TemplateLM):  # type: ignore[misc]
             numbers = sorted((n for n, one in enumerate(asked) if one[1] == sampling), key=lambda n: -len(asked[n][0]))
             for first in range(0, len(numbers), QUESTIONS):
                 some = numbers[first : first + QUESTIONS]
-                ids: list[list[int]] = [[] for _ in some]
-                for token in decode(self.base, self.prefix, [Question((0,), (asked[n][0],)) for n in some], sampling):
-                    if token.id is not None:
-                        ids[token.row].append(token.id)
-                for number, own in zip(some, ids, strict=True):
-                    answers[number] = _cut(self.tokenizer.decode(own, skip_special_tokens=True), asked[number][2])
+                questions = [Question((0,), (asked[n][0],)) for n in some]
+                for index, ids, _ in decode_whole(self.base, self.prefix, questions, sampling):
+                    answers[some[index]] = _cut(self.tokenizer.decode(ids, skip_special_tokens=True), asked[some[index]][2])
         return answers
 
     def _question(self, context: str) -> tuple[int, ...]:

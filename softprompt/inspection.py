@@ -88,10 +88,9 @@ def inspect(
     loss, bare_loss = None, None
     worth: Sequence[float | None] = [None] * soft.length
     if held:
-        loss = leave_out_losses(base, soft, held, [()], tokens_per_batch)[0]
-        bare_loss = leave_out_losses(base, no_prompt(base, prompt.encoder.bos_id), held, [()], tokens_per_batch)[0]
-        without = leave_out_losses(base, soft, held, [(index,) for index in range(soft.length)], tokens_per_batch)
-        worth = [one - loss for one in without]
+        (bare_loss,) = leave_out_losses(base, no_prompt(base, prompt.encoder.bos_id), held, [()], tokens_per_batch)
+        loss, *shortened = leave_out_losses(base, soft, held, [(), *((index,) for index in range(soft.length))], tokens_per_batch)
+        worth = [one - loss for one in shortened]
     rows = [RowFacts(*facts) for facts in zip(sizes, near, drifts, worth, strict=True)]
     return Inspection(prompt.card, rows, _alike(soft.rows_PH), loss, bare_loss, len(held))
 

@@ -1,13 +1,12 @@
 """The loss of rows that continue from prefixes, and of many candidates after one text, which is read once."""
 
 from collections.abc import Sequence
-from itertools import takewhile
 
 import torch
 from torch import Tensor
 
 from softprompt.batch import Batch, batches
-from softprompt.encode import Encoded
+from softprompt.encode import Encoded, num_shared
 from softprompt.loss import token_losses
 from softprompt.model import FrozenBase
 from softprompt.prefix import Continued, Prefix, as_prefixes
@@ -39,7 +38,7 @@ def candidate_losses(base: FrozenBase, prefix: Prefix, rows: Sequence[Sequence[E
 
     `rows[r][c]` is row r with candidate c. What a row's candidates have in common is read once, and each goes on from there.
     """
-    shared = [_num_shared(candidates) for candidates in rows]
+    shared = [num_shared(candidate.ids[:-1] for candidate in candidates) for candidates in rows]  # a tail has a token to predict
     if not base.shares_prefix or min(shared) < 2:
         columns = [row_losses(base, prefix, candidates, tokens_per_batch) for candidates in zip(*rows, strict=True)]
         return torch.stack(columns, dim=1)
@@ -48,17 +47,7 @@ def candidate_losses(base: FrozenBase, prefix: Prefix, rows: Sequence[Sequence[E
     for batch in batches(texts, [0] * len(texts), tokens_per_batch, base.device):
         read = base.continue_from(prefix, batch.which_B, batch.ids_BT, batch.mask_BT, keep=True)
         _add_losses(of_texts, base, read, batch)
-        tails = [_from(candidate, shared[row] - 1) for row in batch.rows for candidate in rows[row]]
+        tails = [candidate.after(shared[row] - 1) for row in batch.rows for candidate in rows[row]]
         which = [index for index in range(len(batch.rows)) for _ in rows[0]]
         of_tails[list(batch.rows)] = row_losses(base, as_prefixes(read), tails, tokens_per_batch, which).view(len(batch.rows), -1)
     return of_texts[:, None] + of_tails
-
-
-def _num_shared(candidates: Sequence[Encoded]) -> int:
-    """Tokens at the beginning that all candidates of a row have, less than any of them has in all."""
-    columns = zip(*(candidate.ids[:-1] for candidate in candidates), strict=False)
-    return sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
-
-
-def _from(row: Encoded, first: int) -> Encoded:
-    return Encoded(row.ids[first:], row.supervised[first:])

@@ -2,15 +2,15 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from softprompt.artifact import StoredPrompt, find_prompt, find_prompts, load_prompt, read_card
 from softprompt.config import Config, load_config
-from softprompt.data import Loaded, hold_out, load_examples
-from softprompt.encode import Encoded, encode_rows
-from softprompt.errors import ArtifactError, ConfigError
+from softprompt.data import Loaded, load_examples
+from softprompt.encode import Encoded, encode_rows, load_splits
+from softprompt.errors import ArtifactError, ConfigError, DataError
 from softprompt.job import prepare
 from softprompt.memory import token_budget
 from softprompt.model import FrozenBase, load_base
@@ -20,24 +20,42 @@ from softprompt.runlog import RunFolder, run_of
 
 @dataclass(frozen=True)
 class Entered:
-    """`config`: of the first prompt's base and rows, with the command's overrides. `run`: of the first prompt, where it is one's."""
+    """`config`: the first prompt's base, and what the command says. `run`: the run that the first prompt lies in, with its settings."""
 
     config: Config
     prompts: dict[str, Path]
     adapters: tuple[Path, ...]
     shots: str | None
     run: RunFolder | None
+    of_run: Config | None
+
+    @property
+    def source(self) -> str | None:
+        """Where the held-out rows come from: the command's file, else the run's; None where neither has any."""
+        if self.config.data.eval is not None or self.of_run is None:
+            return self.config.data.eval
+        return self.of_run.data.eval or (self.of_run.data.train if self.of_run.data.eval_fraction else None)
 
     def rows(self) -> tuple[Loaded, Loaded | None]:
-        """(held-out rows, rows to take examples from or None). Without an own file, those of the run. Raises ConfigError."""
-        data, words = self.config.data, self.config.data.label_words
-        train = load_examples(self.shots, label_words=words) if self.shots else None
-        if data.eval is not None:
-            return load_examples(data.eval, limit=data.limit, label_words=words), train
-        if data.train is None or not data.eval_fraction:
+        """(held-out rows, rows to take examples from or None). Raises ConfigError where there are no held-out rows."""
+        if self.source is None:
             raise ConfigError("which rows? give --data FILE")
-        rest, held = hold_out(load_examples(data.train, limit=data.limit, label_words=words), data.eval_fraction, self.config.train.seed)
-        return held, rest
+        data = self.config.data
+        shots = load_examples(self.shots, label_words=data.label_words) if self.shots else None
+        if data.eval is not None:
+            held = load_examples(data.eval, limit=data.limit, label_words=data.label_words)
+            return held, shots or self._training_rows()
+        assert self.of_run is not None
+        train, of_run = load_splits(self.of_run)
+        assert of_run is not None
+        return replace(of_run, examples=of_run.examples[: data.limit]), shots or train
+
+    def _training_rows(self) -> Loaded | None:
+        """The run's, or None where they are no longer at hand: nobody asked for examples."""
+        try:
+            return None if self.of_run is None else load_splits(self.of_run)[0]
+        except DataError:
+            return None
 
     @property
     def results(self) -> Path | None:
@@ -48,56 +66,52 @@ class Entered:
 def entered(prompt: Path, others: Sequence[Path], data: str | None, shots: str | None, overrides: Sequence[str]) -> Entered:
     """Raises ArtifactError where there is no prompt, ConfigError for a wrong override."""
     first, *more = find_prompts(prompt)
-    run = run_of(first)
     prompts = {"prompt" if not more else first.name: first, **{path.name: path for path in more}}
     adapters = tuple(path for path in others if _is_adapter(path))
     for place in (place for place in others if place not in adapters):
         for path in find_prompts(place):
             prompts[_free(path.parent.name if path.name == "prompt" else path.name, prompts)] = path
-    own = _own_settings(first, run)
-    if data is not None:
-        own["data"] = {**own["data"], "eval": data}
-    config = load_config(own, overrides)
-    return Entered(config, prompts, adapters, shots or (config.data.train if run and config.data.eval else None), run)
+    card = read_card(first)
+    own: dict[str, Any] = {
+        "model": card.model_config_of_base.model_dump(exclude_none=True),
+        "data": {"label_words": card.data.label_words, **({} if data is None else {"eval": data})},
+    }
+    run = run_of(first)
+    return Entered(load_config(own, overrides), prompts, adapters, shots, run, None if run is None else run.config())
 
 
 @dataclass(frozen=True)
 class Opened:
-    """One prompt on its base. `held`: encoded held-out rows; `start`: what it was before training, where its run is at hand."""
+    """One prompt on its base, with encoded held-out rows; without any, `held` is empty."""
 
+    given: Entered
     base: FrozenBase
     prompt: StoredPrompt
     held: tuple[Encoded, ...]
-    start: SoftPrompt | None
     tokens_per_batch: int
+
+    def start(self) -> SoftPrompt | None:
+        """What the prompt was before training, or None where its run, or what it started from, is not at hand."""
+        if self.given.of_run is None:
+            return None
+        try:
+            entrants = prepare(self.given.of_run, self.base).entrants
+        except (ArtifactError, DataError):
+            return None
+        (place,) = self.given.prompts.values()
+        entrant = entrants.get(place.name) or (next(iter(entrants.values())) if len(entrants) == 1 else None)
+        return None if entrant is None else entrant.start
 
 
 def opened(prompt: Path, data: str | None, num_rows: int, overrides: Sequence[str], allow_other_base: bool) -> Opened:
-    """Loads a prompt, its base and at most `num_rows` held-out rows, of `data` or of its run; without any, `held` is empty."""
+    """Loads a prompt, its base and at most `num_rows` held-out rows, of `data` or of its run."""
     given = entered(find_prompt(prompt), (), data, None, overrides)
     base = load_base(given.config.model)
     stored = load_prompt(prompt, base, allow_other_base=allow_other_base)
     held: tuple[Encoded, ...] = ()
-    if num_rows and (given.config.data.eval or given.config.data.eval_fraction):
+    if num_rows and given.source is not None:
         held = encode_rows(stored.encoder, given.rows()[0], stored.card.max_length).encoded[:num_rows]
-    start = None
-    if given.run is not None and Path(str(given.run.config().data.train)).exists():
-        entrants = prepare(given.run.config(), base).entrants
-        place = find_prompt(prompt)
-        entrant = entrants.get(place.name) or (next(iter(entrants.values())) if len(entrants) == 1 else None)
-        start = None if entrant is None else entrant.start
-    budget = token_budget(base.model.base_model, base.device, given.config.train.tokens_per_batch)
-    return Opened(base, stored, held, start, budget)
-
-
-def _own_settings(prompt: Path, run: RunFolder | None) -> dict[str, Any]:
-    """Base and rows of a stored prompt; the rows' files are known to its run alone."""
-    card = read_card(prompt)
-    rows: dict[str, Any] = {"label_words": card.data.label_words}
-    if run is not None:
-        rows |= run.config().data.model_dump(exclude_none=True, include={"train", "eval", "eval_fraction", "limit"})
-    seed = {} if run is None else {"train": {"seed": run.config().train.seed}}
-    return {"model": card.model_config_of_base.model_dump(exclude_none=True), "data": rows, **seed}
+    return Opened(given, base, stored, held, token_budget(base.model.base_model, base.device, given.config.train.tokens_per_batch))
 
 
 def _is_adapter(path: Path) -> bool:

@@ -105,10 +105,15 @@ def _macro_f1(table: Table) -> Score:
     return score
 
 
+def _binned(table: Table) -> tuple[Numbers, NDArray[np.bool_], NDArray[np.int64]]:
+    """[N] each: how sure the chosen label was, whether it was right, its bin of confidence."""
+    confidence = table.probabilities.max(axis=1)
+    return confidence, table.chosen == table.truth, np.minimum((confidence * BINS).astype(int), BINS - 1)
+
+
 def _calibration_error(table: Table) -> Score:
     """Expected calibration error (Guo et al. 2017): how far confidence and accuracy lie apart, in BINS bins of confidence."""
-    confidence, right = table.probabilities.max(axis=1), table.chosen == table.truth
-    bins_N = np.minimum((confidence * BINS).astype(int), BINS - 1)
+    confidence, right, bins_N = _binned(table)
 
     def score(weights: Numbers) -> float:
         gaps = np.bincount(bins_N, weights=weights * (confidence - right), minlength=BINS)
@@ -119,8 +124,7 @@ def _calibration_error(table: Table) -> Score:
 
 def reliability(table: Table) -> list[tuple[float, float, int]]:
     """(mean confidence, accuracy, rows) of every bin of confidence that holds rows."""
-    confidence, right = table.probabilities.max(axis=1), table.chosen == table.truth
-    bins_N = np.minimum((confidence * BINS).astype(int), BINS - 1)
+    confidence, right, bins_N = _binned(table)
     held = [bins_N == number for number in range(BINS)]
     return [(float(confidence[own].mean()), float(right[own].mean()), int(own.sum())) for own in held if own.any()]
 

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from softprompt.atomic import write_text
 from softprompt.errors import RunError
 
 
@@ -22,7 +23,7 @@ class Predictions:
         try:
             whole = self._read(path, key) if path.exists() else []
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text("".join(line + "\n" for line in [json.dumps({"evaluation": key}), *whole]), encoding="utf-8")
+            write_text(path, "".join(line + "\n" for line in [json.dumps({"evaluation": key}), *whole]))
         except OSError as error:
             raise RunError(f"{path}: cannot be written: {error.strerror}") from None
 

@@ -53,10 +53,7 @@ def test_candidates_of_one_reading_score_as_whole_rows(bases, tmp_path, family):
     encoder = make_encoder(base.tokenizer, "human-assistant")
     rows = encode_rows(encoder, labelled(tmp_path, 9), 200)
     words = ("good", "goodish", "bad", "b")
-    candidates = [
-        [encoder.encode(type(one)((*one.messages[:-1], type(one.messages[-1])("assistant", word)), "")) for word in words]
-        for one in rows.examples
-    ]
+    candidates = [[encoder.encode(one.answered(word)) for word in words] for one in rows.examples]
     bos = no_prompt(base, tiny.BOS)
     with torch.no_grad():
         prefix = prefix_of(base, [bos])
@@ -98,7 +95,7 @@ def test_shared_text_scores_as_if_every_row_held_it(bases, tmp_path, template):
     from softprompt.contestants import Contestant
 
     for contestant in (Contestant("text", (Stored,), wish="Judge."), Contestant("few-shot", (Stored,), shots=shots)):
-        entry = enter(base, contestant, 0, [[one] for one in rows.examples], rows.encoded)
+        entry = enter(base, contestant, 0, [[one] for one in rows.examples], [[row] for row in rows.encoded])
         full = [contestant.full(encoder, one, row) for one, row in zip(rows.examples, rows.encoded, strict=True)]
         assert [row.num_supervised for row in full] == [row.num_supervised for row in rows.encoded]
         assert entry.tokens == pytest.approx(sum(map(len, full)) / 12 - sum(map(len, rows.encoded)) / 12)
@@ -148,7 +145,7 @@ def test_mixed_batches_answer_as_one_by_one(bases, stored, held):
     base = bases()
     line = line_up(base, [("prompt", stored)], text="Say it.", ensemble=False)
     rows = encode_rows(stored.encoder, held, 200)
-    entries = {one.name: [enter(base, one, 0, [[example] for example in rows.examples], rows.encoded)] for one in line}
+    entries = {one.name: [enter(base, one, 0, [[example] for example in rows.examples], [[row] for row in rows.encoded])] for one in line}
     pairs = [(name, row) for name in entries for row in range(len(held.examples))]
     mixed = {(said.contestant, said.row): said for said in answer(base, entries, pairs, 6)}
     assert set(mixed) == set(pairs)
@@ -310,3 +307,20 @@ def test_a_prompt_without_effect_is_never_called_better(bases, stored, tmp_path)
 def test_unknown_metrics_are_found_before_the_base_is_loaded():
     with pytest.raises(ConfigError, match="there are loss, perplexity"):
         metric_named("los")
+
+
+def test_a_run_is_evaluated_on_its_own_rows_whole_whatever_its_limit_and_without_its_training_file(make_config, tmp_path, monkeypatch):
+    """data.limit is of training rows; a run whose training file has gone can still be evaluated on another."""
+    from softprompt.lineup import entered
+
+    list(train(make_config("train.steps=1", "data.limit=3")))
+    held, examples = entered(tmp_path / "run", (), None, None, ()).rows()
+    assert (len(held.examples), len(examples.examples)) == (7, 3)
+    assert len(entered(tmp_path / "run", (), None, None, ("data.limit=2",)).rows()[0].examples) == 2
+    (tmp_path / "train.jsonl").unlink()
+    held, examples = entered(tmp_path / "run", (), str(tmp_path / "eval.jsonl"), None, ()).rows()
+    assert (len(held.examples), examples) == (7, None)
+    split = make_config("train.steps=1", f"data.train={tmp_path / 'eval.jsonl'}", f"train.out={tmp_path / 'split'}")
+    list(train(split.model_copy(update={"data": split.data.model_copy(update={"eval": None, "eval_fraction": 0.3})})))
+    held, examples = entered(tmp_path / "split", (), None, None, ()).rows()
+    assert (len(held.examples), len(examples.examples)) == (2, 5)

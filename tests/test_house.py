@@ -22,8 +22,8 @@ PACKAGE = ROOT / "softprompt"
 # A module imports only from floors below its own.
 FLOORS = [
     {"errors"},
-    {"config", "hub", "atomic", "precise", "head", "memory", "reparam", "metrics", "predictions"},
-    {"data", "unpack", "prefix"},
+    {"config", "hub", "atomic", "precise", "head", "memory", "reparam", "metrics"},
+    {"data", "unpack", "prefix", "predictions"},
     {"encode"},
     {"batch", "model"},
     {"loss", "prompt", "optim", "decode"},

@@ -365,6 +365,8 @@ def test_softprompt_keeps_the_labels_of_any_mix_of_lengths(pad_is_eos):
         assert batch.targets_N.tolist() == [token for answer in wanted for token in answer]
         assert batch.row_N.tolist() == [index for index, answer in enumerate(wanted) for _ in answer]
         assert (batch.targets_N == tokenizer.eos_token_id).sum() == len(numbers)
+        places = zip(batch.row_N.tolist(), (batch.scored_N % batch.ids_BT.shape[1]).tolist(), strict=True)
+        assert [encoded[numbers[row]].ids[column + 1] for row, column in places] == batch.targets_N.tolist()
     with pytest.raises(DataError, match="the question is empty"):
         make_encoder(tokenizer, "{{ prompt }}").encode(Example(example_of("", "tea").messages, "row", fields={"prompt": ""}))
 
