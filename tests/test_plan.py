@@ -10,7 +10,7 @@ from softprompt.encode import Encoded
 from softprompt.errors import ConfigError
 from softprompt.plan import make_plan
 from softprompt.prompt import SoftPrompt
-from softprompt.screen import size
+from softprompt.screen.console import size
 from softprompt.step import Engine, step_gradients
 
 

@@ -36,7 +36,9 @@ def run_demo(overrides: Sequence[str]) -> None:
     from softprompt.evaluation import evaluate
     from softprompt.generation import generate, without_prompt
     from softprompt.model import load_base
-    from softprompt.screen import console, draw_evaluation, draw_run
+    from softprompt.screen.console import console
+    from softprompt.screen.prompts import draw_evaluation
+    from softprompt.screen.run import draw_run
     from softprompt.training import train
 
     config = demo_config(overrides)

@@ -1,7 +1,5 @@
-"""The command line: one short function per verb. Heavy modules are imported by the verb that needs them."""
+"""What is done with a trained prompt."""
 
-import json
-import os
 import re
 import sys
 from enum import StrEnum
@@ -10,76 +8,13 @@ from typing import Annotated, Any
 
 import typer
 
-from softprompt.errors import ConfigError, Error, MissingPackage
-
-app = typer.Typer(
-    name="softprompt",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-    help="Prompt tuning for frozen language models: train, evaluate and use soft prompts.\n\n"
-    "Settings come from a TOML file, from section.key=value, or both; the latter win.",
-)
+from softprompt.cli.options import HeldOut, Json, OtherBase, Overrides, PromptPath, app, write_json
+from softprompt.errors import ConfigError, MissingPackage
 
 
 class Ensemble(StrEnum):
     mean = "mean"
     vote = "vote"
-
-
-Settings = Annotated[list[str] | None, typer.Argument(metavar="[CONFIG.toml] [section.key=value ...]", help="Settings.")]
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[section.key=value ...]", help="Settings, e.g. model.name=FOLDER.")]
-PromptPath = Annotated[Path, typer.Argument(metavar="PROMPT", help="Prompt, checkpoint or run folder.")]
-HeldOut = Annotated[str | None, typer.Option("--data", metavar="FILE", help="Held-out rows; left out, those of the run that PROMPT is.")]
-Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the result as one JSON object.")]
-OtherBase = Annotated[bool, typer.Option("--allow-other-base", help="Use a prompt on a base or tokenizer that it was not trained for.")]
-
-
-@app.command()
-def train(
-    settings: Settings = None,
-    resume: Annotated[Path | None, typer.Option(metavar="RUN", help="Go on with the run in this folder.")] = None,
-    json_file: Json = None,
-) -> None:
-    """Train a soft prompt."""
-    config = _resumed(resume, settings) if resume else _config(settings)
-    from softprompt.events import Finished
-    from softprompt.screen import draw_run
-    from softprompt.training import train
-
-    result: dict[str, Any] = {}
-
-    def remembered() -> Any:
-        for event in train(config, resume=resume is not None):
-            if isinstance(event, Finished):
-                result.update(event.result)
-            yield event
-
-    try:
-        draw_run(remembered(), config.train.log_every)
-    except KeyboardInterrupt:
-        kept = (Path(config.train.out) / "config.toml").is_file()
-        print(
-            f"stopped; go on with: softprompt train --resume {config.train.out}" if kept else "stopped before the run began",
-            file=sys.stderr,
-        )
-        raise typer.Exit(130) from None
-    _write_json(json_file, result)
-
-
-@app.command()
-def doctor(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a finished run.")],
-    json_file: Json = None,
-) -> None:
-    """Say what is wrong with a finished run, with the number and what to do; compares it with what it must beat."""
-    from softprompt.doctor import diagnose
-    from softprompt.screen import draw_findings
-
-    findings = diagnose(run)
-    draw_findings(findings)
-    _write_json(json_file, {"run": str(run), "findings": findings})
 
 
 @app.command("eval")
@@ -111,7 +46,7 @@ def evaluate(
     from softprompt import Contest, load_base, load_prompt
     from softprompt.evaluation import evaluating
     from softprompt.metrics import metric_named
-    from softprompt.screen import draw_evaluation, follow_evaluation
+    from softprompt.screen.prompts import draw_evaluation, follow_evaluation
 
     for name in metric or []:
         metric_named(name)
@@ -122,7 +57,7 @@ def evaluate(
     budget = given.config.train.tokens_per_batch
     result = follow_evaluation(evaluating(base, prompts, loaded, contest, out=out or given.results, tokens_per_batch=budget))
     draw_evaluation(result)
-    _write_json(json_file, {"prompt": str(prompt), "data": given.source, **result.as_dict()})
+    write_json(json_file, {"prompt": str(prompt), "data": given.source, **result.as_dict()})
 
 
 @app.command()
@@ -137,12 +72,12 @@ def inspect(
     """Show a prompt's rows: their size, the tokens they lie near, how far they moved, what the loss is without each."""
     from softprompt import inspection
     from softprompt.lineup import opened
-    from softprompt.screen import draw_inspection
+    from softprompt.screen.prompts import draw_inspection
 
     found = opened(prompt, data, rows, overrides or [], allow_other_base)
     result = inspection.inspect(found.base, found.prompt, found.held, found.start(), found.tokens_per_batch)
     draw_inspection(result)
-    _write_json(json_file, {"prompt": str(prompt), **result.as_dict()})
+    write_json(json_file, {"prompt": str(prompt), **result.as_dict()})
 
 
 @app.command()
@@ -165,7 +100,7 @@ def prune(
     from softprompt.artifact import write_prompt
     from softprompt.atomic import new_folder
     from softprompt.lineup import opened
-    from softprompt.screen import console
+    from softprompt.screen.console import console
 
     found = opened(prompt, data, rows, overrides or [], allow_other_base)
     shorter, before, after = inspection.prune(found.base, found.prompt, found.held, keep, found.tokens_per_batch)
@@ -176,7 +111,7 @@ def prune(
     )
     console.print(f"written to {out}", markup=False)
     result = {"loss_before": before, "loss_after": after, "num_virtual_tokens": keep, "held_out_rows": len(found.held)}
-    _write_json(json_file, {"prompt": str(out), **result})
+    write_json(json_file, {"prompt": str(out), **result})
 
 
 @app.command()
@@ -207,7 +142,7 @@ def generate(
     from softprompt import Sampling, load_base, load_prompt
     from softprompt.artifact import find_prompts
     from softprompt.generation import check_sampling, stream
-    from softprompt.screen import draw_stream
+    from softprompt.screen.prompts import draw_stream
 
     sampling = Sampling(max_new_tokens, temperature, top_p, top_k, seed, ensemble.value if ensemble else "mean")
     check_sampling(sampling)
@@ -220,7 +155,7 @@ def generate(
     headings = [f"{text}  ({path})" if len(together) > 1 else text for path, _, text in jobs]
     answers = draw_stream(stream(base, [one for _, one, _ in jobs], [text for _, _, text in jobs], sampling), headings)
     rows = [{"prompt": str(path), "text": text, "answer": answer} for (path, _, text), answer in zip(jobs, answers, strict=True)]
-    _write_json(json_file, {"answers": rows})
+    write_json(json_file, {"answers": rows})
 
 
 @app.command("lm-eval", context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
@@ -236,89 +171,9 @@ def lm_eval(context: typer.Context) -> None:
     cli_evaluate()
 
 
-@app.command()
-def show(
-    settings: Settings = None,
-    rows: Annotated[int, typer.Option(min=0, help="Rows to print in full.")] = 3,
-    json_file: Json = None,
-) -> None:
-    """Print rows as the model will see them, supervised tokens coloured, and a summary."""
-    config = _config(settings)
-    from softprompt.screen import draw_rows
-    from softprompt.show import show
-
-    shown = show(config)
-    draw_rows(shown, rows)
-    _write_json(json_file, shown.as_dict(rows))
-
-
-@app.command()
-def plan(settings: Settings = None, json_file: Json = None) -> None:
-    """Count parameters and memory from the base's configuration, without its weights."""
-    config = _config(settings)
-    from softprompt.plan import make_plan
-    from softprompt.screen import draw_plan
-
-    planned = make_plan(config)
-    draw_plan(planned)
-    _write_json(json_file, planned.as_dict())
-
-
-@app.command()
-def demo(overrides: Overrides = None) -> None:
-    """Train, evaluate and try a prompt on the embedded task: customer messages to JSON, with Gemma 3 270M."""
-    from softprompt.demo import run_demo
-
-    run_demo(overrides or [])
-
-
-def main() -> None:
-    """Entry point: errors of the user are one line and exit code 2."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    try:
-        app()
-    except Error as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
-
-
-def _config(settings: list[str] | None) -> Any:
-    from softprompt.config import load_config
-
-    first, *rest = settings or [""]
-    if "=" in first or not first:
-        return load_config(None, settings or ())
-    return load_config(first, rest)
-
-
-def _resumed(run: Path, settings: list[str] | None) -> Any:
-    from softprompt.runlog import RunFolder
-
-    if settings:
-        raise ConfigError(f"--resume takes its settings from {run}: leave out {settings[0]}")
-    return RunFolder.reopen(run).config()
-
-
 def _base_config(prompt: Path, overrides: list[str]) -> Any:
     """The base that a stored prompt was trained for, then the overrides."""
     from softprompt.artifact import read_card
     from softprompt.config import load_config
 
     return load_config({"model": read_card(prompt).model_config_of_base.model_dump(exclude_none=True)}, overrides).model
-
-
-def _write_json(file: Path | None, result: dict[str, Any]) -> None:
-    if file is None:
-        return
-    from softprompt.atomic import write_text
-
-    try:
-        write_text(file, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
-    except OSError as error:
-        raise ConfigError(f"--json {file}: cannot be written: {error.strerror}") from None
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,5 @@
+"""python -m softprompt.cli"""
+
+from softprompt.cli import main
+
+main()

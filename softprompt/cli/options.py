@@ -1,0 +1,46 @@
+"""The program, and what several verbs take."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from softprompt.errors import ConfigError
+
+app = typer.Typer(
+    name="softprompt",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Prompt tuning for frozen language models: train, evaluate and use soft prompts.\n\n"
+    "Settings come from a TOML file, from section.key=value, or both; the latter win.",
+)
+
+Settings = Annotated[list[str] | None, typer.Argument(metavar="[CONFIG.toml] [section.key=value ...]", help="Settings.")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[section.key=value ...]", help="Settings, e.g. model.name=FOLDER.")]
+PromptPath = Annotated[Path, typer.Argument(metavar="PROMPT", help="Prompt, checkpoint or run folder.")]
+HeldOut = Annotated[str | None, typer.Option("--data", metavar="FILE", help="Held-out rows; left out, those of the run that PROMPT is.")]
+Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the result as one JSON object.")]
+OtherBase = Annotated[bool, typer.Option("--allow-other-base", help="Use a prompt on a base or tokenizer that it was not trained for.")]
+
+
+def config_of(settings: list[str] | None) -> Any:
+    from softprompt.config import load_config
+
+    first, *rest = settings or [""]
+    if "=" in first or not first:
+        return load_config(None, settings or ())
+    return load_config(first, rest)
+
+
+def write_json(file: Path | None, result: dict[str, Any]) -> None:
+    if file is None:
+        return
+    from softprompt.atomic import write_text
+
+    try:
+        write_text(file, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
+    except OSError as error:
+        raise ConfigError(f"--json {file}: cannot be written: {error.strerror}") from None

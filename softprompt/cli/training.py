@@ -1,0 +1,84 @@
+"""A run: planned, trained, looked at."""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from softprompt.cli.options import Json, Overrides, Settings, app, config_of, write_json
+from softprompt.errors import ConfigError
+
+
+@app.command()
+def plan(settings: Settings = None, json_file: Json = None) -> None:
+    """Count parameters and memory from the base's configuration, without its weights."""
+    config = config_of(settings)
+    from softprompt.plan import make_plan
+    from softprompt.screen.run import draw_plan
+
+    planned = make_plan(config)
+    draw_plan(planned)
+    write_json(json_file, planned.as_dict())
+
+
+@app.command()
+def train(
+    settings: Settings = None,
+    resume: Annotated[Path | None, typer.Option(metavar="RUN", help="Go on with the run in this folder.")] = None,
+    json_file: Json = None,
+) -> None:
+    """Train a soft prompt."""
+    config = _resumed(resume, settings) if resume else config_of(settings)
+    from softprompt.events import Finished
+    from softprompt.screen.run import draw_run
+    from softprompt.training import train
+
+    result: dict[str, Any] = {}
+
+    def remembered() -> Any:
+        for event in train(config, resume=resume is not None):
+            if isinstance(event, Finished):
+                result.update(event.result)
+            yield event
+
+    try:
+        draw_run(remembered(), config.train.log_every)
+    except KeyboardInterrupt:
+        kept = (Path(config.train.out) / "config.toml").is_file()
+        print(
+            f"stopped; go on with: softprompt train --resume {config.train.out}" if kept else "stopped before the run began",
+            file=sys.stderr,
+        )
+        raise typer.Exit(130) from None
+    write_json(json_file, result)
+
+
+@app.command()
+def doctor(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a finished run.")],
+    json_file: Json = None,
+) -> None:
+    """Say what is wrong with a finished run, with the number and what to do; compares it with what it must beat."""
+    from softprompt.doctor import diagnose
+    from softprompt.screen.run import draw_findings
+
+    findings = diagnose(run)
+    draw_findings(findings)
+    write_json(json_file, {"run": str(run), "findings": findings})
+
+
+@app.command()
+def demo(overrides: Overrides = None) -> None:
+    """Train, evaluate and try a prompt on the embedded task: customer messages to JSON, with Gemma 3 270M."""
+    from softprompt.demo import run_demo
+
+    run_demo(overrides or [])
+
+
+def _resumed(run: Path, settings: list[str] | None) -> Any:
+    from softprompt.runlog import RunFolder
+
+    if settings:
+        raise ConfigError(f"--resume takes its settings from {run}: leave out {settings[0]}")
+    return RunFolder.reopen(run).config()

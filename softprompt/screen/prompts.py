@@ -1,0 +1,158 @@
+"""Prompts at work: an evaluation, an inspection, answers as they come."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from softprompt.screen.console import console
+
+if TYPE_CHECKING:
+    from softprompt.evaluation import Evaluation, Result
+    from softprompt.evaluation import Progress as Asked
+    from softprompt.generation import Piece
+    from softprompt.inspection import Inspection
+    from softprompt.metrics import Estimate, Verdict
+
+
+def follow_evaluation(events: "Iterable[Asked | Evaluation]") -> "Evaluation":
+    """A bar with the rows done and the time left; returns the evaluation that ends it."""
+    from softprompt.evaluation import Evaluation
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        bar = progress.add_task("scoring", total=None)
+        for event in events:
+            if isinstance(event, Evaluation):
+                return event
+            progress.update(bar, description=event.doing, total=event.total, completed=event.done)
+    raise AssertionError("an evaluation ends with its result")
+
+
+def draw_evaluation(evaluation: "Evaluation") -> None:
+    """The contestants side by side, then what the differences can tell. The score that decides is shown with its interval."""
+    results, decides = evaluation.contestants, evaluation.metric
+    names = list(dict.fromkeys(metric for result in results.values() for metric in result.scores))
+    if len(names) > 3:  # it says what the loss says, and there is little room
+        names = [name for name in names if name != "perplexity"]
+    table = Table(title=f"{evaluation.num_rows} rows, {evaluation.num_supervised:,} supervised tokens", title_justify="left")
+    for heading in ("contestant", "tokens", *(name.replace("_per_", "/").replace("_", " ") for name in names)):
+        table.add_column(heading, justify="left" if heading == "contestant" else "right")
+    for name, result in results.items():
+        cells = [_estimate(metric, result.scores.get(metric), metric == decides) for metric in names]
+        table.add_row(called(name, result.num_shots), f"+{result.tokens:.0f}" if round(result.tokens) else "0", *cells)
+    console.print(table)
+    for one in evaluation.verdicts:
+        if one.first not in ("text", "few-shot"):
+            console.print(sentence(one, results))
+    for name, result in results.items():
+        if result.num_unended:
+            console.print(
+                f"[yellow]{result.num_unended} answers of {called(name, result.num_shots)} did not end: raise --max-new-tokens[/]"
+            )
+    if evaluation.num_rejected:
+        console.print(f"{evaluation.num_rejected} rows could not be used")
+    if evaluation.folder:
+        console.print(f"written to {escape(str(evaluation.folder))}")
+
+
+def called(name: str, num_shots: int = 0) -> str:
+    """A contestant's name for people."""
+    known = {"base": "bare base", "text": "text prompt", "prompt": "soft prompt", "few-shot": f"{num_shots} examples"}
+    return known.get(name, name)
+
+
+def _estimate(metric: str, one: "Estimate | None", with_interval: bool) -> str:
+    if one is None:
+        return "-"
+    if percent(metric):
+        return f"{one.value:.1%}" + (f" ({100 * one.low:.1f} to {100 * one.high:.1f})" if with_interval else "")
+    return f"{one.value:.4f}" + (f" ({one.low:.3f} to {one.high:.3f})" if with_interval else "")
+
+
+def percent(metric: str) -> bool:
+    """Whether a metric is a share, shown in per cent."""
+    from softprompt.metrics import METRICS
+
+    return metric in METRICS and METRICS[metric].percent
+
+
+def sentence(verdict: "Verdict", results: "Mapping[str, Result]") -> str:
+    """A verdict in words."""
+    first, second = (called(name, results[name].num_shots) for name in (verdict.first, verdict.second))
+    values = [results[name].scores[verdict.metric].value for name in (verdict.first, verdict.second)]
+    shares = percent(verdict.metric)
+    shown = [f"{value:.1%}" if shares else f"{value:.4f}" for value in values]
+    change, low, high = (f"{100 * end:+.1f}" if shares else f"{end:+.4f}" for end in (verdict.difference, verdict.low, verdict.high))
+    measured = f"{verdict.metric.replace('_', ' ')} {shown[0]} against {shown[1]}, {change}{' points' if shares else ''} ({low} to {high})"
+    if verdict.outcome != "cannot tell":
+        return f"{first} is [bold]{verdict.outcome}[/] than {second}: {measured}"
+    told = "" if verdict.rows_needed is None else f"; about {verdict.rows_needed:,} rows would tell"
+    return f"{first} against {second}: cannot tell with {verdict.num_rows} rows: {measured}{told}"
+
+
+def draw_inspection(inspection: "Inspection") -> None:
+    """A prompt row by row, then what can be said of all."""
+    from softprompt.inspection import CAUTION
+
+    card = inspection.card
+    what = "keys and values of every layer" if card.method == "prefix" else "rows"
+    console.print(f"[bold]{card.num_virtual_tokens} virtual tokens[/] ({what}, {card.position}) for {escape(card.base.name)}")
+    table = Table(title="row by row", title_justify="left")
+    shown = {"row": True, "size": True, "drift": any(row.drift is not None for row in inspection.rows)}
+    shown |= {"worth": inspection.loss is not None, "nearest tokens": card.method == "prompt"}
+    for heading in (heading for heading, on in shown.items() if on):
+        table.add_column(heading, justify="left" if heading == "nearest tokens" else "right")
+    for index, row in enumerate(inspection.rows):
+        near = "  ".join(f"{token!r} {cosine:.2f}" for token, cosine in row.near)
+        cells = {
+            "row": str(index),
+            "size": f"{row.size:.2f}",
+            "drift": "-" if row.drift is None else f"{row.drift:.2f}",
+            "worth": "-" if row.worth is None else f"{row.worth:+.4f}",
+            "nearest tokens": escape(near),
+        }
+        table.add_row(*(cells[heading] for heading, on in shown.items() if on))
+    console.print(table)
+    console.print("size and drift: RMS, as a share of that of the base's embedding rows; worth: what the loss rises by without the row")
+    if card.method == "prompt":
+        console.print(CAUTION)
+    if inspection.alike is not None:
+        console.print(f"cosine between two rows: {inspection.alike[0]:.2f} in the mean, {inspection.alike[1]:.2f} at most")
+    if inspection.loss is None:
+        console.print("what each row is worth is measured on held-out rows: give --data FILE")
+        return
+    console.print(f"held-out loss {inspection.loss:.4f} on {inspection.num_rows} rows, {inspection.bare_loss:.4f} without the prompt")
+    if inspection.expendable:
+        rows, left = ", ".join(map(str, inspection.expendable)), card.num_virtual_tokens - len(inspection.expendable)
+        console.print(
+            f"worth less than 1% of the gain, each alone: rows {rows}; softprompt prune --keep {max(1, left)} measures them together"
+        )
+
+
+def draw_stream(pieces: "Iterable[Piece]", headings: Sequence[str]) -> list[str]:
+    """Answers in the order of the texts: the first unfinished one as it comes, later ones as soon as it is their turn."""
+    answers = [""] * len(headings)
+    done = [False] * len(headings)
+    current = printed = 0
+    _heading(headings, 0)
+    for piece in pieces:
+        answers[piece.row] += piece.text
+        done[piece.row] = piece.last
+        while True:
+            console.print(answers[current][printed:], end="", markup=False)
+            printed = len(answers[current])
+            if not done[current] or current + 1 == len(headings):
+                break
+            console.print()
+            current, printed = current + 1, 0
+            _heading(headings, current)
+    console.print()
+    return answers
+
+
+def _heading(headings: Sequence[str], index: int) -> None:
+    if len(headings) > 1:
+        console.print(f"[bold cyan]{escape(headings[index])}[/]")
