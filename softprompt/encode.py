@@ -84,22 +84,27 @@ class Encoder:
             supervised += [segment.supervised and index < last for index in range(len(piece))]
         if supervised and supervised[0]:
             raise DataError(f"{example.source}: the question is empty: there is nothing to answer")
+        if self._writes_bos(ids):
+            ids, supervised = ids[1:], supervised[1:]
         return _cut(Encoded(tuple(ids), tuple(supervised), example.source), max_length, self.bos_id is not None)
 
     def question(self, text: str | Sequence[Message]) -> tuple[int, ...]:
         """Ids of a question that waits for its answer, without BOS."""
         messages = (Message("user", text),) if isinstance(text, str) else tuple(text)
         asked = Example(messages, "question", fields=_question_fields(messages[-1].content))
-        return tuple(token for segment in self.segments(asked) for token in self._tokenize(segment)[0])
+        ids = tuple(token for segment in self.segments(asked) for token in self._tokenize(segment)[0])
+        return ids[1:] if self._writes_bos(ids) else ids
+
+    def _writes_bos(self, ids: Sequence[int]) -> bool:
+        """Whether the chat template wrote the BOS token that belongs to the prefix. One at a later turn stays: it is text."""
+        return self.template == "chat" and bool(ids) and ids[0] == self.bos_id
 
     def _tokenize(self, segment: Segment) -> tuple[list[int], int]:
         """The segment's ids and how many of them count as the segment's own (a chat template writes some after the end)."""
         ids = self.tokenizer(segment.text, add_special_tokens=False)["input_ids"]
-        eos_id, bos_id = self.tokenizer.eos_token_id, self.tokenizer.bos_token_id
+        eos_id = self.tokenizer.eos_token_id
         if self.template != "chat":
             return ([*ids, eos_id], len(ids) + 1) if segment.ends else (ids, len(ids))
-        if bos_id is not None and bos_id != eos_id:
-            ids = [token for token in ids if token != bos_id]
         if not segment.supervised:
             return ids, len(ids)
         special = set(self.tokenizer.all_special_ids)
@@ -154,13 +159,13 @@ def _template_text(template: str) -> str:
 
 
 def _bos_id(tokenizer: Tokenizer, template: str) -> int | None:
-    """BOS where the tokenizer adds it, or where the chat template writes it."""
+    """BOS where the tokenizer adds it, or where the chat template writes it, once: a token at every turn is a mark of turns."""
     bos_id = tokenizer.bos_token_id
     if bos_id is None or tokenizer("a")["input_ids"][0] == bos_id:
         return bos_id
     if template == "chat" and bos_id != tokenizer.eos_token_id:
-        shown = tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False)
-        return bos_id if shown.startswith(tokenizer.bos_token) else None
+        shown = tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False, add_generation_prompt=True)
+        return bos_id if shown.startswith(tokenizer.bos_token) and shown.count(tokenizer.bos_token) == 1 else None
     return None
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, DynamicCache
 from transformers.utils import cached_file
@@ -167,6 +168,24 @@ def _from_pretrained(kind: Any, wanted: ModelConfig, **how: Any) -> Any:
         return kind.from_pretrained(name, trust_remote_code=wanted.trust_remote_code, **given, **how)
     except (OSError, ValueError, ImportError, KeyError) as error:
         raise ModelError(_cannot_load(name, gguf_file, address, error)) from None
+
+
+def folder_of(config: ModelConfig) -> Path:
+    """Where a base's files lie in Hugging Face's form: the folder itself, the hub's copy in the cache, or a GGUF file unpacked.
+
+    Raises ModelError when there is no such folder.
+    """
+    name, gguf_file = config.location
+    if gguf_file is not None:
+        if not _unpacked(config).is_dir():
+            raise ModelError(f"{name}/{gguf_file} could not be kept unpacked in the cache, whose disk is too full: make room and try again")
+        return _unpacked(config)
+    if Path(name).is_dir():
+        return Path(name)
+    try:
+        return Path(snapshot_download(name, revision=config.revision))
+    except (OSError, ValueError) as error:
+        raise ModelError(_cannot_load(name, None, endpoint(), error)) from None
 
 
 def _unpacked(config: ModelConfig) -> Path:

@@ -226,3 +226,37 @@ def test_too_many_rejected_rows_are_listed_with_places_and_reasons():
         check_rejected(rejected, 1)
     shown = "; ".join(f"a:{line}: output is empty" for line in (1, 2, 3))
     assert str(caught.value) == f"5 rows rejected, data.max_rejected allows 1: {shown}; and 2 more"
+
+
+TURNS = (
+    "{% for m in messages %}{{ bos_token }}{{ m['role'] }}\n{{ m['content'] }}{{ eos_token }}\n{% endfor %}"
+    "{% if add_generation_prompt %}{{ bos_token }}assistant\n{% endif %}"
+)
+
+
+def test_a_bos_token_that_marks_turns_stays_in_the_text():
+    """SmolLM2 calls its <|im_start|> the BOS token and adds none."""
+    tokenizer = tiny_tokenizer(adds_bos=False)
+    tokenizer.chat_template = TURNS
+    encoder = make_encoder(tokenizer, "chat")
+    turns = [{"role": "user", "content": "tea?"}]
+    wanted = tokenizer.apply_chat_template(turns, tokenize=True, add_generation_prompt=True)["input_ids"]
+    assert encoder.bos_id is None
+    assert wanted.count(BOS) == 2
+    assert list(encoder.question("tea?")) == wanted
+
+
+def test_only_the_first_bos_of_a_chat_belongs_to_the_prefix():
+    """Llama 2 writes <s> before every question."""
+    tokenizer = tiny_tokenizer(adds_bos=True)
+    tokenizer.chat_template = TURNS.replace(
+        "{% for m in messages %}{{ bos_token }}", "{% for m in messages %}{% if m['role'] == 'user' %}{{ bos_token }}{% endif %}"
+    ).replace("{% if add_generation_prompt %}{{ bos_token }}", "{% if add_generation_prompt %}")
+    encoder = make_encoder(tokenizer, "chat")
+    turns = [Message("user", "tea?"), Message("assistant", "yes"), Message("user", "now?")]
+    shown = tokenizer.apply_chat_template(
+        [{"role": turn.role, "content": turn.content} for turn in turns], tokenize=True, add_generation_prompt=True
+    )["input_ids"]
+    assert encoder.bos_id == BOS
+    assert shown.count(BOS) == 2
+    assert [BOS, *encoder.question(turns)] == shown

@@ -148,7 +148,7 @@ def generate(
     check_sampling(sampling)
     given = [prompt, *(other or [])]
     paths = [path for place in given for path in find_prompts(place)] if ensemble else given
-    base = load_base(_base_config(paths[0], overrides))
+    base = load_base(base_config(paths[0], overrides))
     stored = [load_prompt(path, base, allow_other_base=allow_other_base) for path in paths]
     together: list[tuple[Any, Any]] = [(prompt, tuple(stored))] if ensemble else list(zip(paths, stored, strict=True))
     jobs = [(path, one, text) for text in asked for path, one in together]
@@ -171,7 +171,7 @@ def lm_eval(context: typer.Context) -> None:
     cli_evaluate()
 
 
-def _base_config(prompt: Path, overrides: list[str]) -> Any:
+def base_config(prompt: Path, overrides: list[str]) -> Any:
     """The base that a stored prompt was trained for, then the overrides."""
     from softprompt.artifact import read_card
     from softprompt.config import load_config

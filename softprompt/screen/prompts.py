@@ -1,7 +1,7 @@
 """Prompts at work: an evaluation, an inspection, answers as they come."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -156,3 +156,16 @@ def draw_stream(pieces: "Iterable[Piece]", headings: Sequence[str]) -> list[str]
 def _heading(headings: Sequence[str], index: int) -> None:
     if len(headings) > 1:
         console.print(f"[bold cyan]{escape(headings[index])}[/]")
+
+
+def draw_exported(exported: "Mapping[str, Any]") -> None:
+    """What an export wrote: each prompt's tokens or file, what was compared, what to know."""
+    console.print(f"written to {exported['out']}", markup=False)
+    for name, facts in exported["prompts"].items():
+        tokens = facts.get("tokens")
+        what = f"{tokens[0]} … {tokens[-1]}" if tokens else f"{facts['file']}, {facts['shape'][0]} rows of {facts['shape'][1]}"
+        console.print(f"  {name}: {what}", markup=False)
+    for what, error in exported["checked"].items():
+        console.print(f"read back: {what.replace('_', ' ')} {error:.1e}", markup=False)
+    for note in exported["notes"]:
+        console.print(note, markup=False)

@@ -1,0 +1,93 @@
+"""A prompt carried to other engines: as entries of a vocabulary, or as plain rows.
+
+P rows are P tokens. Written into the embedding table as new vocabulary entries, a prompt is served by any engine with ordinary
+tokens and its ordinary prefix cache, many prompts in one file.
+"""
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from softprompt.artifact import find_prompt, load_prompt, read_card
+from softprompt.atomic import new_folder
+from softprompt.config import ModelConfig
+from softprompt.errors import ArtifactError, ConfigError
+from softprompt.export import gguf, rows, vocab
+from softprompt.export.entries import Carried, Exported, Goal
+from softprompt.model import load_base
+from softprompt.prompt import DeepPrompt
+
+FORMATS: dict[str, Callable[[Goal], Exported]] = {
+    "vocab": vocab.export,
+    "gguf": gguf.export,
+    "vllm": rows.export_vllm,
+    "npy": rows.export_npy,
+    "torch": rows.export_torch,
+}
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is to be made. `names`: by prompt folder, instead of those that the folders have. `default`: which prompt answers a chat
+    that names none. `gguf_file`: the base as GGUF, where the prompts were trained on its Hugging Face form."""
+
+    prompts: Sequence[Path]
+    format: str
+    out: Path
+    default: str | None = None
+    gguf_file: Path | None = None
+
+
+def export(wanted: Wanted, model: ModelConfig | None = None, *, allow_other_base: bool = False) -> dict[str, Any]:
+    """Writes `wanted.out`, reads it back, and returns the documented JSON of `softprompt export`.
+
+    Raises ConfigError for what cannot be asked, ArtifactError for prompts that cannot be carried, ModelError for a base that cannot.
+    """
+    _check(wanted)
+    names = named(wanted.prompts)
+    if wanted.default is not None and wanted.default not in names:
+        raise ConfigError(f"--default {wanted.default}: there is no such prompt among {', '.join(names)}")
+    base = load_base(model or read_card(wanted.prompts[0]).model_config_of_base)
+    carried = []
+    for name, path in names.items():
+        stored = load_prompt(path, base, allow_other_base=allow_other_base)
+        if isinstance(stored.soft, DeepPrompt):
+            raise ArtifactError(f"{path} holds keys and values of every layer: only softprompt and PEFT take those")
+        carried.append(Carried(name, stored))
+    default = wanted.default or (next(iter(names)) if len(names) == 1 else None)
+    try:
+        with new_folder(wanted.out) as draft:
+            exported = FORMATS[wanted.format](Goal(base, tuple(carried), draft, default, model or carried[0].model, wanted.gguf_file))
+            written = exported.as_dict()
+            (draft / "softprompt.json").write_text(json.dumps(written, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"--out {wanted.out}: cannot be written: {error.strerror or error}") from None
+    return {"out": str(wanted.out), **written}
+
+
+def _check(wanted: Wanted) -> None:
+    if wanted.format == "peft":
+        raise ConfigError("a prompt's folder is a PEFT adapter already: PeftModel.from_pretrained(model, FOLDER)")
+    if wanted.format not in FORMATS:
+        raise ConfigError(f"--to {wanted.format}: known are {', '.join(FORMATS)}")
+    if wanted.gguf_file is not None and wanted.format != "gguf":
+        raise ConfigError(f"--gguf belongs to --to gguf, not to --to {wanted.format}")
+    if wanted.out.exists():
+        raise ConfigError(f"--out {wanted.out} exists: choose another folder")
+
+
+def named(paths: Sequence[Path]) -> dict[str, Path]:
+    """The prompts by name: that of the run or of the prompt's folder. Raises ConfigError for a name that no token can carry, or twice."""
+    found: dict[str, Path] = {}
+    for path in paths:
+        folder = find_prompt(path).resolve()
+        name = folder.parent.name if folder.name == "prompt" else folder.name
+        if not re.fullmatch(r"[\w.-]+", name):
+            raise ConfigError(f"{path}: {name!r} cannot be part of a token's name: rename the folder to letters, digits, _ . -")
+        if name in found:
+            raise ConfigError(f"{found[name]} and {path} would both be called {name}: rename a folder")
+        found[name] = path
+    return found

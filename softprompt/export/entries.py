@@ -1,0 +1,125 @@
+"""What an export is made of: prompts with the names of their tokens, and what came of it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from softprompt.artifact import StoredPrompt
+from softprompt.config import ModelConfig
+from softprompt.data import Message
+from softprompt.encode import Encoded
+from softprompt.errors import ArtifactError
+from softprompt.model import FrozenBase
+from softprompt.prompt import prefix_of
+
+QUESTIONS = ("What can I do for you today?", "你好，请问有什么可以帮您？", "  1 + 1 = 2; naïve café\n\tx")
+
+
+@dataclass(frozen=True)
+class Carried:
+    """A prompt under its name."""
+
+    name: str
+    stored: StoredPrompt
+
+    @property
+    def model(self) -> ModelConfig:
+        return self.stored.card.model_config_of_base
+
+    @property
+    def tokens(self) -> tuple[str, ...]:
+        """The names of its rows as tokens: hard to type by accident, one each."""
+        return tuple(f"<|sp:{self.name}:{index}|>" for index in range(self.stored.soft.length))
+
+    @property
+    def bos(self) -> str:
+        """The BOS token's text, empty where texts have none."""
+        bos_id = self.stored.soft.bos_id
+        return "" if bos_id is None else self.stored.encoder.tokenizer.convert_ids_to_tokens(bos_id)
+
+    @property
+    def opening(self) -> str:
+        """What a text for this prompt begins with: BOS before or behind the rows, as in training."""
+        rows = "".join(self.tokens)
+        return self.bos + rows if self.stored.soft.position == "after_bos" else rows + self.bos
+
+    def asked(self, question: str) -> tuple[int, ...]:
+        """Ids of a question in the prompt's template, without BOS."""
+        return self.stored.encoder.question((Message("user", question),))
+
+
+@dataclass(frozen=True)
+class Goal:
+    """`draft`: the folder to fill. `default`: the prompt of a chat that names none. `model`: where the base came from."""
+
+    base: FrozenBase
+    prompts: tuple[Carried, ...]
+    draft: Path
+    default: str | None
+    model: ModelConfig
+    gguf_file: Path | None
+
+    @cached_property
+    def tokens(self) -> tuple[str, ...]:
+        """All new tokens, prompt after prompt. Raises ArtifactError when the vocabulary has one already."""
+        tokens = tuple(token for prompt in self.prompts for token in prompt.tokens)
+        taken = self.base.tokenizer.get_vocab()
+        for token in tokens:
+            if token in taken:
+                raise ArtifactError(f"{self.base.name} has a token {token} already: rename the prompt's folder")
+        return tokens
+
+    @cached_property
+    def rows_NH(self) -> Tensor:
+        """Their entries in the embedding table, float32: what the embedding module multiplies by is divided out."""
+        return torch.cat([prompt.stored.soft.rows_PH.float().cpu() for prompt in self.prompts]) / embedding_scale(self.base)
+
+
+@dataclass(frozen=True)
+class Exported:
+    """`prompts`: each one's facts. `sayable`: how likely a new token is at most where an engine knows no suppression, or None where the
+    engine gets no new tokens. `checked`: what was read back and compared, with the largest deviation."""
+
+    format: str
+    base: str
+    prompts: dict[str, dict[str, Any]]
+    files: Sequence[str] = ()
+    checked: dict[str, float] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    def as_dict(self) -> dict[str, Any]:
+        """The documented JSON of `softprompt export`."""
+        return {
+            "format": self.format,
+            "base": self.base,
+            "prompts": self.prompts,
+            "files": list(self.files),
+            "checked": self.checked,
+            "notes": list(self.notes),
+        }
+
+
+@torch.no_grad()
+def embedding_scale(base: FrozenBase) -> float:
+    """What the embedding module multiplies its table's rows by: 1, or sqrt(H) in the Gemma family. Measured, not looked up."""
+    ids = torch.arange(min(64, base.model.get_input_embeddings().weight.shape[0]), device=base.device)
+    given, held = base.embed(ids).double(), base.model.get_input_embeddings().weight[ids].double()
+    scale = ((given * held).sum() / held.square().sum()).item()
+    if not torch.allclose(given, held * scale, rtol=1e-2, atol=1e-6):
+        raise ArtifactError(f"{base.name} does more to its embeddings than scaling them: a prompt cannot be an entry of its vocabulary")
+    return scale
+
+
+@torch.no_grad()
+def our_logits(base: FrozenBase, prompt: Carried, question: str) -> Tensor:
+    """[T, V] float32: our own logits on every token of a question behind the prompt."""
+    row = Encoded(prompt.asked(question), (False,) * len(prompt.asked(question)))
+    ids_BT = torch.tensor([row.ids], device=base.device)
+    prefix = prefix_of(base, [prompt.stored.soft])
+    hidden = base.continue_from(prefix, torch.zeros(1, dtype=torch.long, device=base.device), ids_BT, torch.ones_like(ids_BT)).hidden_BTH
+    return base.logits(hidden[0]).float().cpu()

@@ -1,0 +1,205 @@
+"""A model folder whose vocabulary holds the prompts: any engine that reads Hugging Face folders serves it, with ordinary tokens.
+
+Only the embedding table, the head and the configuration are rewritten, tensor by tensor; the other weights are copied as they are,
+shard by shard. Everything is read back before the folder is put in its place.
+"""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from softprompt.errors import ArtifactError, ModelError
+from softprompt.export.chat import chat_ids, check_ids, extended_tokenizer
+from softprompt.export.entries import QUESTIONS, Exported, Goal, our_logits
+from softprompt.export.silence import Silence, silence
+from softprompt.model import folder_of
+
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+SKIPPED = (".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".safetensors", ".index.json")
+SAMPLE = 16  # rows by which a table is known
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.01}
+
+
+@dataclass(frozen=True)
+class Table:
+    """Where a matrix of the vocabulary lies: its tensor's name and its file."""
+
+    name: str
+    file: str
+
+
+def export(goal: Goal) -> Exported:
+    """Fills the draft with the whole model. Raises ArtifactError or ModelError for a base that cannot carry the prompts."""
+    source = folder_of(goal.model)
+    base, tokenizer = goal.base, extended_tokenizer(goal)
+    embeddings, head = _tables(goal, source)
+    ids = tokenizer.convert_tokens_to_ids(list(goal.tokens))
+    mute = silence(base, goal.prompts)
+    size = max(base.model.get_input_embeddings().weight.shape[0], max(ids) + 1)
+    _copy_rest(source, goal.draft)
+    _write_weights(source, goal, embeddings, head, ids, size, mute)
+    tokenizer.save_pretrained(goal.draft)
+    _write_settings(goal.draft, size, ids)
+    checked = _read_back(goal, ids)
+    prompts = {
+        prompt.name: {"tokens": list(prompt.tokens), "ids": tokenizer.convert_tokens_to_ids(list(prompt.tokens)), "opening": prompt.opening}
+        for prompt in goal.prompts
+    }
+    files = sorted(file.name for file in goal.draft.iterdir())
+    return Exported("vocab", base.name, prompts, files, checked, (mute.note,))
+
+
+# ---- where the tables lie ------------------------------------------------------------------------------------------
+
+
+def _weight_map(source: Path) -> dict[str, str]:
+    """The file of every tensor. Raises ModelError for a folder without safetensors."""
+    if (source / INDEX).is_file():
+        return json.loads((source / INDEX).read_text(encoding="utf-8"))["weight_map"]
+    if not (source / SINGLE).is_file():
+        raise ModelError(f"{source} has no {SINGLE}: save the base with save_pretrained, which writes it; pickles are not read")
+    with safe_open(source / SINGLE, "pt") as file:
+        return dict.fromkeys(file.keys(), SINGLE)
+
+
+def _tables(goal: Goal, source: Path) -> tuple[Table, Table | None]:
+    """The embedding table and the head; None where the head is tied and has no tensor of its own. They are known by their numbers:
+    transformers renames the tensors of some families as it reads them.
+
+    Raises ModelError where the files hold no such tensor.
+    """
+    files = _weight_map(source)
+    embeddings, head = goal.base.model.get_input_embeddings().weight, goal.base.model.get_output_embeddings().weight
+    tables, heads = _equal_to(embeddings, source, files), _equal_to(head, source, files)
+    if not tables or not (heads or head is embeddings):
+        raise ModelError(
+            f"{source}: no tensor of its files is the base's embedding table and head: how this family stores them is not known"
+        )
+    first = min(tables, key=lambda table: "head" in table.name)  # of a tied pair that is stored twice
+    return first, next((table for table in heads if table != first), None)
+
+
+def _equal_to(matrix: Tensor, source: Path, files: dict[str, str]) -> list[Table]:
+    some = torch.linspace(0, len(matrix) - 1, min(SAMPLE, len(matrix))).long().tolist()
+    wanted = matrix[some].cpu()
+    found = []
+    for name, file in files.items():
+        with safe_open(source / file, "pt") as shard:
+            part = shard.get_slice(name)
+            if part.get_shape() == list(matrix.shape) and all(
+                torch.equal(part[row : row + 1][0].to(wanted.dtype), own) for row, own in zip(some, wanted, strict=True)
+            ):
+                found.append(Table(name, file))
+    return found
+
+
+# ---- writing -------------------------------------------------------------------------------------------------------
+
+
+def _copy_rest(source: Path, draft: Path) -> None:
+    for file in source.iterdir():
+        if file.is_file() and not file.name.endswith(SKIPPED):
+            shutil.copyfile(file, draft / file.name)
+
+
+def _write_weights(source: Path, goal: Goal, embeddings: Table, head: Table | None, ids: list[int], size: int, mute: Silence) -> None:
+    """Shard by shard; those that hold neither table are copied. A tied head gets a tensor of its own beside the table."""
+    files = _weight_map(source)
+    head_name = head.name if head else _head_name(goal)
+    new: dict[str, Callable[[Tensor], Tensor]] = {
+        embeddings.name: lambda table_VH: extended(table_VH, ids, goal.rows_NH, size),
+        head_name: lambda table_VH: extended(table_VH, ids, mute.row_H.expand(len(ids), -1), size),
+    }
+    bias_name = head_name.removesuffix("weight") + "bias"
+    if mute.bias is not None and bias_name in files:
+        new[bias_name] = lambda bias_V: extended(bias_V[:, None], ids, torch.full((len(ids), 1), mute.bias or 0.0), size)[:, 0]
+    for name in sorted(set(files.values())):
+        if not any(files.get(tensor) == name for tensor in new):
+            shutil.copyfile(source / name, goal.draft / name)
+            continue
+        with safe_open(source / name, "pt") as shard:
+            tensors = {key: new[key](shard.get_tensor(key)) if key in new else shard.get_tensor(key) for key in shard.keys()}  # noqa: SIM118
+            if name == embeddings.file and head is None:
+                tensors[head_name] = new[head_name](shard.get_tensor(embeddings.name))
+            save_file(tensors, goal.draft / name, metadata=shard.metadata())
+    if (source / INDEX).is_file():
+        _write_index(source, goal.draft, files | {head_name: files.get(head_name, embeddings.file)})
+
+
+def _head_name(goal: Goal) -> str:
+    head = goal.base.model.get_output_embeddings()
+    return next(name for name, module in goal.base.model.named_modules() if module is head) + ".weight"
+
+
+def extended(table_VH: Tensor, ids: list[int], rows_NH: Tensor, size: int) -> Tensor:
+    """The table with `size` rows, those of `ids` replaced; rows in between that no token has are zero."""
+    grown = table_VH.new_zeros(size, table_VH.shape[1])
+    grown[: len(table_VH)] = table_VH
+    grown[ids] = rows_NH.to(table_VH.dtype)
+    return grown
+
+
+def _write_index(source: Path, draft: Path, files: dict[str, str]) -> None:
+    index = json.loads((source / INDEX).read_text(encoding="utf-8"))
+    index["weight_map"] = dict(sorted(files.items()))
+    index.setdefault("metadata", {})["total_size"] = sum(_num_bytes(draft / name) for name in set(files.values()))
+    (draft / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _num_bytes(file: Path) -> int:
+    with safe_open(file, "pt") as shard:
+        return sum(tensor.numel() * tensor.element_size() for tensor in map(shard.get_tensor, shard.keys()))
+
+
+def _write_settings(draft: Path, size: int, ids: list[int]) -> None:
+    """Sizes, and the head untied, wherever the configuration has them, at the top or in the part of the language model."""
+    settings = json.loads((draft / "config.json").read_text(encoding="utf-8"))
+    parts = [settings, *(settings[key] for key in ("text_config", "llm_config", "language_config") if isinstance(settings.get(key), dict))]
+    for part in parts:
+        if "vocab_size" in part or part is parts[-1]:
+            part["vocab_size"] = size
+        part["tie_word_embeddings"] = False
+    (draft / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    file = draft / "generation_config.json"
+    generation = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    generation["suppress_tokens"] = sorted({*(generation.get("suppress_tokens") or ()), *ids})
+    file.write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
+
+
+# ---- reading back --------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def _read_back(goal: Goal, ids: list[int]) -> dict[str, float]:
+    """Loads what was written as any user would and compares it with ours: ids of texts, logits of every position.
+
+    Raises ArtifactError where they differ.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(goal.draft)
+    for prompt in goal.prompts:
+        check_ids(prompt, tokenizer)
+    model = AutoModelForCausalLM.from_pretrained(goal.draft, dtype=goal.base.dtype).to(goal.base.device).eval()
+    worst = 0.0
+    for prompt, question in product(goal.prompts, QUESTIONS):
+        given = chat_ids(tokenizer, prompt, question)
+        ours_TV = our_logits(goal.base, prompt, question)
+        theirs_TV = model(torch.tensor([given], device=goal.base.device)).logits[0, -len(ours_TV) :].float().cpu()
+        kept = [token for token in range(ours_TV.shape[1]) if token not in set(ids)]
+        deviation = ((theirs_TV[:, kept] - ours_TV[:, kept]).norm() / ours_TV[:, kept].norm()).item()
+        worst = max(worst, deviation)
+    tolerance = TOLERANCE.get(goal.base.dtype, 0.05)
+    if not worst <= tolerance:
+        raise ArtifactError(
+            f"read back, the model's logits differ from ours by {worst:.1e} (allowed {tolerance:.0e}): {goal.base.name} cannot carry "
+            "a prompt in its vocabulary"
+        )
+    return {"logits_relative_error": worst}
