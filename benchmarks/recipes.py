@@ -68,13 +68,11 @@ def peft_vocabulary(material: init.Material, room: int) -> init.Start:
 GRID = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 RECIPES = {
     "softprompt": Recipe(),
+    "softprompt, after BOS": Recipe(("prompt.position=after_bos",)),
+    "softprompt, after BOS, random init": Recipe(("prompt.position=after_bos", "prompt.init=random")),
     "softprompt, random init": Recipe(("prompt.init=random",)),
     "softprompt, vocab init": Recipe(("prompt.init=vocab",)),
     "softprompt, labels then text": Recipe(('prompt.init=["labels", "text", "vocab"]',)),
-    "softprompt, before BOS": Recipe(("prompt.position=start",)),
-    "softprompt, before BOS, rate 0.1": Recipe(("prompt.position=start", "optim.relative_lr=0.1")),
-    "softprompt, before BOS, rate 0.4": Recipe(("prompt.position=start", "optim.relative_lr=0.4")),
-    "softprompt, before BOS, random init": Recipe(("prompt.position=start", "prompt.init=random")),
     "softprompt, residual MLP": Recipe(("prompt.reparam=residual-mlp",)),
     "softprompt, low rank": Recipe(("prompt.reparam=low-rank",)),
     "softprompt, superposition": Recipe(("prompt.reparam=superpos",)),

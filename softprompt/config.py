@@ -120,7 +120,7 @@ class PromptConfig(Section):
     text: str | None = None
     """The text of init = "text"; in evaluation also the hard prompt that the soft prompt must beat."""
     position: Literal["auto", "after_bos", "start"] = "auto"
-    """Where the rows stand. auto: after_bos where the tokenizer adds BOS, else start (as PEFT does)."""
+    """Where the rows stand: start, before BOS, as PEFT has them; after_bos. auto: start, and after_bos for method = "prefix"."""
 
     @property
     def sources(self) -> tuple[Source, ...]:

@@ -184,7 +184,7 @@ def resolve_position(config: Config, encoder: Encoder) -> str:
     if config.prompt.method == "prefix" and config.prompt.position == "start" and encoder.bos_id is not None:
         raise ConfigError('prompt.method = "prefix" stands behind BOS: prompt.position must be "after_bos" or "auto"')
     if config.prompt.position == "auto":
-        return "start" if encoder.bos_id is None else "after_bos"
+        return "after_bos" if config.prompt.method == "prefix" and encoder.bos_id is not None else "start"
     if config.prompt.position == "after_bos" and encoder.bos_id is None:
         raise ConfigError('prompt.position = "after_bos": this tokenizer adds no BOS token; use "start" or "auto"')
     return config.prompt.position

@@ -56,7 +56,7 @@ def test_the_card_names_the_base_and_its_tokenizer(trained, bases):
 
 def test_the_card_says_how_texts_are_rendered(trained):
     card = read_card(trained)
-    assert (card.template, card.position, card.bos_id, card.max_length) == ("human-assistant", "after_bos", tiny.BOS, 256)
+    assert (card.template, card.position, card.bos_id, card.max_length) == ("human-assistant", "start", tiny.BOS, 256)
     assert (card.text, card.num_virtual_tokens) == (TEXT, len(TEXT))
 
 
