@@ -27,7 +27,7 @@ from softprompt.errors import ArtifactError
 from softprompt.model import FrozenBase
 from softprompt.prompt import DeepPrompt, SoftPrompt, shapes_of
 
-TENSOR = "prompt_embeddings"
+TENSOR, WEIGHTS = "prompt_embeddings", "adapter_model.safetensors"
 PACKAGES = ("softprompt", "torch", "transformers", "peft", "tokenizers")
 ANYWAY = "pass --allow-other-base (allow_other_base=True) to use it all the same"
 LICENCE_NOTE = (
@@ -120,7 +120,7 @@ def write_prompt(folder: Path, soft: SoftPrompt, card: Card, base: FrozenBase) -
     peft = _peft_config(soft, card, base, rows)
     if peft is not None:
         peft.save_pretrained(str(folder))
-    save_file({TENSOR: rows.contiguous()}, folder / "adapter_model.safetensors")
+    save_file({TENSOR: rows.contiguous()}, folder / WEIGHTS)
     (folder / "card.json").write_text(card.model_dump_json(indent=2) + "\n", encoding="utf-8")
     (folder / "README.md").write_text(_model_card(card), encoding="utf-8")
 
@@ -151,16 +151,18 @@ def find_prompt(path: str | Path) -> Path:
     """The prompt folder meant by a path: itself, or the finished prompt of a run folder. Raises ArtifactError."""
     folder = Path(path)
     for candidate in (folder, folder / "prompt"):
-        if (candidate / "adapter_model.safetensors").is_file():
+        if (candidate / WEIGHTS).is_file():
             if not (candidate / "card.json").is_file():
-                raise ArtifactError(f"{candidate} has no card.json: it was not written by softprompt")
+                raise ArtifactError(
+                    f"{candidate} has no card.json: it was not written by softprompt; softprompt import {candidate} takes it in"
+                )
             return candidate
     several = _several(folder)
     if several:
         raise ArtifactError(f"{folder} holds {len(several)} prompts: name one, e.g. {several[0]}")
     if (folder / "config.toml").is_file():
         raise ArtifactError(f"{folder} is a run that has not finished: name one of its checkpoints, or softprompt train --resume {folder}")
-    raise ArtifactError(f"{folder}: no prompt here (adapter_model.safetensors is missing)")
+    raise ArtifactError(f"{folder}: no prompt here ({WEIGHTS} is missing)")
 
 
 def find_prompts(path: str | Path) -> list[Path]:
@@ -239,7 +241,7 @@ def _check_fingerprints(folder: Path, card: Card, base: FrozenBase) -> None:
 
 
 def _read_rows(folder: Path, card: Card) -> torch.Tensor:
-    file = folder / "adapter_model.safetensors"
+    file = folder / WEIGHTS
     try:
         tensors = load_file(file)
     except (SafetensorError, OSError) as error:
@@ -296,14 +298,18 @@ def _model_card(card: Card) -> str:
         front.insert(0, f"base_model: {card.base.name}")
     shown = card.base.name if on_hub else Path(card.base.name).name
     bos = "\nThe first stored row is the BOS token: with PEFT, tokenize without BOS.\n" if card.position == "after_bos" else ""
+    origin = f"Trained with softprompt {card.versions['softprompt']} on {card.data.num_train} rows of {card.data.train};"
+    held = f"{card.data.num_eval} rows were held out. Losses are per supervised token, natural logarithm."
+    if not card.data.num_train:
+        origin, held = f"Written by softprompt {card.versions['softprompt']}: {card.init}.", "What it was trained on is not known."
     losses = "".join(f"| {name} | {value:.4f} |\n" for name, value in card.metrics.items() if isinstance(value, float))
     return f"""---
 {chr(10).join(front)}
 ---
 # A soft prompt of {card.num_virtual_tokens} virtual tokens for {shown}
 
-Trained with softprompt {card.versions["softprompt"]} on {card.data.num_train} rows of {card.data.train};
-{card.data.num_eval} rows were held out. Losses are per supervised token, natural logarithm.
+{origin}
+{held}
 
 | | |
 |---|---|

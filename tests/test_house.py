@@ -35,7 +35,7 @@ FLOORS = [
     {"answers"},
     {"evaluation"},
     {"job"},
-    {"doctor", "lineup"},
+    {"doctor", "lineup", "foreign"},
     {"training"},
     {"plan"},
     {"screen"},

@@ -1,0 +1,34 @@
+"""Prompts that come from elsewhere, and go there: other programs, other bases, the hub."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from softprompt.cli.options import Json, Overrides, app, write_json
+
+Out = Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder for the prompt; must not exist.")]
+
+
+@app.command("import")
+def import_(
+    source: Annotated[Path, typer.Argument(metavar="FILE|FOLDER", help="PEFT adapter folder, .safetensors, .npy, or TGIS folder.")],
+    out: Out,
+    overrides: Overrides = None,
+    template: Annotated[
+        str | None, typer.Option(help="How the prompt's texts were rendered, a name or Jinja; left out, texts are taken as they are.")
+    ] = None,
+    task_id: Annotated[int | None, typer.Option(help="Which task of a multitask adapter.")] = None,
+    json_file: Json = None,
+) -> None:
+    """Take in a soft prompt that another program wrote: check it against its base and write a prompt folder with a card."""
+    from softprompt.foreign import import_prompt
+    from softprompt.screen.console import console
+
+    told = [] if template is None else [f"data.template={template}"]
+    card, kind = import_prompt(source, out, [*(overrides or []), *told], task_id)
+    console.print(f"{card.num_virtual_tokens} virtual tokens ({kind}, {card.position}) for {card.base.name}", markup=False)
+    console.print(f"texts are rendered with {card.template}", markup=False)
+    console.print(f"written to {out}", markup=False)
+    result = {"prompt": str(out), "kind": kind, "num_virtual_tokens": card.num_virtual_tokens, "method": card.method}
+    write_json(json_file, {**result, "position": card.position, "template": card.template, "base": card.base.name})
