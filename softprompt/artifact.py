@@ -258,23 +258,28 @@ def _read_rows(folder: Path, card: Card) -> torch.Tensor:
     return rows.float()
 
 
+def base_card(model: ModelConfig, base: FrozenBase) -> BaseCard:
+    """What a card says of a base that was loaded with these settings."""
+    name, gguf_file = model.location
+    return BaseCard(
+        name=name,
+        gguf_file=gguf_file,
+        revision=model.revision,
+        quantization=model.quantization,
+        model_type=base.model.config.model_type,
+        hidden_size=base.hidden_size,
+        fingerprint=base.fingerprint,
+        tokenizer_fingerprint=base.tokenizer_fingerprint,
+        chat_template_sha256=chat_template_hash(base.tokenizer),
+    )
+
+
 def make_card(
     config: Config, base: FrozenBase, soft: SoftPrompt, encoder: Encoder, data: DataCard, note: str, metrics: dict[str, Any]
 ) -> Card:
     """The card of a prompt as it is now."""
-    name, gguf_file = config.model.location
     return Card(
-        base=BaseCard(
-            name=name,
-            gguf_file=gguf_file,
-            revision=config.model.revision,
-            quantization=config.model.quantization,
-            model_type=base.model.config.model_type,
-            hidden_size=base.hidden_size,
-            fingerprint=base.fingerprint,
-            tokenizer_fingerprint=base.tokenizer_fingerprint,
-            chat_template_sha256=chat_template_hash(base.tokenizer),
-        ),
+        base=base_card(config.model, base),
         method=config.prompt.method,
         num_virtual_tokens=soft.length,
         shapes=soft.shapes if isinstance(soft, DeepPrompt) else (),

@@ -37,7 +37,7 @@ FLOORS = [
     {"job"},
     {"doctor", "lineup", "foreign"},
     {"training"},
-    {"plan"},
+    {"plan", "recycle"},
     {"screen"},
     {"demo"},
     {"cli"},

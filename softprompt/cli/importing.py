@@ -5,7 +5,9 @@ from typing import Annotated
 
 import typer
 
-from softprompt.cli.options import Json, Overrides, app, write_json
+from softprompt.cli.options import HeldOut, Json, Overrides, PromptPath, app, write_json
+from softprompt.cli.training import followed
+from softprompt.errors import ConfigError
 
 Out = Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder for the prompt; must not exist.")]
 
@@ -32,3 +34,30 @@ def import_(
     console.print(f"written to {out}", markup=False)
     result = {"prompt": str(out), "kind": kind, "num_virtual_tokens": card.num_virtual_tokens, "method": card.method}
     write_json(json_file, {**result, "position": card.position, "template": card.template, "base": card.base.name})
+
+
+@app.command()
+def recycle(
+    prompt: PromptPath,
+    out: Out,
+    overrides: Overrides = None,
+    data: HeldOut = None,
+    tolerance: Annotated[float, typer.Option(min=0, help="It is trained when its loss per token has risen by more than this.")] = 0.01,
+    json_file: Json = None,
+) -> None:
+    """Move a prompt to another variant of its base, e.g. model.name=FOLDER: what it has lost is measured, and trained back if need be."""
+    if out.exists():
+        raise ConfigError(f"--out {out} exists: choose another folder")
+    from softprompt.recycle import move
+    from softprompt.screen.prompts import draw_moved, draw_recycled
+
+    moved = move(prompt, overrides or [], data)
+    draw_moved(moved, tolerance)
+    steps, loss_after = 0, moved.loss_new_base
+    if moved.has_lost(tolerance):
+        trained = followed(moved.training(out), base=moved.base)
+        steps, loss_after = trained["steps"], trained["eval_loss_after"]
+    else:
+        moved.write(out)
+    draw_recycled(moved, out, steps, loss_after)
+    write_json(json_file, {"prompt": str(out), **moved.as_dict(), "steps": steps, "loss_after": loss_after})
