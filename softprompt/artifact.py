@@ -28,6 +28,7 @@ from softprompt.model import FrozenBase
 from softprompt.prompt import DeepPrompt, SoftPrompt, shapes_of
 
 TENSOR, WEIGHTS = "prompt_embeddings", "adapter_model.safetensors"
+FILES = ("adapter_config.json", WEIGHTS, "card.json", "README.md")
 PACKAGES = ("softprompt", "torch", "transformers", "peft", "tokenizers")
 ANYWAY = "pass --allow-other-base (allow_other_base=True) to use it all the same"
 LICENCE_NOTE = (
@@ -122,7 +123,7 @@ def write_prompt(folder: Path, soft: SoftPrompt, card: Card, base: FrozenBase) -
         peft.save_pretrained(str(folder))
     save_file({TENSOR: rows.contiguous()}, folder / WEIGHTS)
     (folder / "card.json").write_text(card.model_dump_json(indent=2) + "\n", encoding="utf-8")
-    (folder / "README.md").write_text(_model_card(card), encoding="utf-8")
+    (folder / "README.md").write_text(model_card(card), encoding="utf-8")
 
 
 def _peft_config(soft: SoftPrompt, card: Card, base: FrozenBase, rows: torch.Tensor) -> Any:
@@ -180,10 +181,20 @@ def read_card(path: str | Path) -> Card:
     """The card of a prompt or run folder. Raises ArtifactError when it is missing or damaged."""
     folder = find_prompt(path)
     try:
-        return Card.model_validate_json((folder / "card.json").read_text(encoding="utf-8"))
+        card = Card.model_validate_json((folder / "card.json").read_text(encoding="utf-8"))
     except (ValidationError, UnicodeDecodeError) as error:
         first = error.errors()[0] if isinstance(error, ValidationError) else {"loc": (), "msg": str(error)}
         raise ArtifactError(f"{folder / 'card.json'} is damaged: {'.'.join(map(str, first['loc']))} {first['msg']}") from None
+    if card.template.endswith(".jinja") and "{" not in card.template:
+        raise ArtifactError(f"{folder / 'card.json'} names a template file; a card must hold the template itself")
+    return card
+
+
+def check_prompt(path: str | Path) -> Card:
+    """The card of a prompt whose rows are what it says, whatever base they belong to. Raises ArtifactError."""
+    folder, card = find_prompt(path), read_card(path)
+    _read_rows(folder, card)
+    return card
 
 
 def load_prompt(path: str | Path, base: FrozenBase, *, allow_other_base: bool = False) -> StoredPrompt:
@@ -198,8 +209,6 @@ def load_prompt(path: str | Path, base: FrozenBase, *, allow_other_base: bool = 
     _check_width(folder, card, rows, base)
     if not allow_other_base:
         _check_fingerprints(folder, card, base)
-    if card.template.endswith(".jinja") and "{" not in card.template:
-        raise ArtifactError(f"{folder / 'card.json'} names a template file; a card must hold the template itself")
     encoder = make_encoder(base.tokenizer, card.template)
     if encoder.bos_id != card.bos_id and not allow_other_base:
         raise ArtifactError(f"{folder} was trained with another use of the BOS token than that of {base.name}'s tokenizer: {ANYWAY}")
@@ -296,7 +305,9 @@ def make_card(
     )
 
 
-def _model_card(card: Card) -> str:
+def model_card(card: Card, repo_id: str | None = None) -> str:
+    """The card for people; `repo_id`: where on the hub it lies."""
+    place, pulled = ("THIS_FOLDER", "") if repo_id is None else (repo_id, f"softprompt pull {repo_id} --out my-prompt\n")
     on_hub = not Path(card.base.name).is_absolute()
     front = ["library_name: peft", "tags: [prompt-tuning, soft-prompt, softprompt]", "pipeline_tag: text-generation"]
     if on_hub:
@@ -325,12 +336,12 @@ def _model_card(card: Card) -> str:
 ## Use
 
 ```
-softprompt generate THIS_FOLDER "your text"
+{pulled}softprompt generate {"my-prompt" if pulled else place} "your text"
 ```
 
 ```python
 from peft import PeftModel
-model = PeftModel.from_pretrained(base_model, "THIS_FOLDER")
+model = PeftModel.from_pretrained(base_model, "{place}")
 ```
 {bos}
 Texts were rendered with the template `{card.template if "{" not in card.template else "given in card.json"}`.

@@ -35,7 +35,7 @@ FLOORS = [
     {"answers"},
     {"evaluation"},
     {"job"},
-    {"doctor", "lineup", "foreign"},
+    {"doctor", "lineup", "foreign", "sharing"},
     {"training"},
     {"plan", "recycle"},
     {"screen"},

@@ -10,6 +10,7 @@ from softprompt.cli.training import followed
 from softprompt.errors import ConfigError
 
 Out = Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder for the prompt; must not exist.")]
+RepoId = Annotated[str, typer.Argument(metavar="OWNER/NAME", help="Model repository of the hub.")]
 
 
 @app.command("import")
@@ -61,3 +62,37 @@ def recycle(
         moved.write(out)
     draw_recycled(moved, out, steps, loss_after)
     write_json(json_file, {"prompt": str(out), **moved.as_dict(), "steps": steps, "loss_after": loss_after})
+
+
+@app.command()
+def push(
+    prompt: PromptPath,
+    repo_id: RepoId,
+    private: Annotated[bool, typer.Option("--private", help="A new repository that only its owner sees.")] = False,
+    base_id: Annotated[str | None, typer.Option(metavar="OWNER/NAME", help="The base's id, where it lay in a local folder.")] = None,
+    json_file: Json = None,
+) -> None:
+    """Put a prompt on the Hugging Face hub, or the mirror that HF_ENDPOINT names, with its model card."""
+    from softprompt import sharing
+    from softprompt.screen.console import console
+
+    address = sharing.push(prompt, repo_id, private=private, base_id=base_id)
+    console.print(f"pushed to {address}", markup=False)
+    write_json(json_file, {"prompt": str(prompt), "repository": repo_id, "address": address})
+
+
+@app.command()
+def pull(
+    repo_id: RepoId,
+    out: Out,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit.")] = None,
+    json_file: Json = None,
+) -> None:
+    """Take a prompt from the Hugging Face hub, or the mirror that HF_ENDPOINT names."""
+    from softprompt import sharing
+    from softprompt.screen.console import console
+
+    card = sharing.pull(repo_id, out, revision)
+    console.print(f"{card.num_virtual_tokens} virtual tokens for {card.base.name}, written to {out}", markup=False)
+    result = {"prompt": str(out), "repository": repo_id, "base": card.base.name, "num_virtual_tokens": card.num_virtual_tokens}
+    write_json(json_file, result)
