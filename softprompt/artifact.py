@@ -11,6 +11,7 @@ Only safetensors and JSON are read. Nothing in the folder can make code run: tem
 """
 
 import hashlib
+import json
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -194,6 +195,12 @@ def check_prompt(path: str | Path) -> Card:
     """The card of a prompt whose rows are what it says, whatever base they belong to. Raises ArtifactError."""
     folder, card = find_prompt(path), read_card(path)
     _read_rows(folder, card)
+    adapter = folder / "adapter_config.json"
+    try:
+        if adapter.is_file() and not json.loads(adapter.read_text(encoding="utf-8"))["peft_type"].endswith("_TUNING"):
+            raise ArtifactError(f"{adapter} is that of another kind of adapter")
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise ArtifactError(f"{adapter} is damaged") from None
     return card
 
 

@@ -269,6 +269,8 @@ SPOILED = {
     "a pickle": ({"adapter_model.safetensors": b"\x80\x04 this is a pickle"}, "is damaged"),
     "cut off": ({"adapter_model.safetensors": b"\x10\x00"}, "is damaged"),
     "a template file": ({"card.json": "template"}, "a card must hold the template itself"),
+    "a damaged adapter": ({"adapter_config.json": b"[]"}, "adapter_config.json is damaged"),
+    "another adapter": ({"adapter_config.json": b'{"peft_type": "LORA"}'}, "another kind of adapter"),
     "no card": ({"card.json": None}, "it was not written by softprompt"),
     "no rows": ({"adapter_model.safetensors": None}, "adapter_model.safetensors is missing"),
 }
