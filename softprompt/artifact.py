@@ -195,13 +195,18 @@ def check_prompt(path: str | Path) -> Card:
     """The card of a prompt whose rows are what it says, whatever base they belong to. Raises ArtifactError."""
     folder, card = find_prompt(path), read_card(path)
     _read_rows(folder, card)
-    adapter = folder / "adapter_config.json"
-    try:
-        if adapter.is_file() and not json.loads(adapter.read_text(encoding="utf-8"))["peft_type"].endswith("_TUNING"):
-            raise ArtifactError(f"{adapter} is that of another kind of adapter")
-    except (ValueError, TypeError, KeyError, AttributeError):
-        raise ArtifactError(f"{adapter} is damaged") from None
+    if (folder / "adapter_config.json").is_file():
+        _check_adapter_config(folder / "adapter_config.json")
     return card
+
+
+def _check_adapter_config(file: Path) -> None:
+    try:
+        kind = json.loads(file.read_text(encoding="utf-8"))["peft_type"]
+    except (ValueError, TypeError, KeyError):
+        raise ArtifactError(f"{file} is damaged") from None
+    if kind not in ("PROMPT_TUNING", "PREFIX_TUNING"):
+        raise ArtifactError(f"{file} is that of another kind of adapter: {kind}")
 
 
 def load_prompt(path: str | Path, base: FrozenBase, *, allow_other_base: bool = False) -> StoredPrompt:

@@ -15,6 +15,7 @@ import torch
 from softprompt.artifact import StoredPrompt, base_card, find_prompt, load_prompt, package_versions, read_card, write_prompt
 from softprompt.atomic import new_folder
 from softprompt.config import Config, ModelConfig, load_config
+from softprompt.data import Loaded
 from softprompt.encode import Rows, encode_rows
 from softprompt.errors import ConfigError, DataError, Error
 from softprompt.evaluation import held_out_loss
@@ -25,7 +26,7 @@ from softprompt.model import FrozenBase, load_base
 from softprompt.prompt import no_prompt
 
 SHARE, FEWEST = 0.25, 20  # of the old run's steps
-WHERE = ("name", "gguf_file", "revision", "quantization")  # what says which base it is
+OF_ONE = ("name", "gguf_file", "revision", "quantization", "trust_remote_code")  # settings that belong to one base
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,7 @@ def move(path: str | Path, overrides: Sequence[str], data: str | None = None) ->
     old = given.of_run.model if given.of_run else card.model_config_of_base
     model = _other(old, overrides)
     loaded = given.rows()[0]
-    loss, unknown = (None, "its weights have changed") if model == old else _on_old_base(path, old, given)
+    loss, unknown = (None, "its weights have changed") if model == old else _on_old_base(path, old, given, loaded)
     base = load_base(model)
     if model == old and base.fingerprint == card.base.fingerprint:
         raise ConfigError(
@@ -145,19 +146,19 @@ def _other(old: ModelConfig, overrides: Sequence[str]) -> ModelConfig:
     """The base that the overrides mean; a base named anew keeps nothing of the old one but device and precision."""
     kept = old.model_dump(exclude_none=True)
     if any(override.startswith(("model.name=", "model.gguf_file=")) for override in overrides):
-        kept = {key: value for key, value in kept.items() if key not in WHERE}
+        kept = {key: value for key, value in kept.items() if key not in OF_ONE}
     named = load_config({"model": kept}, [override for override in overrides if override.startswith("model.")])
     return with_absolute_paths(named).model
 
 
-def _on_old_base(path: Path, old: ModelConfig, given: Entered) -> tuple[float | None, str | None]:
+def _on_old_base(path: Path, old: ModelConfig, given: Entered, loaded: Loaded) -> tuple[float | None, str | None]:
     """(the loss on the base it was trained on, None), or (None, why it cannot be had). The base is gone from memory afterwards."""
     try:
         base = load_base(old)
         prompt = load_prompt(path, base)
     except Error as error:
         return None, str(error)
-    held = encode_rows(prompt.encoder, given.rows()[0], prompt.card.max_length)
+    held = encode_rows(prompt.encoder, loaded, prompt.card.max_length)
     loss = held_out_loss(base, prompt.soft, held, token_budget(base.model.base_model, base.device, given.config.train.tokens_per_batch))
     del base, prompt
     gc.collect()

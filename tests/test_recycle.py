@@ -11,10 +11,11 @@ from test_cli import refused, run  # noqa: F401 - fixtures
 from transformers import AutoModelForCausalLM
 
 from softprompt.artifact import load_prompt, read_card
-from softprompt.config import ModelConfig
+from softprompt.config import ModelConfig, load_config
 from softprompt.data import load_examples
 from softprompt.evaluation import evaluate
 from softprompt.model import load_base
+from softprompt.recycle import _other
 from softprompt.training import train
 
 
@@ -26,8 +27,6 @@ def trained(tmp_path_factory, bases) -> Path:
 
 
 def learn(home: Path, base: Path, *overrides: str) -> Path:
-    from softprompt.config import load_config
-
     tiny.write_rows(home / "train.jsonl", tiny.some_rows(24))
     tiny.write_rows(home / "eval.jsonl", tiny.some_rows(7))
     settings = [
@@ -152,6 +151,12 @@ def test_where_nobody_knows_what_it_has_lost_it_is_trained(trained, recycled, tm
     assert (found["loss_old_base"], found["steps"], found["held_out_rows"]) == (None, 3, 9)
     assert "the loss cannot be had" in shown
     assert "no such model folder; so it is trained" in shown
+
+
+def test_a_base_named_anew_keeps_nothing_that_belonged_to_the_old_one():
+    old = ModelConfig(name="old", gguf_file="old.gguf", revision="v1", dtype="float32", device="cpu", trust_remote_code=True)
+    assert _other(old, ["model.name=new", "train.steps=3"]) == ModelConfig(name="new", dtype="float32", device="cpu")
+    assert _other(old, ["model.quantization=int8"]) == old.model_copy(update={"quantization": "int8"})
 
 
 def test_a_base_that_was_changed_in_its_place_is_another_one(trained, recycled, tmp_path):
