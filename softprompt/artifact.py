@@ -11,6 +11,7 @@ Only safetensors and JSON are read. Nothing in the folder can make code run: tem
 """
 
 import hashlib
+import json
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -27,7 +28,8 @@ from softprompt.errors import ArtifactError
 from softprompt.model import FrozenBase
 from softprompt.prompt import DeepPrompt, SoftPrompt, shapes_of
 
-TENSOR = "prompt_embeddings"
+TENSOR, WEIGHTS = "prompt_embeddings", "adapter_model.safetensors"
+FILES = ("adapter_config.json", WEIGHTS, "card.json", "README.md")
 PACKAGES = ("softprompt", "torch", "transformers", "peft", "tokenizers")
 ANYWAY = "pass --allow-other-base (allow_other_base=True) to use it all the same"
 LICENCE_NOTE = (
@@ -120,9 +122,9 @@ def write_prompt(folder: Path, soft: SoftPrompt, card: Card, base: FrozenBase) -
     peft = _peft_config(soft, card, base, rows)
     if peft is not None:
         peft.save_pretrained(str(folder))
-    save_file({TENSOR: rows.contiguous()}, folder / "adapter_model.safetensors")
+    save_file({TENSOR: rows.contiguous()}, folder / WEIGHTS)
     (folder / "card.json").write_text(card.model_dump_json(indent=2) + "\n", encoding="utf-8")
-    (folder / "README.md").write_text(_model_card(card), encoding="utf-8")
+    (folder / "README.md").write_text(model_card(card), encoding="utf-8")
 
 
 def _peft_config(soft: SoftPrompt, card: Card, base: FrozenBase, rows: torch.Tensor) -> Any:
@@ -151,16 +153,18 @@ def find_prompt(path: str | Path) -> Path:
     """The prompt folder meant by a path: itself, or the finished prompt of a run folder. Raises ArtifactError."""
     folder = Path(path)
     for candidate in (folder, folder / "prompt"):
-        if (candidate / "adapter_model.safetensors").is_file():
+        if (candidate / WEIGHTS).is_file():
             if not (candidate / "card.json").is_file():
-                raise ArtifactError(f"{candidate} has no card.json: it was not written by softprompt")
+                raise ArtifactError(
+                    f"{candidate} has no card.json: it was not written by softprompt; softprompt import {candidate} takes it in"
+                )
             return candidate
     several = _several(folder)
     if several:
         raise ArtifactError(f"{folder} holds {len(several)} prompts: name one, e.g. {several[0]}")
     if (folder / "config.toml").is_file():
         raise ArtifactError(f"{folder} is a run that has not finished: name one of its checkpoints, or softprompt train --resume {folder}")
-    raise ArtifactError(f"{folder}: no prompt here (adapter_model.safetensors is missing)")
+    raise ArtifactError(f"{folder}: no prompt here ({WEIGHTS} is missing)")
 
 
 def find_prompts(path: str | Path) -> list[Path]:
@@ -178,10 +182,31 @@ def read_card(path: str | Path) -> Card:
     """The card of a prompt or run folder. Raises ArtifactError when it is missing or damaged."""
     folder = find_prompt(path)
     try:
-        return Card.model_validate_json((folder / "card.json").read_text(encoding="utf-8"))
+        card = Card.model_validate_json((folder / "card.json").read_text(encoding="utf-8"))
     except (ValidationError, UnicodeDecodeError) as error:
         first = error.errors()[0] if isinstance(error, ValidationError) else {"loc": (), "msg": str(error)}
         raise ArtifactError(f"{folder / 'card.json'} is damaged: {'.'.join(map(str, first['loc']))} {first['msg']}") from None
+    if card.template.endswith(".jinja") and "{" not in card.template:
+        raise ArtifactError(f"{folder / 'card.json'} names a template file; a card must hold the template itself")
+    return card
+
+
+def check_prompt(path: str | Path) -> Card:
+    """The card of a prompt whose rows are what it says, whatever base they belong to. Raises ArtifactError."""
+    folder, card = find_prompt(path), read_card(path)
+    _read_rows(folder, card)
+    if (folder / "adapter_config.json").is_file():
+        _check_adapter_config(folder / "adapter_config.json")
+    return card
+
+
+def _check_adapter_config(file: Path) -> None:
+    try:
+        kind = json.loads(file.read_text(encoding="utf-8"))["peft_type"]
+    except (ValueError, TypeError, KeyError):
+        raise ArtifactError(f"{file} is damaged") from None
+    if kind not in ("PROMPT_TUNING", "PREFIX_TUNING"):
+        raise ArtifactError(f"{file} is that of another kind of adapter: {kind}")
 
 
 def load_prompt(path: str | Path, base: FrozenBase, *, allow_other_base: bool = False) -> StoredPrompt:
@@ -196,8 +221,6 @@ def load_prompt(path: str | Path, base: FrozenBase, *, allow_other_base: bool = 
     _check_width(folder, card, rows, base)
     if not allow_other_base:
         _check_fingerprints(folder, card, base)
-    if card.template.endswith(".jinja") and "{" not in card.template:
-        raise ArtifactError(f"{folder / 'card.json'} names a template file; a card must hold the template itself")
     encoder = make_encoder(base.tokenizer, card.template)
     if encoder.bos_id != card.bos_id and not allow_other_base:
         raise ArtifactError(f"{folder} was trained with another use of the BOS token than that of {base.name}'s tokenizer: {ANYWAY}")
@@ -239,7 +262,7 @@ def _check_fingerprints(folder: Path, card: Card, base: FrozenBase) -> None:
 
 
 def _read_rows(folder: Path, card: Card) -> torch.Tensor:
-    file = folder / "adapter_model.safetensors"
+    file = folder / WEIGHTS
     try:
         tensors = load_file(file)
     except (SafetensorError, OSError) as error:
@@ -256,23 +279,28 @@ def _read_rows(folder: Path, card: Card) -> torch.Tensor:
     return rows.float()
 
 
+def base_card(model: ModelConfig, base: FrozenBase) -> BaseCard:
+    """What a card says of a base that was loaded with these settings."""
+    name, gguf_file = model.location
+    return BaseCard(
+        name=name,
+        gguf_file=gguf_file,
+        revision=model.revision,
+        quantization=model.quantization,
+        model_type=base.model.config.model_type,
+        hidden_size=base.hidden_size,
+        fingerprint=base.fingerprint,
+        tokenizer_fingerprint=base.tokenizer_fingerprint,
+        chat_template_sha256=chat_template_hash(base.tokenizer),
+    )
+
+
 def make_card(
     config: Config, base: FrozenBase, soft: SoftPrompt, encoder: Encoder, data: DataCard, note: str, metrics: dict[str, Any]
 ) -> Card:
     """The card of a prompt as it is now."""
-    name, gguf_file = config.model.location
     return Card(
-        base=BaseCard(
-            name=name,
-            gguf_file=gguf_file,
-            revision=config.model.revision,
-            quantization=config.model.quantization,
-            model_type=base.model.config.model_type,
-            hidden_size=base.hidden_size,
-            fingerprint=base.fingerprint,
-            tokenizer_fingerprint=base.tokenizer_fingerprint,
-            chat_template_sha256=chat_template_hash(base.tokenizer),
-        ),
+        base=base_card(config.model, base),
         method=config.prompt.method,
         num_virtual_tokens=soft.length,
         shapes=soft.shapes if isinstance(soft, DeepPrompt) else (),
@@ -289,21 +317,27 @@ def make_card(
     )
 
 
-def _model_card(card: Card) -> str:
+def model_card(card: Card, repo_id: str | None = None) -> str:
+    """The card for people; `repo_id`: where on the hub it lies."""
+    place, pulled = ("THIS_FOLDER", "") if repo_id is None else (repo_id, f"softprompt pull {repo_id} --out my-prompt\n")
     on_hub = not Path(card.base.name).is_absolute()
     front = ["library_name: peft", "tags: [prompt-tuning, soft-prompt, softprompt]", "pipeline_tag: text-generation"]
     if on_hub:
         front.insert(0, f"base_model: {card.base.name}")
     shown = card.base.name if on_hub else Path(card.base.name).name
     bos = "\nThe first stored row is the BOS token: with PEFT, tokenize without BOS.\n" if card.position == "after_bos" else ""
+    origin = f"Trained with softprompt {card.versions['softprompt']} on {card.data.num_train} rows of {card.data.train};"
+    held = f"{card.data.num_eval} rows were held out. Losses are per supervised token, natural logarithm."
+    if not card.data.num_train:
+        origin, held = f"Written by softprompt {card.versions['softprompt']}: {card.init}.", "What it was trained on is not known."
     losses = "".join(f"| {name} | {value:.4f} |\n" for name, value in card.metrics.items() if isinstance(value, float))
     return f"""---
 {chr(10).join(front)}
 ---
 # A soft prompt of {card.num_virtual_tokens} virtual tokens for {shown}
 
-Trained with softprompt {card.versions["softprompt"]} on {card.data.num_train} rows of {card.data.train};
-{card.data.num_eval} rows were held out. Losses are per supervised token, natural logarithm.
+{origin}
+{held}
 
 | | |
 |---|---|
@@ -314,12 +348,12 @@ Trained with softprompt {card.versions["softprompt"]} on {card.data.num_train} r
 ## Use
 
 ```
-softprompt generate THIS_FOLDER "your text"
+{pulled}softprompt generate {"my-prompt" if pulled else place} "your text"
 ```
 
 ```python
 from peft import PeftModel
-model = PeftModel.from_pretrained(base_model, "THIS_FOLDER")
+model = PeftModel.from_pretrained(base_model, "{place}")
 ```
 {bos}
 Texts were rendered with the template `{card.template if "{" not in card.template else "given in card.json"}`.

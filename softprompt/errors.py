@@ -4,7 +4,7 @@
     |-- ConfigError      a key or value of the configuration          (also ValueError)
     |-- DataError        rows that cannot be used                     (also ValueError)
     |-- ModelError       a base that cannot be loaded or used         (also ValueError)
-    |-- ArtifactError    a prompt folder that does not fit            (also ValueError)
+    |-- ArtifactError    a prompt that does not fit or cannot be had   (also ValueError)
     |-- RunError         a run folder, or a run that cannot go on     (also RuntimeError)
     `-- MissingPackage   an extra that is not installed               (also ImportError)
 

@@ -8,6 +8,7 @@ import random
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -123,7 +124,7 @@ def from_file(material: Material, room: int) -> Start:
             f"prompt.file = {path!r} has rows of {rows_PH.shape[1]} numbers, {material.base.name} needs {material.base.hidden_size}"
         )
     cut = f", the last {len(rows_PH) - room} are cut" if room < len(rows_PH) else ""
-    return Start(rows_PH[:room], f"{min(room, len(rows_PH))} from the {len(rows_PH)} rows of {path}{cut}")
+    return Start(rows_PH[:room], f"{min(room, len(rows_PH))} from the {len(rows_PH)} rows of {_named(path)}{cut}")
 
 
 SOURCES: dict[str, Callable[[Material, int], Start]] = {
@@ -159,6 +160,12 @@ def _file(config: PromptConfig) -> str:
     if config.file is None:
         raise ConfigError('prompt.init = "file": prompt.file is not set: name a prompt, checkpoint or run folder')
     return config.file
+
+
+def _named(path: str) -> str:
+    """A prompt's or run's name, without its place: the note goes into the card, which travels."""
+    place = Path(path)
+    return place.parent.name if place.name == "prompt" else place.name
 
 
 def _file_length(config: PromptConfig) -> int:

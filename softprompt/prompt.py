@@ -51,7 +51,7 @@ class SoftPrompt:
 
 @dataclass(frozen=True)
 class DeepPrompt(SoftPrompt):
-    """Learned keys and values of P positions in every layer, behind BOS (prefix tuning, Li & Liang 2021).
+    """Learned keys and values of P positions in every layer (prefix tuning, Li & Liang 2021), behind BOS, or before it as PEFT has it.
 
     `rows_PH` is [P, D]: keys and values of layer 0, of layer 1 ..., each divided by its scale in `scale_D`, so that one learning
     rate fits all of them. `shapes`: (heads, head size) of each of these 2 L parts.
@@ -73,18 +73,28 @@ class DeepPrompt(SoftPrompt):
         return self.rows_PH * self.scale_D / other.scale_D
 
     def stored(self, base: FrozenBase) -> Tensor:
-        """Keys and values as they are, those of BOS first."""
+        """Keys and values as they are, those of a BOS that stands before them first."""
         rows_PD = (self.rows_PH.detach() * self.scale_D).to(base.device)
-        return rows_PD if self.bos_id is None else torch.cat([flat(base.prefill([_bos(base, self.bos_id)]).layers), rows_PD])
+        if self.bos_id is None or self.position == "start":
+            return rows_PD
+        return torch.cat([flat(base.prefill([_bos(base, self.bos_id)]).layers), rows_PD])
 
     def layers(self, base: FrozenBase) -> Layers:
         """Keys and values per layer, each [heads, S, head size]."""
         parts = (self.rows_PH * self.scale_D).to(base.device).split([heads * size for heads, size in self.shapes], dim=1)
         states = [part.reshape(self.length, *shape).transpose(0, 1) for part, shape in zip(parts, self.shapes, strict=True)]
-        if self.bos_id is not None:
+        if self.bos_id is not None and self.position == "after_bos":
             first = [state[0] for layer in base.prefill([_bos(base, self.bos_id)]).layers for state in layer]
             states = [torch.cat([one, state], dim=1) for one, state in zip(first, states, strict=True)]
-        return tuple(zip(states[::2], states[1::2], strict=True))
+        layers = tuple(zip(states[::2], states[1::2], strict=True))
+        return layers if self.bos_id is None or self.position == "after_bos" else _with_bos_behind(base, layers, self.bos_id)
+
+
+def _with_bos_behind(base: FrozenBase, layers: Layers, bos_id: int) -> Layers:
+    """Keys and values of a prompt, then those of the BOS that reads it."""
+    ids_11 = torch.tensor([[bos_id]], device=base.device)
+    read = base.continue_from(assemble([layers]), torch.zeros_like(ids_11[0]), ids_11, torch.ones_like(ids_11), keep=True)
+    return tuple((k[0].float(), v[0].float()) for k, v in read.layers)
 
 
 def deepened(base: FrozenBase, rows_PH: Tensor, bos_id: int | None) -> DeepPrompt:

@@ -3,7 +3,7 @@
 import os
 import sys
 
-from softprompt.cli import training, data, prompts, carrying  # noqa: F401  # isort: skip - the verbs, in the order of --help
+from softprompt.cli import training, data, prompts, importing, carrying  # noqa: F401  # isort: skip - the verbs, in the order of --help
 from softprompt.cli.options import app
 from softprompt.errors import Error
 

@@ -30,28 +30,7 @@ def train(
 ) -> None:
     """Train a soft prompt."""
     config = _resumed(resume, settings) if resume else config_of(settings)
-    from softprompt.events import Finished
-    from softprompt.screen.run import draw_run
-    from softprompt.training import train
-
-    result: dict[str, Any] = {}
-
-    def remembered() -> Any:
-        for event in train(config, resume=resume is not None):
-            if isinstance(event, Finished):
-                result.update(event.result)
-            yield event
-
-    try:
-        draw_run(remembered(), config.train.log_every)
-    except KeyboardInterrupt:
-        kept = (Path(config.train.out) / "config.toml").is_file()
-        print(
-            f"stopped; go on with: softprompt train --resume {config.train.out}" if kept else "stopped before the run began",
-            file=sys.stderr,
-        )
-        raise typer.Exit(130) from None
-    write_json(json_file, result)
+    write_json(json_file, followed(config, resume=resume is not None))
 
 
 @app.command()
@@ -74,6 +53,32 @@ def demo(overrides: Overrides = None) -> None:
     from softprompt.demo import run_demo
 
     run_demo(overrides or [])
+
+
+def followed(config: Any, **how: Any) -> dict[str, Any]:
+    """Trains on the screen; the run's result. Ctrl-C says how to go on."""
+    from softprompt.events import Finished
+    from softprompt.screen.run import draw_run
+    from softprompt.training import train
+
+    result: dict[str, Any] = {}
+
+    def remembered() -> Any:
+        for event in train(config, **how):
+            if isinstance(event, Finished):
+                result.update(event.result)
+            yield event
+
+    try:
+        draw_run(remembered(), config.train.log_every)
+    except KeyboardInterrupt:
+        kept = (Path(config.train.out) / "config.toml").is_file()
+        print(
+            f"stopped; go on with: softprompt train --resume {config.train.out}" if kept else "stopped before the run began",
+            file=sys.stderr,
+        )
+        raise typer.Exit(130) from None
+    return result
 
 
 def _resumed(run: Path, settings: list[str] | None) -> Any:

@@ -10,11 +10,14 @@ from rich.table import Table
 from softprompt.screen.console import console
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from softprompt.evaluation import Evaluation, Result
     from softprompt.evaluation import Progress as Asked
     from softprompt.generation import Piece
     from softprompt.inspection import Inspection
     from softprompt.metrics import Estimate, Verdict
+    from softprompt.recycle import Moved
 
 
 def follow_evaluation(events: "Iterable[Asked | Evaluation]") -> "Evaluation":
@@ -130,6 +133,32 @@ def draw_inspection(inspection: "Inspection") -> None:
         console.print(
             f"worth less than 1% of the gain, each alone: rows {rows}; softprompt prune --keep {max(1, left)} measures them together"
         )
+
+
+def draw_moved(moved: "Moved", tolerance: float) -> None:
+    """What a prompt has lost on another base, and what is done about it."""
+    card, rows = moved.prompt.card, len(moved.held.encoded)
+    console.print(
+        f"held-out loss {moved.loss_new_base:.4f} on {moved.base.name}, {moved.bare_loss:.4f} without the prompt ({rows} rows)",
+        markup=False,
+    )
+    if moved.loss_old_base is None:
+        console.print(
+            f"on {card.base.name}, which it was trained on, the loss cannot be had: {moved.unknown}; so it is trained", markup=False
+        )
+        return
+    lost = moved.loss_new_base - moved.loss_old_base
+    then = f"more than {tolerance}: it is trained" if moved.has_lost(tolerance) else f"not more than {tolerance}: it stays as it is"
+    console.print(f"on {card.base.name}, which it was trained on: {moved.loss_old_base:.4f}; it has lost {lost:+.4f}, {then}", markup=False)
+
+
+def draw_recycled(moved: "Moved", out: "Path", steps: int, loss_after: float) -> None:
+    """How it ended."""
+    if steps:
+        console.print(f"held-out loss {moved.loss_new_base:.4f} before these {steps} steps, {loss_after:.4f} after them")
+    if loss_after > moved.loss_new_base:
+        console.print("[yellow]they have not helped: lower optim.relative_lr, or take the prompt as it is with a larger --tolerance[/]")
+    console.print(f"written to {out}", markup=False)
 
 
 def draw_stream(pieces: "Iterable[Piece]", headings: Sequence[str]) -> list[str]:
