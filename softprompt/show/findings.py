@@ -8,14 +8,13 @@ the threshold; their likeness is then counted.
 
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from itertools import groupby
 from typing import Literal
 
 import numpy as np
-from datasketch import MinHash, MinHashLSH
 from numpy.typing import NDArray
 from sklearn.feature_extraction.text import HashingVectorizer
 
@@ -23,10 +22,8 @@ from softprompt.data import Example
 
 NEAR, PIECE = 0.7, 3
 COMMON, COMMON_ROWS = 0.05, 20  # a piece in more than this share of the rows, and in more than so many, tells nothing
-MEASURE = (
-    f"the Jaccard index of their {PIECE}-character pieces is {NEAR} or more, also without the pieces of over {COMMON:.0%} of the rows"
-)
-HASHES, BANDS = 64, (16, 4)  # finds a pair of likeness 0.7 with probability 0.988, of 0.8 with 0.9998
+MEASURE = f"the Jaccard index of their {PIECE}-character pieces is {NEAR} or more, also without the pieces of over {COMMON:.0%} of the rows"
+BANDS, HASHES = 16, 4  # finds a pair of likeness 0.7 with probability 0.988, of 0.8 with 0.9998
 
 Pieces = NDArray[np.int32]
 
@@ -149,37 +146,56 @@ def _near(texts: Sequence[str], num_kept: int) -> dict[int, tuple[int, float]]:
 
     Of the first `num_kept` texts, those near no earlier one are kept to be compared with; of many near texts, one stands for all.
     """
+    if not texts:
+        return {}
     pieces = HashingVectorizer(analyzer="char", ngram_range=(PIECE, PIECE), n_features=2**22, norm=None, alternate_sign=False, binary=True)
     counts_TF = pieces.transform(f" {text} " for text in texts)
     often_F = np.bincount(counts_TF.indices, minlength=counts_TF.shape[1]) > max(COMMON_ROWS, COMMON * len(texts))
     own = [np.sort(row) for row in np.split(counts_TF.indices, counts_TF.indptr[1:-1])]
-    index, empty, found = MinHashLSH(num_perm=HASHES, params=BANDS), MinHash(num_perm=HASHES, hashfunc=int), {}
-    for number, row in enumerate(own):
-        telling = row[~often_F[row]]
-        if not len(telling):
-            continue
-        sketch = empty.copy()
-        sketch.update_batch(telling.tolist())
-        alike = ((_likeness(row, own[other], often_F), -other) for other in index.query(sketch))
+    buckets: defaultdict[bytes, list[int]] = defaultdict(list)
+    found = {}
+    for number, keys in _bands([row[~often_F[row]] for row in own]):
+        candidates = {other for key in keys for other in buckets.get(key, ())}
+        alike = ((_likeness(own[number], own[other], often_F), -other) for other in candidates)
         likeness, other = max(alike, default=(0.0, 0))
         if likeness >= NEAR:
             found[number] = (-other, round(likeness, 3))
         elif number < num_kept:
-            index.insert(number, sketch)
+            for key in keys:
+                buckets[key].append(number)
     return found
+
+
+def _bands(rows: Sequence[Pieces]) -> Iterator[tuple[int, list[bytes]]]:
+    """(number, keys) of every row that has pieces; rows that share a key are likely alike. A key is a band of the row's MinHash."""
+    full = [number for number, row in enumerate(rows) if len(row)]
+    if not full:
+        return
+    flat = np.concatenate([rows[number] for number in full]).astype(np.uint32)
+    starts = np.cumsum([0, *(len(rows[number]) for number in full[:-1])])
+    factors, shifts = np.random.default_rng(0).integers(2**32, size=(2, BANDS * HASHES), dtype=np.uint32)
+    smallest = [np.minimum.reduceat(flat * (factor | 1) + shift, starts) for factor, shift in zip(factors, shifts, strict=True)]
+    bands = np.stack(smallest, axis=1).reshape(len(full), BANDS, HASHES)
+    for number, row in zip(full, bands, strict=True):
+        yield number, [bytes([index]) + band.tobytes() for index, band in enumerate(row)]
 
 
 def _likeness(first: Pieces, second: Pieces, often_F: NDArray[np.bool_]) -> float:
     """Jaccard index of two sets of pieces: of all, or of those that are not frequent, whichever is less."""
     shared = np.intersect1d(first, second, assume_unique=True)
-    sizes = [(len(shared), len(first), len(second))]
-    sizes.append(tuple(int((~often_F[own]).sum()) for own in (shared, first, second)))
-    return min(common / (one + other - common) for common, one, other in sizes)
+    rare = [own[~often_F[own]] for own in (shared, first, second)]
+    return min(len(common) / (len(one) + len(other) - len(common)) for common, one, other in ((shared, first, second), rare))
 
 
 # ---- what rows are made of -----------------------------------------------------------------------------------------
 
-SCRIPTS = {"CJK": "Han", "IDEOGRAPHIC": "Han", "HIRAGANA": "Kana", "KATAKANA": "Kana", "KATAKANA-HIRAGANA": "Kana"}  # others by the first word of a letter's Unicode name
+SCRIPTS = {
+    "CJK": "Han",
+    "IDEOGRAPHIC": "Han",
+    "HIRAGANA": "Kana",
+    "KATAKANA": "Kana",
+    "KATAKANA-HIRAGANA": "Kana",
+}  # others by the first word of a letter's Unicode name
 NO_LETTERS = "none"
 
 
@@ -200,7 +216,7 @@ def script_of(text: str) -> str:
     return words.most_common(1)[0][0] if words.total() else NO_LETTERS
 
 
-@lru_cache(maxsize=None)
+@cache
 def _script(character: str) -> str:
     if not character.isalpha():
         return NO_LETTERS

@@ -8,6 +8,8 @@ from softprompt.show import Shown
 from softprompt.show.findings import MEASURE, Answer, InBoth
 
 QUOTED = 60  # characters
+SPLITS = {"train": "training rows", "eval": "held-out rows"}
+LIKE = {"row": "the same row", "question": "the same question, another answer", "near question": "nearly the question"}
 
 
 @dataclass(frozen=True)
@@ -35,8 +37,10 @@ def _unusable(shown: Shown) -> Iterator[Said]:
 def _cut(shown: Shown) -> Iterator[Said]:
     for split, summary in shown.summaries.items():
         rows = tuple(f"{row.row}: {row.lost} of {row.supervised} supervised tokens" for row in summary.cut)
-        lost = f"cut at data.max_length, {summary.share_lost:.1%} of all supervised tokens lost: raise data.max_length, or shorten the answers"
-        yield Said(f"{len(rows)} {_called(split)} {lost}", rows)
+        lost = (
+            f"cut at data.max_length, {summary.share_lost:.1%} of all supervised tokens lost: raise data.max_length or shorten the answers"
+        )
+        yield Said(f"{len(rows)} {SPLITS[split]} {lost}", rows)
 
 
 def _duplicates(shown: Shown) -> Iterator[Said]:
@@ -64,17 +68,16 @@ def _answers(answers: tuple[Answer, ...]) -> str:
 
 def _in_both_splits(shown: Shown) -> Iterator[Said]:
     found = shown.findings.in_both_splits
-    kinds = Counter(pair.same for pair in found)
-    names = {"row": "the same row", "question": "the same question, another answer", "near question": "nearly the question"}
-    how = ", ".join(f"{kinds[kind]} {name}" for kind, name in names.items() if kinds[kind])
+    kinds = Counter[str](pair.same for pair in found)
+    how = ", ".join(f"{kinds[kind]} {name}" for kind, name in LIKE.items() if kinds[kind])
     held = len(shown.held.encoded) if shown.held else 0
     sentence = f"{len(found)} of {held} held-out rows given away by training rows ({how}): the held-out loss flatters the prompt"
     yield Said(f"{sentence}; take them out of one of the two", tuple(map(_pair, found)))
 
 
 def _pair(pair: InBoth) -> str:
-    how = {"row": "the same row as", "question": "the same question as", "near question": "nearly the question of"}[pair.same]
-    return f"{pair.row} is {how} {pair.train_row}" + (f" ({pair.likeness:.2f})" if pair.likeness < 1 else "")
+    near = f" ({pair.likeness:.2f})" if pair.likeness < 1 else ""
+    return f"{pair.row}, training row {pair.train_row}: {LIKE[pair.same]}{near}"
 
 
 def _rows(number: int) -> str:
@@ -83,10 +86,6 @@ def _rows(number: int) -> str:
 
 def _s(number: int) -> str:
     return "" if number == 1 else "s"
-
-
-def _called(split: str) -> str:
-    return {"train": "training rows", "eval": "held-out rows"}[split]
 
 
 def _quote(text: str) -> str:
