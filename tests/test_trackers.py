@@ -27,7 +27,7 @@ def tensorboard(folder):
 
 
 def _table(text):
-    first, _, *rest = ([cell.strip() for cell in line.strip("| ").split(" | ")] for line in text.split("\n"))
+    first, _, *rest = ([cell.strip() for cell in line[2:-2].split(" | ")] for line in text.split("\n"))
     return first, rest
 
 
@@ -63,38 +63,53 @@ def trackio(folder):
 
 def wandb(folder):
     from wandb.proto.wandb_internal_pb2 import Record
-    from wandb.sdk.internal.datastore import DataStore
 
     place = max((folder / "wandb").glob("offline-run-*"), key=lambda path: path.stat().st_mtime_ns)
-    store = DataStore()
-    store.open_for_scan(str(next(place.glob("*.wandb"))))
     scalars, tables = {}, {}
-    while (data := store.scan_data()) is not None:
-        record = Record.FromString(data)
-        for item in record.history.item if record.HasField("history") else ():
-            name, value = item.key or item.nested_key[0], json.loads(item.value_json)
-            if isinstance(value, dict):
-                table = json.loads((place / "files" / value["path"]).read_text())
+    for record in map(Record.FromString, _records(next(place.glob("*.wandb")).read_bytes())):
+        for item in record.history.item:
+            (name, *part), value = item.nested_key, json.loads(item.value_json)
+            if part == ["path"]:
+                table = json.loads((place / "files" / value).read_text())
                 tables[name] = (table["columns"], table["data"])
-            elif isinstance(value, float):
+            elif not part and not name.startswith("_"):
                 scalars.setdefault(name, []).append((record.history.step.num, value))
     return scalars, tables
+
+
+def _records(file):
+    """The records of LevelDB's log format: blocks of 32 KiB, of pieces with checksum, length and kind (1 whole, 2 to 4 parts)."""
+    at, parts = 7, b""  # the file begins with seven bytes of its own
+    while at + 7 <= len(file):
+        if 32768 - at % 32768 < 7:
+            at += 32768 - at % 32768
+            continue
+        length, kind = int.from_bytes(file[at + 4 : at + 6], "little"), file[at + 6]
+        parts += file[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):
+            yield parts
+            parts = b""
 
 
 READERS = {"tensorboard": tensorboard, "mlflow": mlflow, "trackio": trackio, "wandb": wandb}
 
 
-@pytest.fixture(params=sorted(READERS))
-def tracker(request, tmp_path, monkeypatch):
-    """(name, read): a tracker that keeps everything below a folder, and a function that reads its latest run back."""
-    import accelerate  # noqa: F401  before the working folder changes
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    """A folder for databases: MLflow takes seconds to make one, W&B and trackio look for their places once."""
+    return tmp_path_factory.mktemp("trackers")
 
+
+@pytest.fixture(params=sorted(READERS))
+def tracker(request, shared, tmp_path, monkeypatch):
+    """(name, read): a tracker that keeps everything on this disk, and a function that reads its latest run back."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
-    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
-    return request.param, lambda: READERS[request.param](tmp_path)
+    monkeypatch.setenv("WANDB_DIR", str(shared))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{shared}/mlflow.db")
+    monkeypatch.setenv("TRACKIO_DIR", str(shared / "trackio"))
+    return request.param, lambda: READERS[request.param](tmp_path if request.param == "tensorboard" else shared)
 
 
 def test_every_tracker_of_the_configuration_writes_tables_and_is_read_here():
