@@ -68,9 +68,9 @@ def test_the_likeness_of_a_pair_is_its_jaccard_index():
 
 def test_rows_of_one_template_are_not_near_for_its_sake():
     rng = random.Random(0)
-    template = "Decide whether the writer of the following short message about a purchase is content or annoyed: "
+    template = f"Decide whether the writer of the message is content or annoyed, as in: {SENTENCES[0]}, {SENTENCES[1]}: "
     messages = ["".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=30)) for _ in range(40)]
-    found = compare(examples(*((template * 3 + message, "yes") for message in messages), (template * 3 + messages[3] + "!", "yes")))
+    found = compare(examples(*((template + message, "yes") for message in messages), (template + messages[3] + "!", "yes")))
     (pair,) = found.near_duplicates
     assert (pair.row, pair.like) == ("rows.jsonl:41", "rows.jsonl:4")
 
