@@ -189,8 +189,8 @@ class TrainConfig(Section):
     """Steps between checkpoints. Always after the last step."""
     out: str = "runs/prompt"
     """The run folder. Must not exist yet, unless the run is resumed."""
-    trackers: Annotated[tuple[Literal["tensorboard", "wandb", "trackio"], ...], Field(strict=False)] = ()
-    """Experiment trackers to report to, through accelerate."""
+    trackers: Annotated[tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...], Field(strict=False)] = ()
+    """Experiment trackers to report to, through accelerate; `softprompt eval` of the run reports to them too."""
 
 
 class Config(Section):

@@ -42,6 +42,11 @@ class Example:
     def response(self) -> str:
         return self.messages[-1].content
 
+    @property
+    def turns(self) -> tuple[str, ...]:
+        """The texts of all turns with runs of white space as single blanks: what rows are compared by."""
+        return tuple(" ".join(message.content.split()) for message in self.messages)
+
     def answered(self, response: str) -> "Example":
         """The same row with another response."""
         return replace(self, messages=(*self.messages[:-1], Message("assistant", response)))

@@ -35,7 +35,7 @@ REVERSED, NOISE = "the same rows in reverse order", "random rows of the same siz
 @dataclass(frozen=True)
 class Case:
     """One prompt of a run. `losses`: of its training steps; `held_out`: by step, 0 is before training; `others`: held-out loss of
-    what it has to beat, by name, where that was measured."""
+    what it has to beat, by name, where that was measured; `held_rows`: the held-out rows, where there are any."""
 
     rows_PH: Tensor
     start_PH: Tensor
@@ -46,6 +46,7 @@ class Case:
     losses: Sequence[float]
     held_out: Mapping[int, float]
     others: Mapping[str, float] = field(default_factory=dict)
+    held_rows: Rows | None = None
 
     @property
     def movement(self) -> float:
@@ -84,6 +85,16 @@ def unusable_rows(case: Case) -> Iterator[str]:
     rejected, used = len(case.rows.rejected), len(case.rows.encoded)
     if rejected > CUT * (rejected + used):
         yield f"{rejected} of {rejected + used} rows were rejected: {case.rows.rejected[0].reason}"
+
+
+def in_both_splits(case: Case) -> Iterator[str]:
+    trained, held = {example.turns for example in case.rows.examples}, case.held_rows.examples if case.held_rows else ()
+    known = sum(example.turns in trained for example in held)
+    if known:
+        yield (
+            f"{known} of {len(held)} held-out rows are training rows too: the held-out loss flatters the prompt; "
+            "softprompt show names them, take them out of one of the two"
+        )
 
 
 def hardly_moved(case: Case) -> Iterator[str]:
@@ -164,6 +175,7 @@ CHECKS: tuple[Callable[[Case], Iterator[str]], ...] = (
     same_to_the_model,
     cut_answers,
     unusable_rows,
+    in_both_splits,
     hardly_moved,
     ran_away,
     spikes,
@@ -205,6 +217,7 @@ def case_of(events: Sequence[Mapping[str, Any]], index: int, entrant: Entrant, s
         deep=isinstance(entrant.start, DeepPrompt),
         losses=[event["losses"][index] for event in events if event["event"] == "step"],
         held_out={event["step"]: event["losses"][index] for event in events if event["event"] == "evaluated"},
+        held_rows=setup.held,
     )
 
 

@@ -41,6 +41,9 @@ from softprompt.metrics import (
 from softprompt.model import FrozenBase
 from softprompt.predictions import Predictions
 from softprompt.prompt import SoftPrompt, no_prompt, prefix_of
+from softprompt.trackers import Sheet
+
+NUM_SAMPLES = 8  # rows whose answers trackers are shown
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What came of a contest. `metric` is the one that the verdicts go by. `folder`: where it lies."""
+    """What came of a contest. `metric` is the one that the verdicts go by; `questions` those of the rows; `folder`: where it lies."""
 
     contestants: dict[str, Result]
     verdicts: list[Verdict]
@@ -93,6 +96,7 @@ class Evaluation:
     num_supervised: int
     num_rejected: int
     labels: tuple[str, ...]
+    questions: tuple[str, ...] = ()
     folder: Path | None = None
 
     def as_dict(self) -> dict[str, Any]:
@@ -116,6 +120,22 @@ class Evaluation:
             "supervised_tokens": self.num_supervised,
             "rejected": self.num_rejected,
         }
+
+    def sheets(self) -> list[Sheet]:
+        """For trackers: the contestants with every score and its interval; where they answered, their answers to the first rows."""
+        metrics = list(dict.fromkeys(metric for result in self.contestants.values() for metric in result.scores))
+        columns = [column for metric in metrics for column in (metric, f"{metric} from", f"{metric} to")]
+        rows = []
+        for name, result in self.contestants.items():
+            scores = [result.scores.get(metric) for metric in metrics]
+            rows.append((name, result.tokens, *(end for one in scores for end in ((one.value, one.low, one.high) if one else [None] * 3))))
+        found = [Sheet("contestants", ("contestant", "tokens", *columns), tuple(rows))]
+        said = {name: result.table.answers for name, result in self.contestants.items() if result.table.answers is not None}
+        if said:
+            wanted = next(iter(self.contestants.values())).table.references
+            lines = list(zip(self.questions, wanted, *said.values(), strict=True))[:NUM_SAMPLES]
+            found.append(Sheet("answers", ("question", "wanted", *said), tuple(lines)))
+        return found
 
 
 def evaluate(
@@ -308,7 +328,8 @@ def _conclude(work: _Work, tables: dict[str, Table], predictions: Predictions) -
     rivals = [name for name, result in results.items() if by.name in result.scores]
     estimates = {name: results[name].scores[by.name] for name in rivals}
     verdicts = [verdict(by, (second, first), estimates, num_rows) for first, second in combinations(rivals, 2)]
-    return Evaluation(results, verdicts, by.name, num_rows, work.rows.num_supervised, len(work.rows.rejected), work.labels)
+    questions = tuple(example.messages[-2].content for example in work.rows.examples)
+    return Evaluation(results, verdicts, by.name, num_rows, work.rows.num_supervised, len(work.rows.rejected), work.labels, questions)
 
 
 def _deciding(metrics: Sequence[Metric]) -> Metric:

@@ -58,6 +58,12 @@ class Entered:
             return None
 
     @property
+    def trackers(self) -> tuple[str, ...]:
+        """Those that the command names, else the run's."""
+        said = self.config.train
+        return said.trackers if self.of_run is None or "trackers" in said.model_fields_set else self.of_run.train.trackers
+
+    @property
     def results(self) -> Path | None:
         """The run's folder for evaluations."""
         return None if self.run is None else self.run.path / "evaluations"

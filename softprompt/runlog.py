@@ -10,11 +10,10 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from softprompt.artifact import package_versions
 from softprompt.atomic import new_folder, write_text
 from softprompt.config import Config, load_config
 from softprompt.data import Rejected
-from softprompt.errors import MissingPackage, RunError
+from softprompt.errors import RunError
 
 
 class RunFolder:
@@ -129,29 +128,3 @@ def _in_the_way(path: Path) -> str:
     if (path / "config.toml").is_file():
         return f"{path} holds an unfinished run: softprompt train --resume {path}, or choose another train.out"
     return f"{path} exists and is not a run: choose another train.out"
-
-
-def check_trackers(config: Config) -> None:
-    """Raises MissingPackage when a tracker that the configuration names is not installed."""
-    for package in config.train.trackers:
-        if find_spec(package) is None:
-            raise MissingPackage(package, package)
-
-
-@contextmanager
-def trackers(config: Config, path: Path) -> Iterator[Callable[[dict[str, float], int], None]]:
-    """Yields a function (values, step) that reports to the experiment trackers of `train.trackers`, through accelerate."""
-    if not config.train.trackers:
-        yield lambda values, step: None
-        return
-    from accelerate import Accelerator
-
-    accelerator = Accelerator(cpu=True, log_with=list(config.train.trackers), project_dir=str(path))
-    flat = {f"{section}.{key}": value for section, table in config.model_dump(mode="json").items() for key, value in table.items()}
-    accelerator.init_trackers(
-        "softprompt", config={key: value for key, value in flat.items() if isinstance(value, int | float | str | bool)}
-    )
-    try:
-        yield lambda values, step: accelerator.log(values, step=step)
-    finally:
-        accelerator.end_training()

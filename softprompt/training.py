@@ -17,21 +17,25 @@ from typing import Any
 
 import torch
 
-from softprompt.artifact import Card, make_card, write_prompt
+from softprompt.answers import question_of
+from softprompt.artifact import Card, load_prompt, make_card, write_prompt
 from softprompt.atomic import new_folder
 from softprompt.batch import order_of_rows
 from softprompt.checkpoint import Progress, prompt_folder, save_checkpoint
 from softprompt.config import Config, Member
+from softprompt.decode import Question, Sampling, decode_whole
 from softprompt.doctor import case_of, examine
 from softprompt.errors import ConfigError, RunError
 from softprompt.evaluation import held_out_loss
 from softprompt.events import Evaluated, Event, Finished, Found, Saved, Searching, Started, Step
 from softprompt.job import Job, Trainee, data_card, prepare, start_job, with_absolute_paths
 from softprompt.model import FrozenBase, load_base
-from softprompt.prompt import SoftPrompt
-from softprompt.runlog import RunFolder, check_trackers, trackers
+from softprompt.prompt import SoftPrompt, prefix_of
+from softprompt.runlog import RunFolder
 from softprompt.step import step_gradients
+from softprompt.trackers import Sheet, check_trackers, tracking
 
+NUM_SAMPLES = 4  # answers that trackers are shown
 RATES, SEARCH_STEPS = (0.02, 0.05, 0.1, 0.2, 0.5), 20  # optim.relative_lr = "find"
 
 
@@ -52,7 +56,7 @@ def train(config: Config, *, resume: bool = False, base: FrozenBase | None = Non
     else:
         RunFolder.check_free(folder)
         config = with_absolute_paths(config)
-    check_trackers(config)
+    check_trackers(config.train.trackers)
     if config.optim.relative_lr == "find":
         base = base or load_base(config.model)
         config = yield from _find_rate(config, base)
@@ -89,20 +93,21 @@ def _find_rate(config: Config, base: FrozenBase) -> Generator[Event, None, Confi
 
 
 def _run(job: Job, progress: Progress) -> Iterator[Event]:
-    with trackers(job.config, job.run.path) as track, _interrupt_after_step() as interrupted:
+    config, folder = job.config, job.run.path
+    with tracking(config.train.trackers, config, folder, folder.name) as track, _interrupt_after_step() as interrupted:
         yield _started(job, progress)
         if job.held and progress.step == 0 and all(scores.eval_loss_before is None for scores in progress.scores.values()):
             evaluated, progress = _evaluate(job, progress)
-            track({"eval_loss": evaluated.loss}, 0)
+            track.numbers({"eval_loss": evaluated.loss}, 0)
             yield evaluated
         while not _ended(job, progress):
             step, progress = _step(job, progress)
             job.run.log("step", **asdict(step))
-            track({"loss": step.loss, "lr": step.lr, "grad_norm": step.grad_norm, "movement": step.movement}, step.step)
+            track.numbers({"loss": step.loss, "lr": step.lr, "grad_norm": step.grad_norm, "movement": step.movement}, step.step)
             yield step
             if job.held and (_ended(job, progress) or progress.step % job.eval_every == 0):
                 evaluated, progress = _evaluate(job, progress)
-                track({"eval_loss": evaluated.loss}, progress.step)
+                track.numbers({"eval_loss": evaluated.loss}, progress.step)
                 yield evaluated
             ended = _ended(job, progress)
             if ended or progress.step % job.config.train.save_every == 0 or interrupted():
@@ -114,6 +119,10 @@ def _run(job: Job, progress: Progress) -> Iterator[Event]:
         result = _result(job, progress, places)
         job.run.log("finished", progress.step, **result)
         job.run.write_result(result)
+        if track.trackers:
+            track.table(_scores(result), progress.step)
+            if job.held:
+                track.table(_samples(job, result["prompt"]), progress.step)
         yield Finished(result)
 
 
@@ -244,6 +253,27 @@ def _result(job: Job, progress: Progress, places: dict[str, Path]) -> dict[str, 
         "peak_bytes": progress.peak_bytes,
         "prompts": prompts,
     }
+
+
+def _scores(result: dict[str, Any]) -> Sheet:
+    """For trackers: the losses of every prompt of the run."""
+    columns = ("train_loss", "eval_loss_before", "eval_loss_after", "best_step")
+    rows = tuple((name, *(found[key] for key in columns)) for name, found in result["prompts"].items())
+    return Sheet("prompts", ("prompt", *columns), rows)
+
+
+@torch.inference_mode()
+def _samples(job: Job, best: str) -> Sheet:
+    """For trackers: what the run's best prompt answers to the first held-out rows."""
+    assert job.held is not None
+    rows, examples = job.held.encoded[:NUM_SAMPLES], job.held.examples[:NUM_SAMPLES]
+    prefix = prefix_of(job.base, [load_prompt(best, job.base).soft])
+    questions = [Question((0,), (question_of(row),)) for row in rows]
+    limit = 8 + max(3 * row.num_supervised // 2 for row in rows)
+    said = {row: ids for row, ids, _ in decode_whole(job.base, prefix, questions, Sampling(max_new_tokens=limit))}
+    answers = [job.base.tokenizer.decode(said[row], skip_special_tokens=True) for row in range(len(rows))]
+    lines = ((row.messages[-2].content, row.response, answer) for row, answer in zip(examples, answers, strict=True))
+    return Sheet("samples", ("question", "wanted", "answer"), tuple(lines))
 
 
 @contextmanager

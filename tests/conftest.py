@@ -51,3 +51,10 @@ def make_config(tmp_path: Path, bases: Callable[..., FrozenBase]) -> Callable[..
 def contrary(tmp_path: Path) -> str:
     """Held-out rows with other answers than the training rows: what is learned makes them worse, the best rows are not the last."""
     return f"data.eval={tiny.write_rows(tmp_path / 'contrary.jsonl', [{'prompt': 'bring tea', 'completion': 'QQQQ'}] * 2)}"
+
+
+@pytest.fixture
+def fresh(tmp_path: Path) -> str:
+    """Held-out rows of the same kind as the training rows, none of them a training row."""
+    rows = tiny.some_rows(7, lambda n: {key: text.replace("bring", "kindly bring") for key, text in tiny.some_rows(7)[n].items()})
+    return f"data.eval={tiny.write_rows(tmp_path / 'fresh.jsonl', rows)}"

@@ -31,7 +31,7 @@ def write(tmp_path, text):
         ({"prompt": {"init": "zeros"}}, r"prompt\.init\.0: input should be 'text', 'labels', .* \(got 'zeros'\)"),
         ({"data": {"train": 5}}, r"data\.train: input should be a valid string"),
         ({"data": {"label_words": {"0": 1}}}, r"data\.label_words\.0: input should be a valid string"),
-        ({"train": {"trackers": ["mlflow"]}}, r"train\.trackers\.0: input should be 'tensorboard', 'wandb' or 'trackio'"),
+        ({"train": {"trackers": ["comet"]}}, r"train\.trackers\.0: input should be 'tensorboard', 'wandb', 'mlflow' or 'trackio'"),
         ({"train": 5}, "train: "),
         ({"data": {"eval": "a.jsonl", "eval_fraction": 0.1}}, r"data: set data\.eval or data\.eval_fraction, not both"),
     ],

@@ -93,9 +93,9 @@ def test_a_trained_one_loads_in_peft_with_the_same_logits(bases, make_config, fa
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
 
 
-def test_only_its_own_numbers_move_and_all_of_them_do(bases, make_config):
+def test_only_its_own_numbers_move_and_all_of_them_do(bases, make_config, fresh):
     base = bases()
-    config = make_config(PREFIX, "train.steps=3")
+    config = make_config(PREFIX, "train.steps=3", fresh)
     *_, finished = train(config, base=base)
     after = load_prompt(config.train.out, base).soft
     start = deepened(base, base.embed_ids(base.tokenizer("Repeat the drink.", add_special_tokens=False)["input_ids"]), tiny.BOS)

@@ -23,12 +23,12 @@ def findings_of(config, base=None):
     return all_said
 
 
-def test_a_sound_run_has_no_findings(make_config, bases):
-    assert findings_of(make_config(*LONG), bases()) == []
+def test_a_sound_run_has_no_findings(make_config, bases, fresh):
+    assert findings_of(make_config(*LONG, fresh), bases()) == []
 
 
-def test_a_sound_bank_has_no_findings(make_config, bases):
-    config = make_config(*LONG, "prompt.count=2")
+def test_a_sound_bank_has_no_findings(make_config, bases, fresh):
+    config = make_config(*LONG, fresh, "prompt.count=2")
     list(train(config))
     assert diagnose(config.train.out, bases()) == {"seed-0": [], "seed-1": []}
 
@@ -40,6 +40,7 @@ def test_a_sound_bank_has_no_findings(make_config, bases):
         ("optim.lr=0.0005", r"optim\.relative_lr = 0\.0025 is too low"),
         ("optim.relative_lr=25", r"optim\.relative_lr = 25 is too high"),
         ("data.template=Answer {{{{ '' }}}}: ", "12 different questions look like 1 to the model: data.template leaves out"),
+        ("train.seed=1", "7 of 7 held-out rows are training rows too"),
         ("{contrary}", "the held-out loss rose from"),
         ("{long_answers}", "of the answers' tokens lie beyond data.max_length"),
         ("prompt.text=aaaaaaaaaaaa", "the rows have collapsed"),

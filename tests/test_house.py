@@ -23,7 +23,7 @@ PACKAGE = ROOT / "softprompt"
 FLOORS = [
     {"errors"},
     {"config", "hub", "atomic", "precise", "head", "memory", "reparam", "metrics"},
-    {"data", "unpack", "prefix", "predictions"},
+    {"data", "unpack", "prefix", "predictions", "trackers"},
     {"encode"},
     {"batch", "model"},
     {"loss", "prompt", "optim", "decode"},

@@ -36,11 +36,15 @@ def config_of(settings: list[str] | None) -> Any:
 
 
 def write_json(file: Path | None, result: dict[str, Any]) -> None:
-    if file is None:
-        return
+    if file is not None:
+        write_result("--json", file, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_result(option: str, file: Path, text: str) -> None:
+    """Writes what a command's `option` asks for, whole or not at all. Raises ConfigError where it cannot be written."""
     from softprompt.atomic import write_text
 
     try:
-        write_text(file, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
+        write_text(file, text)
     except OSError as error:
-        raise ConfigError(f"--json {file}: cannot be written: {error.strerror}") from None
+        raise ConfigError(f"{option} {file}: cannot be written: {error.strerror}") from None

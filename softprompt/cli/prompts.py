@@ -47,9 +47,11 @@ def evaluate(
     from softprompt.evaluation import evaluating
     from softprompt.metrics import metric_named
     from softprompt.screen.prompts import draw_evaluation, follow_evaluation
+    from softprompt.trackers import check_trackers, tracking
 
     for name in metric or []:
         metric_named(name)
+    check_trackers(given.trackers)
     loaded, train = given.rows()
     base = load_base(given.config.model)
     prompts = [(name, load_prompt(path, base, allow_other_base=allow_other_base)) for name, path in given.prompts.items()]
@@ -58,6 +60,10 @@ def evaluate(
     result = follow_evaluation(evaluating(base, prompts, loaded, contest, out=out or given.results, tokens_per_batch=budget))
     draw_evaluation(result)
     write_json(json_file, {"prompt": str(prompt), "data": given.source, **result.as_dict()})
+    place = given.run.path if given.run else prompt
+    with tracking(given.trackers, given.of_run or given.config, place, f"{place.name} eval") as track:
+        for sheet in result.sheets():
+            track.table(sheet, 0)
 
 
 @app.command()

@@ -1,9 +1,10 @@
-"""The data as the model sees it."""
+"""The data as the model sees it, and what is wrong with it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from rich.markup import escape
+from rich.table import Table
 from rich.text import Text
 
 from softprompt.screen.console import console
@@ -11,38 +12,26 @@ from softprompt.screen.console import console
 if TYPE_CHECKING:
     from softprompt.show import Shown, Summary
 
+LISTED = 3  # rows of each finding; --json has all
+NAMES = {"train": "train", "eval": "held out"}
+
 
 def draw_rows(shown: "Shown", num_rows: int) -> None:
-    """Rows token by token, the supervised ones coloured, then a summary of each split."""
-    from softprompt.show import summarize
-
+    """Rows token by token, the supervised ones coloured, then a summary of each split, then the findings."""
     for row in shown.train.encoded[:num_rows]:
         facts = shown.row(row)
         cut = f", {row.num_cut} cut away" if row.num_cut else ""
         console.print(f"[bold]{escape(row.source)}[/]: {len(facts['input_ids'])} tokens, {row.num_supervised} supervised{cut}")
-        console.print(_coloured(shown, facts["input_ids"], facts["labels"]))
+        console.print(Text.assemble(*((text, "bold green" if on else "dim") for text, on in shown.pieces(row))))
         console.print(Text("labels: " + repr(facts["supervised_text"]), style="dim"))
         console.print()
-    draw_summary("train", summarize(shown.train, shown.encoder))
-    if shown.held is not None:
-        draw_summary("held out", summarize(shown.held, shown.encoder))
-    rejected = shown.train.rejected + (shown.held.rejected if shown.held else ())
-    for item in rejected[:10]:
-        console.print(f"[yellow]rejected[/] {escape(item.source)}: {escape(item.reason)}")
-    if len(rejected) > 10:
-        console.print(f"[yellow]and {len(rejected) - 10} more[/]")
-
-
-def _coloured(shown: "Shown", ids: Sequence[int], labels: Sequence[int]) -> Text:
-    """Neighbouring tokens of one kind are decoded together, so that characters of several tokens stay whole."""
-    text = Text()
-    start = 0
-    for end in range(1, len(ids) + 1):
-        if end == len(ids) or (labels[end] == -100) != (labels[start] == -100):
-            style = "dim" if labels[start] == -100 else "bold green"
-            text.append(shown.encoder.tokenizer.decode(ids[start:end]), style=style)
-            start = end
-    return text
+    for name, summary in shown.summaries.items():
+        draw_summary(NAMES[name], summary)
+    draw_shares("label", {NAMES[name]: summary.labels for name, summary in shown.summaries.items()})
+    draw_shares(
+        "script", {f"{NAMES[name]}, {part}": own for name, summary in shown.summaries.items() for part, own in summary.scripts.items()}
+    )
+    draw_said(shown)
 
 
 def draw_summary(name: str, summary: "Summary") -> None:
@@ -54,3 +43,33 @@ def draw_summary(name: str, summary: "Summary") -> None:
         line += f"; length {lengths.smallest} to {lengths.largest} (median {lengths.median:g})"
         line += f", supervised {supervised.smallest} to {supervised.largest} (median {supervised.median:g})"
     console.print(line)
+
+
+def draw_shares(heading: str, counts: Mapping[str, Mapping[str, int]]) -> None:
+    """How many rows are of each kind, a column for each part of the data; nothing where there are no kinds."""
+    kinds = list(dict.fromkeys(kind for own in counts.values() for kind in own))
+    if not kinds:
+        return
+    table = Table()
+    table.add_column(heading)
+    for name in counts:
+        table.add_column(name, justify="right")
+    for kind in kinds:
+        cells = (f"{own.get(kind, 0):,} ({own.get(kind, 0) / max(1, sum(own.values())):.1%})" for own in counts.values())
+        table.add_row(escape(kind), *cells)
+    console.print(table)
+
+
+def draw_said(shown: "Shown") -> None:
+    """The findings, each with its first rows."""
+    from softprompt.show.words import said_of
+
+    found = said_of(shown)
+    for said in found:
+        console.print(f"[yellow]{escape(said.sentence)}[/]")
+        for row in said.rows[:LISTED]:
+            console.print(f"  {escape(row)}")
+        if len(said.rows) > LISTED:
+            console.print(f"  and {len(said.rows) - LISTED:,} more")
+    if not found:
+        console.print("nothing to find fault with: no row twice or nearly so, in both splits, contradictory, empty or cut")

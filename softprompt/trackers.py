@@ -1,0 +1,108 @@
+"""Experiment trackers, through accelerate: numbers by step, and tables by each tracker's own means."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from softprompt.config import Config
+from softprompt.errors import MissingPackage
+
+PROJECT = "softprompt"  # what the trackers call a project or an experiment
+Cell = str | int | float | None
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """A table under a name."""
+
+    name: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[Cell, ...], ...]
+
+
+@dataclass(frozen=True)
+class Tracking:
+    """What reports to every tracker of a run; to none where the configuration names none."""
+
+    trackers: Sequence[Any]  # accelerate's GeneralTracker
+
+    def numbers(self, values: Mapping[str, float], step: int) -> None:
+        for tracker in self.trackers:
+            tracker.log(dict(values), step=step)
+
+    def table(self, sheet: Sheet, step: int) -> None:
+        for tracker in self.trackers:
+            TABLES[tracker.name](tracker, sheet, step)
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Raises MissingPackage when one of them is not installed."""
+    for package in names:
+        if find_spec(package) is None:
+            raise MissingPackage(package, package)
+
+
+@contextmanager
+def tracking(names: Sequence[str], config: Config, path: Path, called: str) -> Iterator[Tracking]:
+    """Opens a run `called` so in every tracker that `names` holds, with the settings; TensorBoard's files lie in the folder `path`."""
+    if not names:
+        yield Tracking(())
+        return
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=True, log_with=list(names), project_dir=str(path))
+    flat = {f"{section}.{key}": value for section, table in config.model_dump(mode="json").items() for key, value in table.items()}
+    settings = {key: value for key, value in flat.items() if isinstance(value, int | float | str | bool)}
+    accelerator.init_trackers(PROJECT, settings, {"wandb": {"name": called}, "mlflow": {"run_name": called}, "trackio": {"name": called}})
+    try:
+        yield Tracking(accelerator.trackers)
+    finally:
+        accelerator.end_training()
+
+
+# ---- a table, tracker by tracker -----------------------------------------------------------------------------------
+
+
+def _tensorboard(tracker: Any, sheet: Sheet, step: int) -> None:
+    """As Markdown, which its page of texts draws as a table."""
+    lines = [sheet.columns, ["---"] * len(sheet.columns), *sheet.rows]
+    tracker.log({sheet.name: "\n".join("| " + " | ".join(map(_markdown, line)) + " |" for line in lines)}, step=step)
+
+
+def _markdown(cell: Cell) -> str:
+    text = "" if cell is None else f"{cell:.4f}" if isinstance(cell, float) else str(cell)
+    return text.replace("\\", "\\\\").replace("|", "\\|").replace("\n", "<br>")
+
+
+def _wandb(tracker: Any, sheet: Sheet, step: int) -> None:
+    tracker.log_table(sheet.name, columns=list(sheet.columns), data=[list(row) for row in sheet.rows], step=step)
+
+
+def _mlflow(tracker: Any, sheet: Sheet, step: int) -> None:
+    """As an artifact of the run."""
+    import mlflow
+
+    mlflow.log_table(_frame(sheet), f"{sheet.name}.json")
+
+
+def _trackio(tracker: Any, sheet: Sheet, step: int) -> None:
+    import trackio
+
+    tracker.log({sheet.name: trackio.Table(dataframe=_frame(sheet))}, step=step)
+
+
+def _frame(sheet: Sheet) -> Any:
+    import pandas
+
+    return pandas.DataFrame(list(sheet.rows), columns=list(sheet.columns), dtype=object)
+
+
+TABLES: dict[str, Callable[[Any, Sheet, int], None]] = {
+    "tensorboard": _tensorboard,
+    "wandb": _wandb,
+    "mlflow": _mlflow,
+    "trackio": _trackio,
+}
