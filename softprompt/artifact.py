@@ -12,7 +12,6 @@ Only safetensors and JSON are read. Nothing in the folder can make code run: tem
 
 import hashlib
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,9 +25,9 @@ from softprompt.encode import Encoder, make_encoder
 from softprompt.errors import ArtifactError
 from softprompt.model import FrozenBase
 from softprompt.prompt import DeepPrompt, SoftPrompt, shapes_of
+from softprompt.runlog import package_versions
 
 TENSOR = "prompt_embeddings"
-PACKAGES = ("softprompt", "torch", "transformers", "peft", "tokenizers")
 ANYWAY = "pass --allow-other-base (allow_other_base=True) to use it all the same"
 LICENCE_NOTE = (
     "The rows were trained against the base named above and are of no use without it. "
@@ -106,11 +105,6 @@ class StoredPrompt:
 def chat_template_hash(tokenizer: Any) -> str | None:
     """sha256 of the tokenizer's chat template, or None."""
     return hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest() if tokenizer.chat_template else None
-
-
-def package_versions() -> dict[str, str]:
-    """Versions of what decides about numbers."""
-    return {package: version(package) for package in PACKAGES}
 
 
 def write_prompt(folder: Path, soft: SoftPrompt, card: Card, base: FrozenBase) -> None:
