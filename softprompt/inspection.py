@@ -120,7 +120,7 @@ def _vocabulary_sizes(base: FrozenBase) -> tuple[float, float, float]:
 def _alike(cosines_PP: Tensor) -> tuple[float, float] | None:
     if len(cosines_PP) < 2:
         return None
-    pairs = cosines_PP[tuple(torch.triu_indices(*cosines_PP.shape, 1))]
+    pairs = cosines_PP[tuple(torch.triu_indices(len(cosines_PP), len(cosines_PP), 1))]
     return pairs.mean().item(), pairs.max().item()
 
 
