@@ -39,7 +39,8 @@ def samples(runs: Sequence[Run], num_rows: int) -> list[Sample]:
         evaluation = next((one for one in run.evaluations if one.answers), None)
         if evaluation is None:
             continue
-        for answer in evaluation.answers:
+        order = list(evaluation.contestants)
+        for answer in sorted(evaluation.answers, key=lambda one: (one.row, order.index(one.contestant))):
             if answer.row >= num_rows:
                 continue
             shots = int(evaluation.contestants.get(answer.contestant, {}).get("shots") or 0)
@@ -51,13 +52,13 @@ def samples(runs: Sequence[Run], num_rows: int) -> list[Sample]:
 
 
 def compared(answer: str, reference: str) -> tuple[str, list[tuple[Kind, str]]]:
-    """How an answer stands to its reference, and its pieces: Chinese by characters, other text by words."""
+    """How an answer stands to its reference, and its pieces: Chinese by characters, other text by words; none of white space alone."""
     if answer.strip() == reference.strip():
         return "as the reference", [("same", answer)]
     said, wanted = PIECE.findall(answer), PIECE.findall(reference)
     matcher = SequenceMatcher(None, wanted, said, autojunk=False)
     if matcher.ratio() < APART:
-        return "different throughout", [("same", answer)]
+        return "different throughout", [("same", answer)] if answer.strip() else []
     pieces: list[tuple[Kind, str]] = []
     for tag, first, last, begin, end in matcher.get_opcodes():
         if tag == "equal":

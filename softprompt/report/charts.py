@@ -23,7 +23,8 @@ SERIES = 6  # colours in the style sheet; further lines are told apart by their 
 DASHES = ("", "6 2.5", "1.5 2", "6 2 1.5 2")
 INKS = {"ink": "#010101", "muted": "#020202", "rule": "#030303", "band": "#040404"}  # stand-ins, one for each of the sheet's variables
 INKS |= {f"series-{number}": f"#0{number}0f0f" for number in range(SERIES)}
-WIDTH, HEIGHT = 5.0, 2.9  # inches
+WIDTH, HEIGHT, LARGEST = 5.0, 2.9, 6.8  # inches; rem of the page that an inch fills at most
+BINS = 40  # bars of a histogram at most
 STYLE: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "softprompt",
@@ -65,6 +66,8 @@ class Line:
 def lines(title: str, series: Sequence[Line], *, x: str = "step", log: bool = False, band: Sequence[float] = ()) -> Markup:
     """Lines over `x`; `band` is a low, a usual and a high value to compare with."""
     figure, axes = _figure()
+    from matplotlib.ticker import LogLocator, NullFormatter
+
     if band:
         axes.axhspan(band[0], band[2], color=INKS["band"], linewidth=0)
         axes.axhline(band[1], color=INKS["muted"], linewidth=0.9)
@@ -77,6 +80,9 @@ def lines(title: str, series: Sequence[Line], *, x: str = "step", log: bool = Fa
         axes.plot(one.x, one.y, **style)
     if log and all(value > 0 for one in series for value in one.y):
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel(x)
     axes.margins(x=0.02)
     told = [f"{one.name} from {one.y[0]:.3g} to {one.y[-1]:.3g}" for one in series if one.y]
@@ -87,8 +93,9 @@ def histogram(title: str, counts: Sequence[tuple[int, int]]) -> Markup:
     """How many rows have each length in tokens."""
     figure, axes = _figure(height=1.9)
     lengths, rows = zip(*counts, strict=True)
-    bins = min(40, max(lengths) - min(lengths) + 1)
-    axes.hist(lengths, bins=bins, range=(min(lengths) - 0.5, max(lengths) + 0.5), weights=rows, color=INKS["series-0"])
+    wide = -(-(max(lengths) - min(lengths) + 1) // BINS)
+    edges = [edge - 0.5 for edge in range(min(lengths), max(lengths) + wide + 1, wide)]
+    axes.hist(lengths, bins=edges, weights=rows, color=INKS["series-0"])
     axes.set_xlabel("tokens of a row")
     axes.grid(axis="x", visible=False)
     _whole_numbers(axes.yaxis)
@@ -157,4 +164,5 @@ def _svg(figure: "Figure", label: str) -> Markup:
         text = text.replace(color, f"var(--{name})")
     size = re.search(r'viewBox="[^"]*"', text)
     assert size is not None
-    return Markup(f'<svg class="chart" role="img" aria-label="{escape(label)}" {size[0]}>' + text[text.index(">") + 1 :])
+    limit = f"max-width: {figure.get_figwidth() * LARGEST:.0f}rem"
+    return Markup(f'<svg class="chart" role="img" aria-label="{escape(label)}" {size[0]} style="{limit}">' + text[text.index(">") + 1 :])

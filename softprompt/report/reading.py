@@ -70,9 +70,6 @@ class End(Facts):
     """One prompt in result.json."""
 
     train_loss: float
-    eval_loss_before: float | None
-    eval_loss_after: float | None
-    best_step: int | None
     findings: list[str]
 
 
@@ -153,6 +150,11 @@ class Prompt:
     held_out: dict[int, float]
     end: End | None
     inspection: Inspection | None
+
+    @property
+    def best_step(self) -> int | None:
+        """The evaluation with the lowest loss after training began, so far."""
+        return min((step for step in self.held_out if step), key=lambda step: self.held_out[step], default=None)
 
 
 @dataclass(frozen=True)

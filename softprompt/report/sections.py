@@ -130,11 +130,14 @@ class Confusion:
 
 @dataclass(frozen=True)
 class Contest:
-    """One evaluation. `first`: the newest of its run."""
+    """One evaluation. `title` of all the page; `first`: the newest of its run; `scale`: what its drawn intervals end at."""
 
+    run: str
     title: str
     first: bool
     facts: Evaluation
+    direction: str
+    scale: str
     metrics: list[str]
     contestants: list[Contestant]
     verdicts: list[str]
@@ -149,7 +152,7 @@ def contests(runs: Sequence[Run]) -> list[Contest]:
     for one in (one for run in runs for one in run.evaluations):
         for own in one.intervals.values():
             for metric, (low, high) in own.items():
-                widest[metric] = 1.0 if percent(metric) else max(widest.get(metric, 0.0), abs(low), abs(high))
+                widest[metric] = max(widest.get(metric, 0.0), abs(low), abs(high))
     return [_contest(run, index, one, widest) for run in runs for index, one in enumerate(run.evaluations)]
 
 
@@ -162,7 +165,7 @@ def _contest(run: Run, index: int, facts: Evaluation, widest: dict[str, float]) 
         scores = {metric: _score(metric, own.get(metric), facts.intervals.get(name, {}).get(metric), widest) for metric in metrics}
         rows.append(Contestant(names[name], own.get("tokens") or 0.0, scores, int(own.get("unended_answers") or 0)))
     verdicts = []
-    for one in facts.verdicts:
+    for one in (one for one in facts.verdicts if one.first not in ("text", "few-shot")):  # those of prompts
         values = [facts.contestants[side][one.metric] for side in (one.first, one.second)]
         verdicts.append(sentence(one, [names[one.first], names[one.second]], [value or 0.0 for value in values]))
     confusions = [Confusion(names[name], _shares(facts.labels, table)) for name, table in (facts.confusion or {}).items()]
@@ -173,7 +176,10 @@ def _contest(run: Run, index: int, facts: Evaluation, widest: dict[str, float]) 
     if series:
         legend = _legend([name for name, _ in bins])
         calibration = Figure("Calibration", "dashed: perfect", charts.reliability(f"Calibration, {title}", series), legend)
-    return Contest(title, index == 0, facts, metrics, rows, verdicts, confusions, calibration, bins)
+    direction = "higher is better" if facts.metric not in METRICS or METRICS[facts.metric].higher_is_better else "lower is better"
+    largest = widest[facts.metric]
+    scale = f"{largest:.0%}" if percent(facts.metric) else f"{largest:.3g}"
+    return Contest(run.name, title, index == 0, facts, direction, scale, metrics, rows, verdicts, confusions, calibration, bins)
 
 
 def _score(metric: str, value: float | None, interval: tuple[float, float] | None, widest: dict[str, float]) -> Score | None:
@@ -184,16 +190,11 @@ def _score(metric: str, value: float | None, interval: tuple[float, float] | Non
     shares = [min(1.0, max(0.0, end / scale)) for end in (low, high, value)]
     if percent(metric):
         return Score(f"{value:.1%}", f"{100 * low:.1f} to {100 * high:.1f}", *shares)
-    return Score(f"{value:.4f}", f"{low:.3f} to {high:.3f}", *shares)
+    return Score(f"{value:.4f}" if abs(value) < 10 else f"{value:.4g}", f"{low:.3g} to {high:.3g}", *shares)
 
 
 def _shares(labels: Sequence[str], table: list[list[int]]) -> list[tuple[str, list[tuple[int, float]]]]:
     return [(label, [(rows, rows / max(1, sum(own))) for rows in own]) for label, own in zip(labels, table, strict=True)]
-
-
-def better(metric: str) -> str:
-    """Which direction of a metric is good."""
-    return "higher is better" if metric not in METRICS or METRICS[metric].higher_is_better else "lower is better"
 
 
 # ---- the prompts' rows ---------------------------------------------------------------------------------------------
@@ -204,7 +205,7 @@ def row_charts(prompts: Sequence[Prompt]) -> list[Figure]:
     inspected = [(index, one.name, one.inspection) for index, one in enumerate(prompts) if one.inspection]
     legend = _legend([prompt.name for prompt in prompts])
     band = next((one.vocabulary_sizes for _, _, one in inspected if one.vocabulary_sizes), None)
-    grey = "; grey: 90 of 100 rows of the vocabulary, and the middle one" if band else ""
+    grey = "; grey: 90% of the vocabulary's rows, and the middle one" if band else ""
 
     def series(value: Callable[[Any], float | None]) -> list[Line]:
         found: list[tuple[int, str, Inspection]] = [item for item in inspected if all(value(row) is not None for row in item[2].rows)]
