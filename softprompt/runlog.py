@@ -106,11 +106,11 @@ class RunFolder:
         Raises RunError for a damaged one before it.
         """
         file = self.path / "metrics.jsonl"
-        lines, events = file.read_text(encoding="utf-8").split("\n"), []
-        for number, line in enumerate(lines[:-1], 1):
+        lines, events = file.read_bytes().split(b"\n")[:-1] if file.is_file() else [], []
+        for number, line in enumerate(lines, 1):
             try:
-                events.append(json.loads(line))
-            except json.JSONDecodeError:
+                events.append(dict(json.loads(line)))
+            except (ValueError, TypeError):
                 raise RunError(f"{file}:{number}: the line is damaged") from None
         return events
 

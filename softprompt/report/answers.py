@@ -39,11 +39,10 @@ def samples(runs: Sequence[Run], num_rows: int) -> list[Sample]:
         evaluation = next((one for one in run.evaluations if one.answers), None)
         if evaluation is None:
             continue
-        order = list(evaluation.contestants)
-        for answer in sorted(evaluation.answers, key=lambda one: (one.row, order.index(one.contestant))):
-            if answer.row >= num_rows:
-                continue
-            shots = int(evaluation.contestants.get(answer.contestant, {}).get("shots") or 0)
+        order = {name: number for number, name in enumerate(evaluation.contestants)}
+        shown = [one for one in evaluation.answers if one.row < num_rows and one.contestant in order]
+        for answer in sorted(shown, key=lambda one: (one.row, order[one.contestant])):
+            shots = int(evaluation.contestants[answer.contestant].get("shots") or 0)
             known = called(answer.contestant, shots)
             name = known if len(runs) == 1 or answer.contestant in ("base", "text", "few-shot") else f"{run.name}: {known}"
             said = Said(name, *compared(answer.text, answer.reference), answer.ended)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from softprompt.config import Config
 from softprompt.errors import RunError
@@ -135,6 +135,18 @@ class Evaluation(Facts):
     supervised_tokens: int
     answers: list[Answer] = []
 
+    @model_validator(mode="after")
+    def whole(self) -> "Evaluation":
+        named = {side for one in self.verdicts for side in (one.first, one.second)}
+        for by_name in (self.intervals, self.confusion or {}, self.calibration or {}):
+            named |= set(by_name)
+        if not named <= set(self.contestants) or not any(self.metric in own for own in self.intervals.values()):
+            raise ValueError("there are contestants or a metric without scores")
+        tables = list((self.confusion or {}).values())
+        if {len(table) for table in tables} | {len(row) for table in tables for row in table} - {len(self.labels)}:
+            raise ValueError("the confusion has another size than the labels")
+        return self
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -182,14 +194,18 @@ def _read_run(path: Path, name: str, count: int) -> Run:
     events = folder.events()
     steps = [_checked(Step, event, log) for event in events if event.get("event") == "step"]
     held_out = [_checked(HeldOut, event, log) for event in events if event.get("event") == "evaluated"]
+    members = config.members()
+    sizes = {len(column) for one in steps for column in (one.losses, one.lrs, one.grad_norms, one.movements)}
+    if not sizes | {len(one.losses) for one in held_out} <= {len(members)}:
+        raise RunError(f"{log} is damaged: its steps are not of {len(members)} prompts, as config.toml says")
     result = _read(Result, folder, "result.json")
     inspected = folder.read("inspection.json") or {}
     prompts = []
-    for index, (own, alone) in enumerate(config.members().items()):
+    for index, (own, alone) in enumerate(members.items()):
         called = own if count == 1 else f"{name} / {own}"
         prompts.append(
             Prompt(
-                name=name if len(config.members()) == 1 else called,
+                name=name if len(members) == 1 else called,
                 config=alone,
                 steps=[step.step for step in steps],
                 losses=[step.losses[index] for step in steps],

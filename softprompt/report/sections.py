@@ -166,7 +166,7 @@ def _contest(run: Run, index: int, facts: Evaluation, widest: dict[str, float]) 
         rows.append(Contestant(names[name], own.get("tokens") or 0.0, scores, int(own.get("unended_answers") or 0)))
     verdicts = []
     for one in (one for one in facts.verdicts if one.first not in ("text", "few-shot")):  # those of prompts
-        values = [facts.contestants[side][one.metric] for side in (one.first, one.second)]
+        values = [facts.contestants[side].get(one.metric) for side in (one.first, one.second)]
         verdicts.append(sentence(one, [names[one.first], names[one.second]], [value or 0.0 for value in values]))
     confusions = [Confusion(names[name], _shares(facts.labels, table)) for name, table in (facts.confusion or {}).items()]
     bins = [(names[name], own) for name, own in (facts.calibration or {}).items()]
