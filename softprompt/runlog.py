@@ -109,9 +109,12 @@ class RunFolder:
         lines, events = file.read_bytes().split(b"\n")[:-1] if file.is_file() else [], []
         for number, line in enumerate(lines, 1):
             try:
-                events.append(dict(json.loads(line)))
-            except (ValueError, TypeError):
-                raise RunError(f"{file}:{number}: the line is damaged") from None
+                event = json.loads(line)
+            except ValueError:
+                event = None
+            if not isinstance(event, dict):
+                raise RunError(f"{file}:{number}: the line is damaged")
+            events.append(event)
         return events
 
     def forget_after(self, step: int) -> None:

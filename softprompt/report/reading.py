@@ -143,7 +143,7 @@ class Evaluation(Facts):
         if not named <= set(self.contestants) or not any(self.metric in own for own in self.intervals.values()):
             raise ValueError("there are contestants or a metric without scores")
         tables = list((self.confusion or {}).values())
-        if {len(table) for table in tables} | {len(row) for table in tables for row in table} - {len(self.labels)}:
+        if not {len(side) for table in tables for side in (table, *table)} <= {len(self.labels)}:
             raise ValueError("the confusion has another size than the labels")
         return self
 
