@@ -13,7 +13,6 @@ Only safetensors and JSON are read. Nothing in the folder can make code run: tem
 import hashlib
 import json
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,10 +26,10 @@ from softprompt.encode import Encoder, make_encoder
 from softprompt.errors import ArtifactError
 from softprompt.model import FrozenBase
 from softprompt.prompt import DeepPrompt, SoftPrompt, shapes_of
+from softprompt.runlog import package_versions
 
 TENSOR, WEIGHTS = "prompt_embeddings", "adapter_model.safetensors"
 FILES = ("adapter_config.json", WEIGHTS, "card.json", "README.md")
-PACKAGES = ("softprompt", "torch", "transformers", "peft", "tokenizers")
 ANYWAY = "pass --allow-other-base (allow_other_base=True) to use it all the same"
 LICENCE_NOTE = (
     "The rows were trained against the base named above and are of no use without it. "
@@ -108,11 +107,6 @@ class StoredPrompt:
 def chat_template_hash(tokenizer: Any) -> str | None:
     """sha256 of the tokenizer's chat template, or None."""
     return hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest() if tokenizer.chat_template else None
-
-
-def package_versions() -> dict[str, str]:
-    """Versions of what decides about numbers."""
-    return {package: version(package) for package in PACKAGES}
 
 
 def write_prompt(folder: Path, soft: SoftPrompt, card: Card, base: FrozenBase) -> None:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from softprompt.model import FrozenBase
@@ -42,18 +43,33 @@ class Started:
 
 @dataclass(frozen=True)
 class Step:
-    """An optimizer step was taken. `loss` per supervised token, `lr` and `grad_norm` are means over the prompts of the run,
-    `losses` those of each; `movement`: how far the rows are from where they started, RMS, as a share of the RMS of the base's
-    embedding rows; `num_tokens` real tokens of the step's rows, counted for every prompt that saw them."""
+    """An optimizer step was taken. Of every prompt of the run: `losses` per supervised token, `lrs`, `grad_norms` before clipping, and
+    `movements`: how far the rows are from where they started, RMS, as a share of the RMS of the base's embedding rows. `loss`, `lr`,
+    `grad_norm` and `movement` are their means. `num_tokens` real tokens of the step's rows, counted for every prompt that saw them."""
 
     step: int
-    loss: float
-    lr: float
-    grad_norm: float
-    movement: float
     losses: tuple[float, ...]
+    lrs: tuple[float, ...]
+    grad_norms: tuple[float, ...]
+    movements: tuple[float, ...]
     num_tokens: int
     seconds: float
+
+    @property
+    def loss(self) -> float:
+        return fmean(self.losses)
+
+    @property
+    def lr(self) -> float:
+        return fmean(self.lrs)
+
+    @property
+    def grad_norm(self) -> float:
+        return fmean(self.grad_norms)
+
+    @property
+    def movement(self) -> float:
+        return fmean(self.movements)
 
 
 @dataclass(frozen=True)

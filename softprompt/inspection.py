@@ -19,6 +19,7 @@ from softprompt.model import FrozenBase
 from softprompt.prompt import DeepPrompt, SoftPrompt, no_prompt, prefix_of
 
 IDS, NEAR, PROMPTS = 8192, 3, 16  # vocabulary rows at a time, neighbours shown, prompts at a time
+DRAWN = 4096  # vocabulary rows whose sizes are measured
 UNIMPORTANT = 0.01  # share of the prompt's gain that a row may be worth and still be left out
 CAUTION = (
     "The nearest tokens of a row do not say what the prompt does: prompts that solve a task can lie next to any text, of the same "
@@ -39,11 +40,14 @@ class RowFacts:
 
 @dataclass(frozen=True)
 class Inspection:
-    """A prompt's facts. `alike`: mean and largest cosine between two of its rows. `loss` and `bare_loss` on `num_rows` rows."""
+    """A prompt's facts. `cosines` [P, P] between its rows, `alike` their mean and the largest. `vocabulary`: the size of the base's
+    own rows, as the 5th, 50th and 95th of a hundred; None for a deep prompt. `loss` and `bare_loss` on `num_rows` rows."""
 
     card: Card
     rows: list[RowFacts]
+    cosines: list[list[float]]
     alike: tuple[float, float] | None
+    vocabulary: tuple[float, float, float] | None
     loss: float | None = None
     bare_loss: float | None = None
     num_rows: int = 0
@@ -65,6 +69,8 @@ class Inspection:
             "init": self.card.init,
             "rows": [asdict(row) for row in self.rows],
             "cosine_between_rows": None if self.alike is None else {"mean": self.alike[0], "largest": self.alike[1]},
+            "cosines": [[round(cosine, 3) for cosine in row] for row in self.cosines],
+            "vocabulary_sizes": self.vocabulary,
             "loss": self.loss,
             "bare_loss": self.bare_loss,
             "held_out_rows": self.num_rows,
@@ -84,7 +90,8 @@ def inspect(
     if start is not None and start.rows_PH.shape == soft.rows_PH.shape:
         moved_PH = soft.rows_like(start) - start.rows_PH.to(soft.rows_PH.device)
         drifts = (moved_PH.square().mean(dim=1).sqrt() / start.rms(base)).tolist()
-    near = [[] for _ in sizes] if isinstance(soft, DeepPrompt) else nearest_tokens(base, soft.rows_PH)
+    deep = isinstance(soft, DeepPrompt)
+    near = [[] for _ in sizes] if deep else nearest_tokens(base, soft.rows_PH)
     loss, bare_loss = None, None
     worth: Sequence[float | None] = [None] * soft.length
     if held:
@@ -92,7 +99,10 @@ def inspect(
         loss, *shortened = leave_out_losses(base, soft, held, [(), *((index,) for index in range(soft.length))], tokens_per_batch)
         worth = [one - loss for one in shortened]
     rows = [RowFacts(*facts) for facts in zip(sizes, near, drifts, worth, strict=True)]
-    return Inspection(prompt.card, rows, _alike(soft.rows_PH), loss, bare_loss, len(held))
+    unit_PH = normalize(soft.rows_PH, dim=1)
+    cosines_PP = unit_PH @ unit_PH.T
+    vocabulary = None if deep else _vocabulary_sizes(base)
+    return Inspection(prompt.card, rows, cosines_PP.tolist(), _alike(cosines_PP), vocabulary, loss, bare_loss, len(held))
 
 
 def _scale(soft: SoftPrompt, base: FrozenBase) -> float:
@@ -100,11 +110,17 @@ def _scale(soft: SoftPrompt, base: FrozenBase) -> float:
     return soft.rows_PH.square().mean().sqrt().item() if isinstance(soft, DeepPrompt) else base.rms
 
 
-def _alike(rows_PH: Tensor) -> tuple[float, float] | None:
-    if len(rows_PH) < 2:
+def _vocabulary_sizes(base: FrozenBase) -> tuple[float, float, float]:
+    """Of tokens drawn from the vocabulary, the small, the usual and the large."""
+    sizes = base.drawn_rows(DRAWN, 0).square().mean(dim=1).sqrt() / base.rms
+    low, usual, high = sizes.quantile(torch.tensor([0.05, 0.5, 0.95], device=sizes.device)).tolist()
+    return low, usual, high
+
+
+def _alike(cosines_PP: Tensor) -> tuple[float, float] | None:
+    if len(cosines_PP) < 2:
         return None
-    unit_PH = normalize(rows_PH, dim=1)
-    pairs = (unit_PH @ unit_PH.T)[tuple(torch.triu_indices(len(rows_PH), len(rows_PH), 1))]
+    pairs = cosines_PP[tuple(torch.triu_indices(len(cosines_PP), len(cosines_PP), 1))]
     return pairs.mean().item(), pairs.max().item()
 
 

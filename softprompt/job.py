@@ -1,7 +1,8 @@
 """What a run works with, put together and checked before its first step."""
 
 import resource
-from dataclasses import dataclass, replace
+from collections import Counter
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from softprompt.optim import RowOptimizer
 from softprompt.prompt import DeepPrompt, SoftPrompt, deepened
 from softprompt.reparam import REPARAMS, Ground
 from softprompt.runlog import RunFolder
+from softprompt.show import summarize
 from softprompt.step import Engine
 
 EVALUATIONS, EVAL_APART = 4, 10  # over a run where eval_every is not set, and the fewest steps between two
@@ -243,6 +245,18 @@ def _check_rows(config: Config, rows: Rows, held: Rows | None) -> None:
             raise DataError(f"{name}: no usable row is left ({len(split.rejected)} rejected)")
     if held is None and config.train.patience is not None:
         raise ConfigError("train.patience needs held-out rows: set data.eval or data.eval_fraction")
+
+
+def data_facts(setup: Setup) -> dict[str, Any]:
+    """The steps of the run, and lengths and cuts of its rows; `counts`: how many rows have each length in tokens, BOS included."""
+    bos = int(setup.encoder.bos_id is not None)
+
+    def facts(rows: Rows) -> dict[str, Any]:
+        counts = Counter(len(row) + bos for row in rows.encoded)
+        return {**asdict(summarize(rows, setup.encoder)), "counts": sorted(counts.items())}
+
+    steps = count_steps(setup.config, len(setup.rows.encoded))
+    return {"steps": steps, "train": facts(setup.rows), "eval": facts(setup.held) if setup.held else None}
 
 
 def data_card(config: Config, rows: Rows, held: Rows | None) -> DataCard:

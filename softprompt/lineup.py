@@ -108,6 +108,14 @@ class Opened:
         entrant = entrants.get(place.name) or (next(iter(entrants.values())) if len(entrants) == 1 else None)
         return None if entrant is None else entrant.start
 
+    def keep(self, facts: dict[str, Any]) -> None:
+        """Puts the facts of a run's finished prompt in the place of those that training left in the run's folder."""
+        run, (place,) = self.given.run, self.given.prompts.values()
+        known = None if run is None else run.read("inspection.json")
+        name = place.name if run is not None and place.parent == run.prompts else next(iter(known or {}), None)
+        if run is not None and known is not None and name in known and place in (run.prompt, run.prompts / str(name)):
+            run.write("inspection.json", {**known, name: facts})
+
 
 def opened(prompt: Path, data: str | None, num_rows: int, overrides: Sequence[str], allow_other_base: bool) -> Opened:
     """Loads a prompt, its base and at most `num_rows` held-out rows, of `data` or of its run."""

@@ -315,3 +315,30 @@ def verdict(metric: Metric, names: tuple[str, str], estimates: Mapping[str, Esti
         return Verdict(metric.name, *names, "cannot tell", difference, low, high, num_rows, needed)
     better = (difference > 0) == metric.higher_is_better
     return Verdict(metric.name, *names, "better" if better else "worse", difference, low, high, num_rows, None)
+
+
+# ---- in words ------------------------------------------------------------------------------------------------------
+
+
+def called(name: str, num_shots: int = 0) -> str:
+    """A contestant's name for people."""
+    known = {"base": "bare base", "text": "text prompt", "prompt": "soft prompt", "few-shot": f"{num_shots} examples"}
+    return known.get(name, name)
+
+
+def percent(metric: str) -> bool:
+    """Whether a metric is a share, shown in per cent."""
+    return metric in METRICS and METRICS[metric].percent
+
+
+def sentence(one: Verdict, names: Sequence[str], values: Sequence[float]) -> str:
+    """A verdict in words, from the names for people and the scores of its two sides."""
+    first, second = names
+    shares = percent(one.metric)
+    shown = [f"{value:.1%}" if shares else f"{value:.4f}" for value in values]
+    change, low, high = (f"{100 * end:+.1f}" if shares else f"{end:+.4f}" for end in (one.difference, one.low, one.high))
+    measured = f"{one.metric.replace('_', ' ')} {shown[0]} against {shown[1]}, {change}{' points' if shares else ''} ({low} to {high})"
+    if one.outcome != "cannot tell":
+        return f"{first} is {one.outcome} than {second}: {measured}"
+    told = "" if one.rows_needed is None else f"; about {one.rows_needed:,} rows would tell"
+    return f"{first} against {second}: cannot tell with {one.num_rows} rows: {measured}{told}"

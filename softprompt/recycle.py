@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from softprompt.artifact import StoredPrompt, base_card, find_prompt, load_prompt, package_versions, read_card, write_prompt
+from softprompt.artifact import StoredPrompt, base_card, find_prompt, load_prompt, read_card, write_prompt
 from softprompt.atomic import new_folder
 from softprompt.config import Config, ModelConfig, load_config
 from softprompt.data import Loaded
@@ -24,6 +24,7 @@ from softprompt.lineup import Entered, entered
 from softprompt.memory import token_budget
 from softprompt.model import FrozenBase, load_base
 from softprompt.prompt import no_prompt
+from softprompt.runlog import package_versions
 
 SHARE, FEWEST = 0.25, 20  # of the old run's steps
 OF_ONE = ("name", "gguf_file", "revision", "quantization", "trust_remote_code")  # settings that belong to one base

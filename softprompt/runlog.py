@@ -2,8 +2,9 @@
 
 config.toml      the resolved configuration          rejected.jsonl   rows that were not used, with reasons
 run.json         versions and start time             checkpoints/     what the run needs to go on
-metrics.jsonl    one event a line                    prompt/          the finished prompt; of a bank prompts/NAME/
-                                                     result.json      the finished run in numbers
+data.json        lengths and cuts of the rows        prompt/          the finished prompt; of a bank prompts/NAME/
+metrics.jsonl    one event a line                    inspection.json  what the rows of each prompt are
+evaluations/     what softprompt eval measured       result.json      the finished run in numbers
 """
 
 import fcntl
@@ -14,14 +15,21 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from softprompt.artifact import package_versions
 from softprompt.atomic import new_folder, write_text
 from softprompt.config import Config, load_config
 from softprompt.data import Rejected
 from softprompt.errors import RunError
+
+PACKAGES = ("softprompt", "torch", "transformers", "peft", "tokenizers")
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of what decides about numbers."""
+    return {package: version(package) for package in PACKAGES}
 
 
 class RunFolder:
@@ -92,13 +100,26 @@ class RunFolder:
             file.write(json.dumps({"event": event, "step": step, **values}, ensure_ascii=False) + "\n")
 
     def events(self) -> list[dict[str, Any]]:
-        """What happened so far, the lines of metrics.jsonl."""
-        return [json.loads(line) for line in (self.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+        """What happened so far, the lines of metrics.jsonl; a last one that was cut off by a kill is left out.
+
+        Raises RunError for a damaged one before it.
+        """
+        file = self.path / "metrics.jsonl"
+        lines, events = file.read_bytes().split(b"\n")[:-1] if file.is_file() else [], []
+        for number, line in enumerate(lines, 1):
+            try:
+                event = json.loads(line)
+            except ValueError:
+                event = None
+            if not isinstance(event, dict):
+                raise RunError(f"{file}:{number}: the line is damaged")
+            events.append(event)
+        return events
 
     def forget_after(self, step: int) -> None:
         """Drops the lines of what will happen again, and a last line that was cut off by a kill."""
         kept = []
-        for line in (self.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+        for line in (self.path / "metrics.jsonl").read_text(encoding="utf-8").split("\n")[:-1]:
             try:
                 event = json.loads(line)
             except json.JSONDecodeError:
@@ -107,13 +128,23 @@ class RunFolder:
                 kept.append(line + "\n")
         write_text(self.path / "metrics.jsonl", "".join(kept))
 
-    def write_result(self, result: dict[str, Any]) -> None:
-        write_text(self.path / "result.json", json.dumps(result, indent=2) + "\n")
+    def write(self, name: str, facts: dict[str, Any]) -> None:
+        """Writes a JSON file of the folder."""
+        write_text(self.path / name, json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
+
+    def read(self, name: str) -> dict[str, Any] | None:
+        """A JSON file of the folder, or None where it is not there. Raises RunError for a damaged one."""
+        file = self.path / name
+        if not file.is_file():
+            return None
+        try:
+            return json.loads(file.read_text(encoding="utf-8"))
+        except (ValueError, OSError):
+            raise RunError(f"{file} is damaged") from None
 
     def result(self) -> dict[str, Any] | None:
         """The numbers of a finished run, or None."""
-        file = self.path / "result.json"
-        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+        return self.read("result.json")
 
 
 def run_of(path: Path) -> RunFolder | None:

@@ -9,16 +9,17 @@ import resource
 import signal
 import tempfile
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
 
 from softprompt.answers import question_of
-from softprompt.artifact import Card, load_prompt, make_card, write_prompt
+from softprompt.artifact import Card, StoredPrompt, load_prompt, make_card, write_prompt
 from softprompt.atomic import new_folder
 from softprompt.batch import order_of_rows
 from softprompt.checkpoint import Progress, prompt_folder, save_checkpoint
@@ -28,7 +29,8 @@ from softprompt.doctor import case_of, examine
 from softprompt.errors import ConfigError, RunError
 from softprompt.evaluation import held_out_loss
 from softprompt.events import Evaluated, Event, Finished, Found, Saved, Searching, Started, Step
-from softprompt.job import Job, Trainee, data_card, prepare, start_job, with_absolute_paths
+from softprompt.inspection import inspect
+from softprompt.job import Job, Trainee, data_card, data_facts, prepare, start_job, with_absolute_paths
 from softprompt.model import FrozenBase, load_base
 from softprompt.prompt import SoftPrompt, prefix_of
 from softprompt.runlog import RunFolder
@@ -64,6 +66,7 @@ def train(config: Config, *, resume: bool = False, base: FrozenBase | None = Non
     if not resume:
         run = RunFolder.create(setup.config)
         run.write_rejected(setup.rejected)
+        run.write("data.json", data_facts(setup))
     with run.locked():
         yield from _run(*start_job(setup, run))
 
@@ -116,9 +119,10 @@ def _run(job: Job, progress: Progress) -> Iterator[Event]:
             if interrupted() and not ended:
                 raise KeyboardInterrupt
         places = _write_prompts(job, progress)
+        job.run.write("inspection.json", {one.name: _inspected(job, one, progress) for one in job.trainees})
         result = _result(job, progress, places)
         job.run.log("finished", progress.step, **result)
-        job.run.write_result(result)
+        job.run.write("result.json", result)
         if track.trackers:
             track.table(_scores(result), progress.step)
             if job.held:
@@ -167,9 +171,9 @@ def _step(job: Job, progress: Progress) -> tuple[Step, Progress]:
         seconds=progress.seconds + seconds,
         peak_bytes=max(progress.peak_bytes, peak_bytes(job.base.device)),
     )
-    movement = _mean([one.movement(job.base) for one in job.trainees])
+    movements = tuple(one.movement(job.base) for one in job.trainees)
     num_tokens = sum(len(row) for own in rows for row in own)
-    return Step(progress.step, _mean(losses), _mean(rates), _mean(norms), movement, tuple(losses), num_tokens, seconds), progress
+    return Step(progress.step, tuple(losses), rates, norms, movements, num_tokens, seconds), progress
 
 
 def _evaluate(job: Job, progress: Progress) -> tuple[Evaluated, Progress]:
@@ -179,7 +183,7 @@ def _evaluate(job: Job, progress: Progress) -> tuple[Evaluated, Progress]:
     for one in job.trainees:
         if progress.step and scores[one.name].best_step == progress.step:
             one.best_PH = one.shown.rows_PH.clone()
-    evaluated = Evaluated(progress.step, _mean(losses), tuple(losses))
+    evaluated = Evaluated(progress.step, fmean(losses), tuple(losses))
     job.run.log("evaluated", **asdict(evaluated))
     return evaluated, replace(progress, scores=scores)
 
@@ -226,6 +230,11 @@ def _write_prompts(job: Job, progress: Progress) -> dict[str, Path]:
             for one in job.trainees:
                 write_prompt(prompt_folder(draft, one.name, count), one.best, _card(job, one, one.best, progress), job.base)
     return {one.name: prompt_folder(whole, one.name, count) for one in job.trainees}
+
+
+def _inspected(job: Job, one: Trainee, progress: Progress) -> dict[str, Any]:
+    """What the rows of a finished prompt are, for the report; what each is worth takes `softprompt inspect`."""
+    return inspect(job.base, StoredPrompt(one.best, _card(job, one, one.best, progress), job.encoder), start=one.start).as_dict()
 
 
 def _result(job: Job, progress: Progress, places: dict[str, Path]) -> dict[str, Any]:
@@ -308,7 +317,3 @@ def peak_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)

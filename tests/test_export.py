@@ -1,21 +1,18 @@
 """Prompts as entries of a vocabulary and as plain rows: what was written gives what we give, and nothing is half there."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import tiny
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from softprompt import load_base, load_prompt
+from softprompt import load_prompt
 from softprompt.artifact import DataCard, make_card, write_prompt
 from softprompt.config import load_config
 from softprompt.encode import make_encoder
-from softprompt.errors import ArtifactError, ConfigError
 from softprompt.export import Wanted, export
 from softprompt.generation import Sampling, generate
 from softprompt.model import FrozenBase

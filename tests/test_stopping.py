@@ -185,7 +185,7 @@ def test_movement_is_in_the_log(make_config):
     config = make_config("train.steps=3")
     list(train(config))
     lines = [json.loads(line) for line in (Path(config.train.out) / "metrics.jsonl").read_text().splitlines()]
-    moved = [line["movement"] for line in lines if line["event"] == "step"]
+    moved = [line["movements"][0] for line in lines if line["event"] == "step"]
     assert len(moved) == 3
     assert all(value > 0 for value in moved)
 

@@ -83,6 +83,8 @@ def inspect(
     found = opened(prompt, data, rows, overrides or [], allow_other_base)
     result = inspection.inspect(found.base, found.prompt, found.held, found.start(), found.tokens_per_batch)
     draw_inspection(result)
+    if found.held:
+        found.keep(result.as_dict())
     write_json(json_file, {"prompt": str(prompt), **result.as_dict()})
 
 

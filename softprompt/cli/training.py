@@ -48,6 +48,22 @@ def doctor(
 
 
 @app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders, finished or not.")],
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="The page; left out, report.html in the run.")] = None,
+    rows: Annotated[int, typer.Option(min=0, help="Rows whose answers are shown.")] = 12,
+    json_file: Json = None,
+) -> None:
+    """Write what runs have left as one HTML page: curves, contestants, answers, the rows of the prompts; one run or several."""
+    from softprompt.report import write_report
+    from softprompt.screen.console import console
+
+    file = write_report(runs, out, num_rows=rows)
+    console.print(f"written to {file}", markup=False)
+    write_json(json_file, {"report": str(file), "runs": [str(run) for run in runs]})
+
+
+@app.command()
 def demo(overrides: Overrides = None) -> None:
     """Train, evaluate and try a prompt on the embedded task: customer messages to JSON, with Gemma 3 270M."""
     from softprompt.demo import run_demo

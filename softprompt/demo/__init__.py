@@ -48,7 +48,7 @@ def run_demo(overrides: Sequence[str]) -> None:
     draw_run(train(config, base=base), config.train.log_every)
     folder = Path(config.train.out) / "prompt"
     prompt, held = load_prompt(folder, base), load_examples(config.data.eval)
-    draw_evaluation(evaluate(base, prompt, held))
+    draw_evaluation(evaluate(base, prompt, held, out=Path(config.train.out) / "evaluations"))
     shown = held.examples[:3]
     texts = [example.messages[-2].content for example in shown]
     short = Sampling(max_new_tokens=60)

@@ -140,7 +140,7 @@ def _fields(goal: Goal, reader: Any, ids: list[int], size: int, architecture: st
         if not field.name.startswith("GGUF.") and field.name != Keys.General.ARCHITECTURE:
             kind = field.types[0]
             fields[field.name] = (field.contents(), kind, field.types[-1] if kind == GGUFValueType.ARRAY else None)
-    new = {
+    new: dict[str, list[Any]] = {
         Keys.Tokenizer.LIST: list(goal.tokens),
         Keys.Tokenizer.TOKEN_TYPE: [int(TokenType.CONTROL)] * len(ids),
         Keys.Tokenizer.SCORES: [0.0] * len(ids),
@@ -148,7 +148,7 @@ def _fields(goal: Goal, reader: Any, ids: list[int], size: int, architecture: st
     for name, values in new.items():
         if name in fields:
             held, kind, sub_kind = fields[name]
-            fields[name] = ([*held[: ids[0]], *values, *held[ids[-1] + 1 :]], kind, sub_kind)
+            fields[name] = (held[: ids[0]] + values + held[ids[-1] + 1 :], kind, sub_kind)
     vocab_size = Keys.LLM.VOCAB_SIZE.format(arch=architecture)
     if vocab_size in fields:
         fields[vocab_size] = (size, *fields[vocab_size][1:])

@@ -47,7 +47,7 @@ def silence(base: FrozenBase, prompts: Sequence[Carried]) -> Silence:
     certain = (shares_N.mean() / shares_N.std()).item()
     if certain < CERTAIN:
         note = (
-            f"the hidden states have no direction in common ({certain:.1f} standard deviations, {CERTAIN:.0f} are wanted): a new token is never "
+            f"the hidden states have no direction in common ({certain:.1f} standard deviations of {CERTAIN:.0f}): a new token is never "
             "the likeliest, but an engine that ignores suppress_tokens in generation_config.json could sample one: give it a logit bias"
         )
         return Silence(base.head.weight_VH.float().mean(dim=0).cpu(), None, note)

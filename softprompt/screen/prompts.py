@@ -6,17 +6,18 @@ from typing import TYPE_CHECKING, Any
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from softprompt.screen.console import console
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from softprompt.evaluation import Evaluation, Result
+    from softprompt.evaluation import Evaluation
     from softprompt.evaluation import Progress as Asked
     from softprompt.generation import Piece
     from softprompt.inspection import Inspection
-    from softprompt.metrics import Estimate, Verdict
+    from softprompt.metrics import Estimate
     from softprompt.recycle import Moved
 
 
@@ -36,6 +37,8 @@ def follow_evaluation(events: "Iterable[Asked | Evaluation]") -> "Evaluation":
 
 def draw_evaluation(evaluation: "Evaluation") -> None:
     """The contestants side by side, then what the differences can tell. The score that decides is shown with its interval."""
+    from softprompt.metrics import called, sentence
+
     results, decides = evaluation.contestants, evaluation.metric
     names = list(dict.fromkeys(metric for result in results.values() for metric in result.scores))
     if len(names) > 3:  # it says what the loss says, and there is little room
@@ -49,7 +52,10 @@ def draw_evaluation(evaluation: "Evaluation") -> None:
     console.print(table)
     for one in evaluation.verdicts:
         if one.first not in ("text", "few-shot"):
-            console.print(sentence(one, results))
+            names = [called(side, results[side].num_shots) for side in (one.first, one.second)]
+            said = Text(sentence(one, names, [results[side][one.metric] for side in (one.first, one.second)]))
+            said.highlight_words([one.outcome], "bold")
+            console.print(said)
     for name, result in results.items():
         if result.num_unended:
             console.print(
@@ -61,39 +67,14 @@ def draw_evaluation(evaluation: "Evaluation") -> None:
         console.print(f"written to {escape(str(evaluation.folder))}")
 
 
-def called(name: str, num_shots: int = 0) -> str:
-    """A contestant's name for people."""
-    known = {"base": "bare base", "text": "text prompt", "prompt": "soft prompt", "few-shot": f"{num_shots} examples"}
-    return known.get(name, name)
-
-
 def _estimate(metric: str, one: "Estimate | None", with_interval: bool) -> str:
+    from softprompt.metrics import percent
+
     if one is None:
         return "-"
     if percent(metric):
         return f"{one.value:.1%}" + (f" ({100 * one.low:.1f} to {100 * one.high:.1f})" if with_interval else "")
     return f"{one.value:.4f}" + (f" ({one.low:.3f} to {one.high:.3f})" if with_interval else "")
-
-
-def percent(metric: str) -> bool:
-    """Whether a metric is a share, shown in per cent."""
-    from softprompt.metrics import METRICS
-
-    return metric in METRICS and METRICS[metric].percent
-
-
-def sentence(verdict: "Verdict", results: "Mapping[str, Result]") -> str:
-    """A verdict in words."""
-    first, second = (called(name, results[name].num_shots) for name in (verdict.first, verdict.second))
-    values = [results[name].scores[verdict.metric].value for name in (verdict.first, verdict.second)]
-    shares = percent(verdict.metric)
-    shown = [f"{value:.1%}" if shares else f"{value:.4f}" for value in values]
-    change, low, high = (f"{100 * end:+.1f}" if shares else f"{end:+.4f}" for end in (verdict.difference, verdict.low, verdict.high))
-    measured = f"{verdict.metric.replace('_', ' ')} {shown[0]} against {shown[1]}, {change}{' points' if shares else ''} ({low} to {high})"
-    if verdict.outcome != "cannot tell":
-        return f"{first} is [bold]{verdict.outcome}[/] than {second}: {measured}"
-    told = "" if verdict.rows_needed is None else f"; about {verdict.rows_needed:,} rows would tell"
-    return f"{first} against {second}: cannot tell with {verdict.num_rows} rows: {measured}{told}"
 
 
 def draw_inspection(inspection: "Inspection") -> None:

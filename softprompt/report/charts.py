@@ -1,0 +1,168 @@
+"""Charts as SVG that takes colours and fonts from the page: matplotlib draws, the page's style sheet decides how it looks.
+
+No text of the user stands in a chart: names are in legends made of HTML, where every script has its font.
+"""
+
+import hashlib
+import io
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from markupsafe import Markup, escape
+
+from softprompt.errors import MissingPackage
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
+    from matplotlib.figure import Figure
+
+SERIES = 6  # colours in the style sheet; further lines are told apart by their dashes
+DASHES = ("", "6 2.5", "1.5 2", "6 2 1.5 2")
+INKS = {"ink": "#010101", "muted": "#020202", "rule": "#030303", "band": "#040404"}  # stand-ins, one for each of the sheet's variables
+INKS |= {f"series-{number}": f"#0{number}0f0f" for number in range(SERIES)}
+WIDTH, HEIGHT, LARGEST = 5.0, 2.9, 6.8  # inches; rem of the page that an inch fills at most
+BINS = 40  # bars of a histogram at most
+STYLE: Any = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "softprompt",
+    "font.family": "DejaVu Sans",  # measured with; shown in the page's own
+    "font.size": 9.5,
+    "text.color": INKS["muted"],
+    "axes.edgecolor": INKS["rule"],
+    "axes.labelcolor": INKS["muted"],
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": INKS["rule"],
+    "grid.linewidth": 0.6,
+    "xtick.color": INKS["muted"],
+    "ytick.color": INKS["muted"],
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
+    "xtick.minor.size": 0,
+    "ytick.minor.size": 0,
+    "axes.formatter.limits": (-3, 4),
+    "figure.constrained_layout.use": True,
+}
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of a chart. `number` gives its colour and dashes; `faint` what stands behind another one; `dots` few values that were
+    measured one by one."""
+
+    name: str
+    x: Sequence[float]
+    y: Sequence[float]
+    number: int = 0
+    faint: bool = False
+    dots: bool = False
+
+
+def lines(title: str, series: Sequence[Line], *, x: str = "step", log: bool = False, band: Sequence[float] = ()) -> Markup:
+    """Lines over `x`; `band` is a low, a usual and a high value to compare with."""
+    figure, axes = _figure()
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    if band:
+        axes.axhspan(band[0], band[2], color=INKS["band"], linewidth=0)
+        axes.axhline(band[1], color=INKS["muted"], linewidth=0.9)
+    for one in series:
+        style: dict[str, Any] = {"color": INKS[f"series-{one.number % SERIES}"], "linewidth": 0.8 if one.faint else 1.5}
+        style |= {"alpha": 0.5} if one.faint else {}
+        dashes = DASHES[one.number // SERIES % len(DASHES)] if one.number >= SERIES else ""
+        style |= {"dashes": [float(length) / style["linewidth"] for length in dashes.split()]} if dashes else {}
+        style |= {"marker": "o", "markersize": 3.2} if one.dots or len(one.x) == 1 else {}
+        axes.plot(one.x, one.y, **style)
+    if log and all(value > 0 for one in series for value in one.y):
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.set_xlabel(x)
+    axes.margins(x=0.02)
+    told = [f"{one.name} from {one.y[0]:.3g} to {one.y[-1]:.3g}" for one in series if one.y]
+    return _svg(figure, f"{title}: {'; '.join(told)}")
+
+
+def histogram(title: str, counts: Sequence[tuple[int, int]]) -> Markup:
+    """How many rows have each length in tokens."""
+    figure, axes = _figure(height=1.9)
+    lengths, rows = zip(*counts, strict=True)
+    wide = -(-(max(lengths) - min(lengths) + 1) // BINS)
+    edges = [edge - 0.5 for edge in range(min(lengths), max(lengths) + wide + 1, wide)]
+    axes.hist(lengths, bins=edges, weights=rows, color=INKS["series-0"])
+    axes.set_xlabel("tokens of a row")
+    axes.grid(axis="x", visible=False)
+    _whole_numbers(axes.yaxis)
+    return _svg(figure, f"{title}: {sum(rows)} rows of {min(lengths)} to {max(lengths)} tokens")
+
+
+def reliability(title: str, series: Sequence[Line]) -> Markup:
+    """Accuracy over confidence, beside the diagonal where both are the same."""
+    figure, axes = _figure(width=3.4, height=3.2)
+    axes.plot([0, 1], [0, 1], color=INKS["muted"], linewidth=0.8, dashes=[4, 3])
+    for one in series:
+        axes.plot(one.x, one.y, color=INKS[f"series-{one.number % SERIES}"], marker="o", markersize=3.5, linewidth=1.3)
+    axes.set(xlim=(0, 1), ylim=(-0.02, 1.02), xlabel="confidence", ylabel="share that is right")
+    return _svg(figure, f"{title}: {'; '.join(f'{one.name}, {len(one.x)} bins' for one in series)}; the diagonal is a perfect calibration")
+
+
+def heatmap(title: str, cosines: Sequence[Sequence[float]]) -> Markup:
+    """Cosines between rows: blue the same direction, orange the opposite one, nothing where they have none in common."""
+    import numpy as np
+
+    array = np.array(cosines, dtype=float)
+    pixels = np.empty((*array.shape, 4))
+    pixels[..., :3] = np.where(array[..., None] >= 0, (0.15, 0.42, 0.72), (0.85, 0.45, 0.1))
+    pixels[..., 3] = np.clip(np.abs(array), 0, 1)
+    figure, axes = _figure(width=3.4, height=3.2)
+    axes.imshow(pixels, interpolation="none")
+    axes.grid(visible=False)
+    axes.set(xlabel="row", ylabel="row")
+    for axis in (axes.xaxis, axes.yaxis):
+        _whole_numbers(axis)
+    others = array[~np.eye(len(array), dtype=bool)]
+    told = f", between two rows from {others.min():.2f} to {others.max():.2f}" if others.size else ""
+    return _svg(figure, f"{title}: {len(array)} rows{told}")
+
+
+def _figure(width: float = WIDTH, height: float = HEIGHT) -> "tuple[Figure, Axes]":
+    try:
+        from matplotlib import rc_context
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise MissingPackage("matplotlib", "report") from None
+
+    with rc_context(STYLE):
+        figure = Figure(figsize=(width, height))
+        return figure, figure.add_subplot()
+
+
+def _whole_numbers(axis: "Axis") -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axis.set_major_locator(MaxNLocator(integer=True))
+
+
+def _svg(figure: "Figure", label: str) -> Markup:
+    """The figure as an element of the page: it scales, has a name, ids of its own, and the sheet's colours."""
+    from matplotlib import rc_context
+
+    buffer = io.StringIO()
+    with rc_context(STYLE):
+        figure.savefig(buffer, format="svg", transparent=True)
+    text = buffer.getvalue()
+    text = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", text[text.index("<svg") :], flags=re.DOTALL)
+    own = f"c{hashlib.sha256((label + text).encode()).hexdigest()[:10]}-"
+    text = re.sub(r'(\bid="|url\(#|xlink:href="#)', rf"\g<1>{own}", text)
+    for name, color in INKS.items():
+        text = text.replace(color, f"var(--{name})")
+    size = re.search(r'viewBox="[^"]*"', text)
+    assert size is not None
+    limit = f"max-width: {figure.get_figwidth() * LARGEST:.0f}rem"
+    return Markup(f'<svg class="chart" role="img" aria-label="{escape(label)}" {size[0]} style="{limit}">' + text[text.index(">") + 1 :])

@@ -1,0 +1,258 @@
+"""What lies in a run folder, read back and checked. Knows JSON and TOML alone: a report needs neither the base nor torch."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+
+from softprompt.config import Config
+from softprompt.errors import RunError
+from softprompt.metrics import Verdict
+from softprompt.runlog import RunFolder
+
+
+class Facts(BaseModel):
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+
+class Started(Facts):
+    """run.json"""
+
+    started: str
+    versions: dict[str, str]
+
+
+class Lengths(Facts):
+    smallest: int
+    median: float
+    largest: int
+
+
+class Split(Facts):
+    """Rows of one split; lengths in tokens. `counts`: (length, how many rows have it)."""
+
+    num_rows: int
+    num_rejected: int
+    num_cut: int
+    num_supervised: int
+    lengths: Lengths | None
+    supervised: Lengths | None
+    counts: list[tuple[int, int]]
+
+
+class Data(Facts):
+    """data.json"""
+
+    steps: int
+    train: Split
+    eval: Split | None
+
+
+class Step(Facts):
+    """A line of metrics.jsonl; a value for every prompt of the run."""
+
+    step: int
+    losses: list[float]
+    lrs: list[float]
+    grad_norms: list[float]
+    movements: list[float]
+
+
+class HeldOut(Facts):
+    step: int
+    losses: list[float]
+
+
+class End(Facts):
+    """One prompt in result.json."""
+
+    train_loss: float
+    findings: list[str]
+
+
+class Result(Facts):
+    """result.json"""
+
+    steps: int
+    ended: str | None
+    seconds: float
+    samples_per_second: float
+    peak_bytes: int
+    prompts: dict[str, End]
+
+
+class Row(Facts):
+    size: float
+    near: list[tuple[str, float]]
+    drift: float | None
+    worth: float | None
+
+
+class Alike(Facts):
+    mean: float
+    largest: float
+
+
+class Inspection(Facts):
+    """One prompt in inspection.json, what `softprompt inspect --json` writes."""
+
+    base: str
+    method: str
+    position: str
+    init: str
+    rows: list[Row]
+    cosines: list[list[float]]
+    cosine_between_rows: Alike | None
+    vocabulary_sizes: tuple[float, float, float] | None
+    held_out_rows: int
+
+
+class Answer(Facts):
+    """A line of predictions.jsonl."""
+
+    contestant: str
+    row: int
+    text: str
+    ended: bool
+    question: str
+    reference: str
+
+
+class Evaluation(Facts):
+    """evaluation.json, what `softprompt eval --json` writes, with the answers that lie beside it."""
+
+    contestants: dict[str, dict[str, float | None]]
+    intervals: dict[str, dict[str, tuple[float, float]]]
+    metric: str
+    verdicts: list[Verdict]
+    labels: list[str]
+    confusion: dict[str, list[list[int]]] | None
+    calibration: dict[str, list[tuple[float, float, int]]] | None
+    rows: int
+    supervised_tokens: int
+    answers: list[Answer] = []
+
+    @model_validator(mode="after")
+    def whole(self) -> "Evaluation":
+        named = {side for one in self.verdicts for side in (one.first, one.second)}
+        for by_name in (self.intervals, self.confusion or {}, self.calibration or {}):
+            named |= set(by_name)
+        if not named <= set(self.contestants) or not any(self.metric in own for own in self.intervals.values()):
+            raise ValueError("there are contestants or a metric without scores")
+        tables: list[list[list[int]]] = list((self.confusion or {}).values())
+        if not {len(own) for table in tables for own in table} | {len(table) for table in tables} <= {len(self.labels)}:
+            raise ValueError("the confusion has another size than the labels")
+        return self
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt of a run, `name` for people. `losses` and what follows: one for each of `steps`; `held_out` by step."""
+
+    name: str
+    config: Config
+    steps: list[int]
+    losses: list[float]
+    grad_norms: list[float]
+    lrs: list[float]
+    movements: list[float]
+    held_out: dict[int, float]
+    end: End | None
+    inspection: Inspection | None
+
+    @property
+    def best_step(self) -> int | None:
+        """The evaluation with the lowest loss after training began, so far."""
+        return min((step for step in self.held_out if step), key=lambda step: self.held_out[step], default=None)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run as far as it is. `evaluations`: the newest first."""
+
+    name: str
+    config: Config
+    started: Started
+    data: Data | None
+    result: Result | None
+    prompts: list[Prompt]
+    evaluations: list[Evaluation]
+
+
+def read_runs(paths: Sequence[Path]) -> list[Run]:
+    """The runs in these folders. Raises RunError for what is no run, or damaged."""
+    names = [path.absolute().name for path in paths]
+    return [_read_run(path, name if names.count(name) == 1 else str(path), len(paths)) for path, name in zip(paths, names, strict=True)]
+
+
+def _read_run(path: Path, name: str, count: int) -> Run:
+    folder = RunFolder.reopen(path)
+    config, log = folder.config(), path / "metrics.jsonl"
+    events = folder.events()
+    steps = [_checked(Step, event, log) for event in events if event.get("event") == "step"]
+    held_out = [_checked(HeldOut, event, log) for event in events if event.get("event") == "evaluated"]
+    members = config.members()
+    sizes = {len(column) for one in steps for column in (one.losses, one.lrs, one.grad_norms, one.movements)}
+    if not sizes | {len(one.losses) for one in held_out} <= {len(members)}:
+        raise RunError(f"{log} is damaged: its steps are not of {len(members)} prompts, as config.toml says")
+    result = _read(Result, folder, "result.json")
+    inspected = folder.read("inspection.json") or {}
+    prompts = []
+    for index, (own, alone) in enumerate(members.items()):
+        called = own if count == 1 else f"{name} / {own}"
+        prompts.append(
+            Prompt(
+                name=name if len(members) == 1 else called,
+                config=alone,
+                steps=[step.step for step in steps],
+                losses=[step.losses[index] for step in steps],
+                grad_norms=[step.grad_norms[index] for step in steps],
+                lrs=[step.lrs[index] for step in steps],
+                movements=[step.movements[index] for step in steps],
+                held_out={one.step: one.losses[index] for one in held_out},
+                end=result.prompts.get(own) if result else None,
+                inspection=_checked(Inspection, inspected[own], path / "inspection.json") if own in inspected else None,
+            )
+        )
+    started = _read(Started, folder, "run.json") or Started(started="", versions={})
+    return Run(name, config, started, _read(Data, folder, "data.json"), result, prompts, _evaluations(path / "evaluations"))
+
+
+def _evaluations(folder: Path) -> list[Evaluation]:
+    files = sorted(folder.glob("*/evaluation.json"), key=lambda file: file.stat().st_mtime, reverse=True)
+    return [_read_evaluation(file) for file in files]
+
+
+def _read_evaluation(file: Path) -> Evaluation:
+    answers = file.parent / "predictions.jsonl"
+    values = _parsed(file.read_bytes(), file)
+    lines = answers.read_bytes().split(b"\n")[1:-1] if answers.is_file() else []  # the first names the evaluation
+    said = [_checked(Answer, _parsed(line, answers), answers) for line in lines]
+    return _checked(Evaluation, values, file).model_copy(update={"answers": said})
+
+
+def _parsed(text: bytes, file: Path) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        raise RunError(f"{file} is damaged") from None
+
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def _read(model: type[Model], folder: RunFolder, name: str) -> Model | None:
+    values = folder.read(name)
+    return None if values is None else _checked(model, values, folder.path / name)
+
+
+def _checked(model: type[Model], values: Any, file: Path) -> Model:
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"])) or "all of it"
+        raise RunError(f"{file} is damaged, or of another version of softprompt: {key}: {first['msg']}") from None
