@@ -33,7 +33,7 @@ def runs(bases, tmp_path_factory):
     rows = [{"text": f"{'很' * (n % 3)}{words[n % 3][1]} {n}", "label": words[n % 3][0]} for n in range(60)]
     labelled, held = tiny.write_rows(place / "l.jsonl", rows[:36]), tiny.write_rows(place / "h.jsonl", rows[36:])
     common = [f"model.name={base.name}", "model.device=cpu", "prompt.text=Judge 这个.", "train.examples_per_step=4", "train.eval_every=2"]
-    common += [f"data.train={labelled}", f"data.eval={held}", "data.max_length=68"]
+    common += [f"data.train={labelled}", f"data.eval={held}", "data.max_length=69"]
     for name, rate in (("标签", 0.25), ("again", 0.1)):
         config = load_config(None, [*common, "train.steps=6", f"optim.relative_lr={rate}", f"train.out={place / name}"])
         list(train(config, base=base))
@@ -285,7 +285,7 @@ ODD = json.dumps(
     ("name", "text", "message"),
     [
         ("result.json", "{", r"result\.json is damaged$"),
-        ("result.json", "[]", r"result\.json is damaged, or of another version of softprompt: all of it"),
+        ("result.json", "[]", r"result\.json is damaged, or of another version of softprompt: Input should be"),
         ("inspection.json", '{"seed-0": {"rows": 3}}', r"inspection\.json is damaged, or .*: base: Field required"),
         ("data.json", '{"steps": 3}', r"data\.json is damaged, or .*: train: Field required"),
         ("metrics.jsonl", '{"event"\n{"event": "step"}\n', r"metrics\.jsonl:1: the line is damaged"),

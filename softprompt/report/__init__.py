@@ -4,7 +4,6 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from softprompt.atomic import write_text
 from softprompt.errors import RunError
@@ -52,7 +51,7 @@ def build_page(runs: Sequence[Run], num_rows: int) -> str:
     )
     environment.filters |= {"number": number, "size": size, "visible": visible, "language": language, "minutes": minutes}
     prompts = [prompt for run in runs for prompt in run.prompts]
-    return environment.get_template("page.html").render(
+    page = environment.get_template("page.html").render(
         mark=MARK,
         runs=runs,
         prompts=prompts,
@@ -66,6 +65,7 @@ def build_page(runs: Sequence[Run], num_rows: int) -> str:
         settings=sections.settings(runs),
         versions=sections.versions(runs),
     )
+    return page.lstrip()
 
 
 # ---- values for people ---------------------------------------------------------------------------------------------
@@ -108,6 +108,3 @@ def language(text: str) -> str:
         if re.search(pattern, text):
             return code
     return ""
-
-
-__all__: list[Any] = ["build_page", "write_report"]

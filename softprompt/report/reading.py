@@ -143,7 +143,8 @@ class Evaluation(Facts):
         if not named <= set(self.contestants) or not any(self.metric in own for own in self.intervals.values()):
             raise ValueError("there are contestants or a metric without scores")
         tables: list[list[list[int]]] = list((self.confusion or {}).values())
-        if not {len(own) for table in tables for own in table} | {len(table) for table in tables} <= {len(self.labels)}:
+        sizes = {len(table) for table in tables} | {len(row) for table in tables for row in table}
+        if sizes - {len(self.labels)}:
             raise ValueError("the confusion has another size than the labels")
         return self
 
@@ -254,5 +255,5 @@ def _checked(model: type[Model], values: Any, file: Path) -> Model:
         return model.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
-        key = ".".join(map(str, first["loc"])) or "all of it"
-        raise RunError(f"{file} is damaged, or of another version of softprompt: {key}: {first['msg']}") from None
+        told = ": ".join(part for part in (".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, ")) if part)
+        raise RunError(f"{file} is damaged, or of another version of softprompt: {told}") from None
