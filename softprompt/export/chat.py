@@ -1,7 +1,7 @@
 """One chat template for a base and its prompts, which are chosen by name.
 
 A chat names a prompt by the template argument `softprompt`, or by a first system message `softprompt:NAME`; without a name it gets
-the default prompt, or the base's own template. Every branch writes BOS itself, where the prompt had it in training.
+the default prompt, or the base's own template (`Human: ...` where it has none). Every branch writes BOS itself, where the prompt had it in training.
 """
 
 import copy
@@ -41,17 +41,18 @@ def chat_template(prompts: Sequence[Carried], own: str | None, default: str | No
         parts.append(f"{{%- {'if' if prompt is prompts[0] else 'elif'} sp.name == {quoted(prompt.name)} -%}}")
         parts.append(_branch(prompt, own, "{{ " + quoted(prompt.opening) + " }}"))
     parts.append("{%- elif sp.name -%}{{ raise_exception('there is no soft prompt ' + sp.name + '; there are: ' + KNOWN) }}")
-    parts.append("{%- else %}OWN{% endif %}" if own else "{%- else -%}{{ raise_exception('name a soft prompt: ' + KNOWN) }}{%- endif -%}")
-    return "".join(parts).replace("KNOWN", quoted(known)).replace("OWN", _whole(own or ""))
+    tokenizer = prompts[0].stored.encoder.tokenizer
+    plain = "{{ " + quoted(prompts[0].bos) + " }}" + HUMAN_ASSISTANT.replace("EOS", quoted(tokenizer.eos_token))
+    parts.append("{%- else %}" + (_whole(own) if own else plain) + "{% endif %}")
+    return "".join(parts).replace("KNOWN", quoted(known))
 
 
 def with_rows_from_message(prompt: Carried, own: str | None) -> str:
     """A template for engines that take the rows as the content of a first system message."""
     soft = prompt.stored.soft
     bos = "" if soft.bos_id is None else quoted(prompt.bos)
-    rows = "messages[0]['content']"
-    opening = " ~ ".join(part for part in ((bos, rows) if soft.position == "after_bos" else (rows, bos)) if part)
-    return "{%- set sp = namespace(messages=messages[1:], last='') -%}" + _branch(prompt, own, "{{ " + opening + " }}")
+    opening = " ~ ".join(part for part in ((bos, "sp.rows") if soft.position == "after_bos" else ("sp.rows", bos)) if part)
+    return "{%- set sp = namespace(rows=messages[0]['content'], messages=messages[1:], last='') -%}" + _branch(prompt, own, "{{ " + opening + " }}")
 
 
 def _branch(prompt: Carried, own: str | None, opening: str) -> str:
