@@ -1,7 +1,8 @@
 """One chat template for a base and its prompts, which are chosen by name.
 
-A chat names a prompt by the template argument `softprompt`, or by a first system message `softprompt:NAME`; without a name it gets
-the default prompt, or the base's own template (`Human: ...` where it has none). Every branch writes BOS itself, where the prompt had it in training.
+A chat names a prompt by the template argument `softprompt`, or by a first system message `softprompt:NAME`. Without a name it gets
+the default prompt; else the base's own template, or `Human: ...` where it has none. Every branch writes BOS itself, where the prompt
+had it in training.
 """
 
 import copy
@@ -52,7 +53,8 @@ def with_rows_from_message(prompt: Carried, own: str | None) -> str:
     soft = prompt.stored.soft
     bos = "" if soft.bos_id is None else quoted(prompt.bos)
     opening = " ~ ".join(part for part in ((bos, "sp.rows") if soft.position == "after_bos" else ("sp.rows", bos)) if part)
-    return "{%- set sp = namespace(rows=messages[0]['content'], messages=messages[1:], last='') -%}" + _branch(prompt, own, "{{ " + opening + " }}")
+    first = "{%- set sp = namespace(rows=messages[0]['content'], messages=messages[1:], last='') -%}"
+    return first + _branch(prompt, own, "{{ " + opening + " }}")
 
 
 def _branch(prompt: Carried, own: str | None, opening: str) -> str:
