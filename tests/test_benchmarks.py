@@ -1,6 +1,7 @@
 """The benchmarks: rows of the wanted lengths, and a comparison from end to end on a tiny model. Times are never judged."""
 
 import json
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -182,3 +183,98 @@ def test_the_speed_of_an_evaluation_from_end_to_end(tmp_path, monkeypatch):
     assert result["answers_equal_to_peft"] >= 1 / 5, "of the longest row, which PEFT does not pad"
     assert result["largest_difference_of_a_loss"] < 1e-3
     assert min(result[key] for key in result if "_over_" in key) > 0
+
+
+# ---- contestants ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def contest(tmp_path, monkeypatch, quality_task):
+    """contest(...): benchmarks/contestants.py on a tiny base, a labelled task and one of text whose held-out rows are its test."""
+    import contestants
+
+    rows = [{"instruction": f"Say {n}.", "input": "", "output": f'{{"n": {n}}}'} for n in range(40)]
+    train, held = tiny.write_rows(tmp_path / "t.jsonl", rows[:16]), tiny.write_rows(tmp_path / "h.jsonl", rows[16:])
+    told = replace(quality_task, name="demo", train=train, held=held, test=held, labelled=False)
+    reviews = [{"text": f"{'nice' if n % 2 else 'awful'} {n}", "label": "good" if n % 2 else "bad"} for n in range(12)]
+    known = {"demo": told, "sentiment": replace(quality_task, name="sentiment", train=tiny.write_rows(tmp_path / "r.jsonl", reviews))}
+    monkeypatch.setattr(contestants, "make_tasks", lambda names, cache, alpaca: [known[name] for name in names])
+    model = tiny.tiny_folder(tmp_path / "model", max_position_embeddings=2048)
+    common = ["--base", f"tiny={model}", "--runs", str(tmp_path / "runs"), "--results", str(tmp_path / "found.jsonl")]
+
+    def run(*how):
+        monkeypatch.setattr(sys, "argv", ["contestants.py", *common, *map(str, how)])
+        contestants.main()
+        return [json.loads(line) for line in (tmp_path / "found.jsonl").read_text(encoding="utf-8").splitlines()]
+
+    return run
+
+
+def test_contestants_from_end_to_end(contest, tmp_path):
+    import contestants
+
+    page, readme = tmp_path / "page.md", tmp_path / "README.md"
+    readme.write_text("above\n" + "old\n".join(contestants.MARKS) + "below\n", encoding="utf-8")
+    demo, sentiment = contest("--task", "demo", "--task", "sentiment", "--report", page, "--readme", readme)
+    told, labelled = demo["evaluation"], sentiment["evaluation"]
+    assert list(told["contestants"]) == list(labelled["contestants"]) == ["base", "text", "few-shot", "prompt"]
+    assert told["rows"] == 12, "of 24 rows, half choose among the states of the run"
+    assert (told["metric"], labelled["metric"]) == ("exact_match", "accuracy")
+    assert demo["training"]["steps"] == 4
+    whole, small = page.read_text(encoding="utf-8"), readme.read_text(encoding="utf-8")
+    low, high = (f"{100 * end:.1f}" for end in labelled["intervals"]["prompt"]["accuracy"])
+    for text in (whole, small):
+        assert f"{labelled['contestants']['prompt']['accuracy']:.1%} ({low} to {high})" in text
+    assert whole.count("cannot tell") == len(told["verdicts"]) + len(labelled["verdicts"]) == 12
+    assert all(text in whole for text in ("json valid", "--task sentiment", "calibration error"))
+    assert re.fullmatch(r"above\n.*below\n", small, re.DOTALL)
+    assert "old" not in small
+    assert small.count("cannot tell") == 2, "in each table, the prompt against the best of the others"
+
+
+def test_a_measured_task_is_not_measured_again(contest, tmp_path):
+    (first,) = contest("--task", "sentiment", "--rows", "4")
+    assert first["evaluation"]["rows"] == 4
+    prompt = tmp_path / "runs" / "tiny-sentiment" / "prompt" / "card.json"
+    made = prompt.stat().st_mtime_ns
+    assert contest("--task", "sentiment", "--rows", "4") == [first]
+    more = contest("--task", "sentiment")  # other rows: measured, with the prompt that is there
+    assert [one["evaluation"]["rows"] for one in more] == [4, 6]
+    assert prompt.stat().st_mtime_ns == made
+    again = contest("--task", "sentiment", "--run", prompt.parent.parent)
+    assert len(again) == 3
+    assert again[2]["evaluation"] == more[1]["evaluation"]
+
+
+def test_a_page_without_marks_is_left_alone(contest, tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text("mine\n", encoding="utf-8")
+    (tmp_path / "found.jsonl").touch()
+    with pytest.raises(SystemExit, match="has no <!-- contestants -->"):
+        contest("--task", "demo", "--draw", "--readme", readme)
+    assert readme.read_text(encoding="utf-8") == "mine\n"
+
+
+def test_a_stopped_training_goes_on(contest, tmp_path, monkeypatch):
+    import contestants
+
+    import softprompt
+    from softprompt.events import Saved
+
+    def stopped(*how, **settings):
+        for event in train(*how, **settings):
+            yield event
+            if isinstance(event, Saved) and event.step == 2:
+                raise KeyboardInterrupt
+
+    train = softprompt.train
+    monkeypatch.setattr(contestants, "SAVE_EVERY", 1)
+    monkeypatch.setattr(softprompt, "train", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        contest("--task", "sentiment")
+    monkeypatch.setattr(softprompt, "train", train)
+    log = tmp_path / "runs" / "tiny-sentiment" / "metrics.jsonl"
+    before = log.read_text(encoding="utf-8")
+    (done,) = contest("--task", "sentiment")
+    assert done["training"]["steps"] == 4
+    assert log.read_text(encoding="utf-8").startswith(before), "its first steps are not taken again"

@@ -1,0 +1,206 @@
+"""Does a prompt beat what costs nothing? A task's prompt, trained with the defaults, against the bare base, a text, a few examples.
+
+    python benchmarks/contestants.py --base gemma=FOLDER --task demo --task sentiment --results FILE --report docs/contestants.md
+                                     [--rows 300] [--runs FOLDER | --run FOLDER] [--readme README.md ...] [--draw]
+
+Every finished task becomes a line of the file at once, and a task that the file holds already is not repeated. One that was
+stopped goes on: its training from the run's last checkpoint, its answers from the last one. --run takes the finished run of the
+one task that is named, and measures it anew. --report writes all scores; --readme puts the short table between a README's marks.
+With --draw nothing is trained or measured.
+"""
+
+import argparse
+import json
+import shlex
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from quality import CACHE, Runs, read
+from tasks import MAKERS, Task, make_tasks
+
+from softprompt.metrics import METRICS, Verdict, called, percent, sentence
+
+MARKS = "<!-- contestants -->\n", "<!-- end of contestants -->\n"
+IN_FULL = ("perplexity", "bits_per_byte", "calibration_error")  # not in the short table: they say what others say
+SAVE_EVERY = 10  # steps
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", required=True, metavar="NAME=FOLDER")
+    parser.add_argument("--task", action="append", required=True, choices=list(MAKERS), help="repeatable")
+    parser.add_argument("--alpaca", type=Path, help="1,000 rows of instruction, input and output, for the task of that name")
+    parser.add_argument("--rows", type=int, help="test rows at most; left out, all")
+    parser.add_argument("--runs", type=Path, default=CACHE / "contestants", help="where run folders are kept")
+    parser.add_argument("--run", type=Path, help="a finished run of the one task")
+    parser.add_argument("--results", required=True, type=Path, help="JSONL, a task per line")
+    parser.add_argument("--report", type=Path, help="Markdown page to write")
+    parser.add_argument(
+        "--readme", type=Path, action="append", default=[], help="page with marks to put the short table between; repeatable"
+    )
+    parser.add_argument("--draw", action="store_true", help="measure nothing")
+    given = parser.parse_args()
+    if given.run and len(given.task) > 1:
+        parser.error("--run is of one task: name one")
+    if not given.draw:
+        measure_all(given)
+    found = read(given.results)
+    if given.report:
+        given.report.write_text(report(found), encoding="utf-8")
+    for page in given.readme:
+        page.write_text(between_marks(page.read_text(encoding="utf-8"), short(found)), encoding="utf-8")
+
+
+def measure_all(given: argparse.Namespace) -> None:
+    from softprompt.config import ModelConfig
+    from softprompt.model import load_base
+
+    name, folder = given.base.split("=", 1)
+    base = load_base(ModelConfig(name=folder))
+    for task in map(with_rows_to_test, make_tasks(given.task, CACHE, given.alpaca)):
+        key = f"{name}/{task.name}/{given.rows or 'all'}"
+        if key in read(given.results) and given.run is None:
+            continue
+        print(key, flush=True)
+        measured = measure(task, base, given.run or given.runs / f"{name}-{task.name}", given.rows)
+        command = ["--base", f"{name}=FOLDER", "--task", task.name, *(["--rows", str(given.rows)] if given.rows else [])]
+        line = {"key": key, **measured, "command": shlex.join(["python", "benchmarks/contestants.py", *command])}
+        with given.results.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+def with_rows_to_test(task: Task) -> Task:
+    """Where a task's test rows are those that choose among a run's states, the first half chooses and the second is measured."""
+    if task.held != task.test:
+        return task
+    half = len(task.test.read_text(encoding="utf-8").splitlines()) // 2
+    return replace(task, held=Path(f"{task.held}[:{half}]"), test=Path(f"{task.test}[{half}:]"))
+
+
+def measure(task: Task, base: Any, folder: Path, num_rows: int | None) -> dict[str, Any]:
+    """Trains into the run folder, or goes on there, and evaluates; tasks without labels are answered too."""
+    from meters import machine
+    from recipes import Recipe, make_config
+
+    import softprompt
+    from softprompt.runlog import RunFolder
+
+    began = folder.exists()
+    settings = Recipe((f"train.save_every={SAVE_EVERY}",))
+    config = RunFolder.reopen(folder).config() if began else make_config(settings, task, base, None, 0, str(folder))
+    *_, finished = softprompt.train(config, resume=began, base=base)
+    prompt = softprompt.load_prompt(folder / "prompt", base)
+    contest = softprompt.Contest(train=softprompt.load_examples(str(task.train)), answers=not task.labelled)
+    test, start = softprompt.load_examples(str(task.test), limit=num_rows), time.perf_counter()
+    evaluation = softprompt.evaluate(base, prompt, test, contest, out=folder / "evaluations")
+    facts = machine()
+    return {
+        "evaluation": evaluation.as_dict(),
+        "training": {
+            "steps": finished.result["steps"],
+            "examples_per_step": config.train.examples_per_step,
+            "num_virtual_tokens": prompt.card.num_virtual_tokens,
+            "seconds": finished.result["seconds"],
+        },
+        "seconds": time.perf_counter() - start,
+        "machine": {**facts, "versions": {"softprompt": softprompt.__version__, **facts["versions"]}},
+    }
+
+
+# ---- what was found ------------------------------------------------------------------------------------------------
+
+
+def report(found: Runs) -> str:
+    """All scores with their intervals, all verdicts."""
+    lines = [
+        "# Contestants",
+        "",
+        "Made by `benchmarks/contestants.py`. In brackets: 95% bootstrap intervals over the rows, of one training with one seed. Tokens:",
+        "what a request has more than the bare base's. The measured rows neither trained the prompt nor chose among its states.",
+        "",
+    ]
+    for key, one in found.items():
+        base, task, _ = key.split("/")
+        evaluation = one["evaluation"]
+        lines += [f"## {task}, {base}", "", f"    {one['command']}", "", *_how(one), ""]
+        lines += [*table(evaluation, metrics_of(evaluation)), "", *(f"- {said}" for said in sentences(evaluation))]
+        for name, contestant in evaluation["contestants"].items():
+            if contestant["unended_answers"]:
+                lines.append(f"- {contestant['unended_answers']} answers of {called(name, contestant['shots'])} did not end")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _how(one: dict[str, Any]) -> list[str]:
+    evaluation, training, machine = one["evaluation"], one["training"], one["machine"]
+    cpu = f"{machine['threads']} thread{'s' if machine['threads'] > 1 else ''} of {machine['cpu']}"
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    return [
+        f"{evaluation['rows']} rows, {evaluation['supervised_tokens']:,} supervised tokens, evaluated in {one['seconds']:.0f} s.",
+        f"Trained for {training['steps']} steps of {training['examples_per_step']} rows in {training['seconds']:.0f} s:"
+        f" {training['num_virtual_tokens']} virtual tokens.",
+        f"{machine['gpu'] or cpu}; {versions}.",
+    ]
+
+
+def short(found: Runs) -> str:
+    """What a README has room for: the scores that decide, and the prompt against the best of the others."""
+    lines = []
+    for key, one in found.items():
+        base, task, _ = key.split("/")
+        evaluation = one["evaluation"]
+        lines += [f"**{task}**, {base}, {evaluation['rows']} rows:", ""]
+        lines += table(evaluation, [metric for metric in metrics_of(evaluation) if metric not in IN_FULL])
+        metric, contestants = evaluation["metric"], evaluation["contestants"]
+        best = max if METRICS[metric].higher_is_better else min
+        rival = best((name for name in contestants if name != "prompt"), key=lambda name: contestants[name][metric])
+        lines += ["", *sentences(evaluation, [("prompt", rival)]), ""]
+    return "\n".join(lines)
+
+
+def between_marks(page: str, text: str) -> str:
+    """The page with the text between its marks. Raises SystemExit for a page without them."""
+    start, end = MARKS
+    if start not in page or end not in page.partition(start)[2]:
+        raise SystemExit(f"the page has no {start.strip()} and {end.strip()}, each on a line")
+    before, _, rest = page.partition(start)
+    return f"{before}{start}\n{text}{end}{rest.partition(end)[2]}"
+
+
+def metrics_of(evaluation: dict[str, Any]) -> list[str]:
+    return list(dict.fromkeys(metric for scores in evaluation["intervals"].values() for metric in scores))
+
+
+def table(evaluation: dict[str, Any], metrics: Sequence[str]) -> list[str]:
+    headings = ["contestant", "tokens", *(metric.replace("_per_", "/").replace("_", " ") for metric in metrics)]
+    lines = [f"| {' | '.join(headings)} |", f"|---|{'---:|' * (len(metrics) + 1)}"]
+    for name, contestant in evaluation["contestants"].items():
+        intervals = evaluation["intervals"][name]
+        scores = [_shown(metric, contestant[metric], *intervals[metric]) if metric in intervals else "" for metric in metrics]
+        lines.append(f"| {called(name, contestant['shots'])} | +{contestant['tokens']:.0f} | {' | '.join(scores)} |")
+    return lines
+
+
+def sentences(evaluation: dict[str, Any], pairs: Sequence[tuple[str, str]] | None = None) -> list[str]:
+    """The verdicts in words; of these pairs only, or all."""
+    contestants, said = evaluation["contestants"], []
+    for one in (Verdict(**verdict) for verdict in evaluation["verdicts"]):
+        if pairs is None or (one.first, one.second) in pairs:
+            sides = [contestants[side] for side in (one.first, one.second)]
+            names = [called(side, contestants[side]["shots"]) for side in (one.first, one.second)]
+            said.append(sentence(one, names, [side[one.metric] for side in sides]))
+    return said
+
+
+def _shown(metric: str, value: float, low: float, high: float) -> str:
+    if percent(metric):
+        return f"{value:.1%} ({100 * low:.1f} to {100 * high:.1f})"
+    digits = 3 if value < 1000 else 0
+    return f"{value:,.{digits}f} ({low:,.{digits}f} to {high:,.{digits}f})"
+
+
+if __name__ == "__main__":
+    main()
