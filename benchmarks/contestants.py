@@ -6,7 +6,7 @@
 Every finished task becomes a line of the file at once, and a task that the file holds already is not repeated. One that was
 stopped goes on: its training from the run's last checkpoint, its answers from the last one. --run takes the finished run of the
 one task that is named, and measures it anew. --report writes all scores; --readme puts the short table between a README's marks.
-With --draw nothing is trained or measured.
+With --draw nothing is trained or measured. What a reader must know is added to a line of the file by hand, as "notes".
 """
 
 import argparse
@@ -130,7 +130,7 @@ def report(found: Runs) -> str:
         for name, contestant in evaluation["contestants"].items():
             if contestant["unended_answers"]:
                 lines.append(f"- {contestant['unended_answers']} answers of {called(name, contestant['shots'])} did not end")
-        lines.append("")
+        lines += ["", *_notes(one)]
     return "\n".join(lines)
 
 
@@ -156,9 +156,14 @@ def short(found: Runs) -> str:
         lines += table(evaluation, [metric for metric in metrics_of(evaluation) if metric not in IN_FULL])
         metric, contestants = evaluation["metric"], evaluation["contestants"]
         best = max if METRICS[metric].higher_is_better else min
-        rival = best((name for name in contestants if name != "prompt"), key=lambda name: contestants[name][metric])
-        lines += ["", *sentences(evaluation, [("prompt", rival)]), ""]
+        others = [name for name in reversed(contestants) if name != "prompt"]  # of equals the last, which is told most
+        rival = best(others, key=lambda name: contestants[name][metric])
+        lines += ["", *sentences(evaluation, [("prompt", rival)]), "", *_notes(one)]
     return "\n".join(lines)
+
+
+def _notes(one: dict[str, Any]) -> list[str]:
+    return [line for note in one.get("notes", []) for line in (note, "")]
 
 
 def between_marks(page: str, text: str) -> str:

@@ -230,6 +230,11 @@ def test_contestants_from_end_to_end(contest, tmp_path):
     assert re.fullmatch(r"above\n.*below\n", small, re.DOTALL)
     assert "old" not in small
     assert small.count("cannot tell") == 2, "in each table, the prompt against the best of the others"
+    noted = {**sentiment, "notes": ["Read with care."]}
+    (tmp_path / "found.jsonl").write_text(f"{json.dumps(demo)}\n{json.dumps(noted)}\n", encoding="utf-8")
+    contest("--task", "sentiment", "--draw", "--report", page, "--readme", readme)
+    assert page.read_text(encoding="utf-8") == f"{whole}\nRead with care.\n"
+    assert readme.read_text(encoding="utf-8") == small.replace(contestants.MARKS[1], f"\nRead with care.\n{contestants.MARKS[1]}")
 
 
 def test_a_measured_task_is_not_measured_again(contest, tmp_path):
