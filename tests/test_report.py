@@ -438,5 +438,5 @@ def test_a_page_prints_whole_and_light(opened, pages, which):
     assert printed.startswith(b"%PDF")
     assert printed.count(b"/Type /Page\n") > 1
     page.emulate_media(media="print")
-    assert page.evaluate(shut), "what is folded on the screen is printed"
+    page.wait_for_function(shut, timeout=20_000)  # what is folded on the screen is printed; laid out with the next frame
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
