@@ -1,6 +1,5 @@
 """What a run works with, put together and checked before its first step."""
 
-import resource
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -199,13 +198,6 @@ def check_context(context_length: int | None, num_virtual_tokens: int, max_lengt
             f"{num_virtual_tokens} virtual tokens and data.max_length = {max_length} exceed the base's context of {context_length} tokens: "
             "lower prompt.length (shorten prompt.text) or data.max_length"
         )
-
-
-def peak_bytes(device: torch.device) -> int:
-    """Most memory used so far: of the process on a CPU, of the allocator on a GPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def with_absolute_paths(config: Config) -> Config:

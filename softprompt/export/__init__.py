@@ -31,8 +31,8 @@ FORMATS: dict[str, Callable[[Goal], Exported]] = {
 
 @dataclass(frozen=True)
 class Wanted:
-    """What is to be made. `names`: by prompt folder, instead of those that the folders have. `default`: which prompt answers a chat
-    that names none. `gguf_file`: the base as GGUF, where the prompts were trained on its Hugging Face form."""
+    """What is to be made. `default`: which prompt answers a chat that names none. `gguf_file`: the base as GGUF, where the prompts
+    were trained on its Hugging Face form."""
 
     prompts: Sequence[Path]
     format: str

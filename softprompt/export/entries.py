@@ -74,6 +74,14 @@ class Goal:
                 raise ArtifactError(f"{self.base.name} has a token {token} already: rename the prompt's folder")
         return tokens
 
+    def entries(self, ids: Sequence[int]) -> dict[str, dict[str, Any]]:
+        """The facts of each prompt whose tokens got these ids, in the order of `tokens`."""
+        facts, left = {}, list(ids)
+        for prompt in self.prompts:
+            own, left = left[: len(prompt.tokens)], left[len(prompt.tokens) :]
+            facts[prompt.name] = {"tokens": list(prompt.tokens), "ids": own, "opening": prompt.opening}
+        return facts
+
     @cached_property
     def rows_NH(self) -> Tensor:
         """Their entries in the embedding table, float32: what the embedding module multiplies by is divided out."""
@@ -82,8 +90,7 @@ class Goal:
 
 @dataclass(frozen=True)
 class Exported:
-    """`prompts`: each one's facts. `sayable`: how likely a new token is at most where an engine knows no suppression, or None where the
-    engine gets no new tokens. `checked`: what was read back and compared, with the largest deviation."""
+    """`prompts`: each one's facts. `checked`: what was read back and compared, with the largest deviation. `notes`: what to know."""
 
     format: str
     base: str

@@ -49,15 +49,10 @@ def export(goal: Goal) -> Exported:
     for prompt in goal.prompts:
         name = "Modelfile" if len(goal.prompts) == 1 else f"Modelfile.{prompt.name}"
         (goal.draft / name).write_text(_modelfile(prompt), encoding="utf-8")
-    prompts, start = {}, first
-    for prompt in goal.prompts:
-        own = list(range(start, start + len(prompt.tokens)))
-        prompts[prompt.name] = {"tokens": list(prompt.tokens), "ids": own, "opening": prompt.opening}
-        start += len(own)
     checked = _read_back(goal, ids)
     files = sorted(file.name for file in goal.draft.iterdir())
     notes = (mute.note, f"table in {kind.name}, head in {head_kind.name}", *_bos_note(goal))
-    return Exported("gguf", goal.base.name, prompts, files, checked, notes)
+    return Exported("gguf", goal.base.name, goal.entries(ids), files, checked, notes)
 
 
 def _source(goal: Goal) -> Path:
