@@ -36,12 +36,14 @@ AS_PEFT = ("prompt.position=start", "optim.warmup_fraction=0", "train.head_toler
 
 @dataclass(frozen=True)
 class Recipe:
-    """`settings`: of ours. `kind`: how it is trained. `rates`: peak learning rates to search, on one seed; without, the default."""
+    """`settings`: of ours. `kind`: how it is trained. `rates`: peak learning rates to search, on one seed; without, the default.
+    `until`: a share of the steps; training is broken off there, after an evaluation."""
 
     settings: tuple[str, ...] = ()
     kind: str = "prompt"
     rates: tuple[float, ...] = ()
     start: Callable[[init.Material, int], init.Start] | None = None
+    until: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,7 @@ def peft_vocabulary(material: init.Material, room: int) -> init.Start:
 GRID = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 RECIPES = {
     "softprompt": Recipe(),
+    "softprompt, its first 1/20 of the steps": Recipe(until=1 / 20),
     "softprompt, after BOS": Recipe(("prompt.position=after_bos",)),
     "softprompt, after BOS, random init": Recipe(("prompt.position=after_bos", "prompt.init=random")),
     "softprompt, random init": Recipe(("prompt.init=random",)),
@@ -116,7 +119,7 @@ def make_config(recipe: Recipe, task: Task, base: FrozenBase, rate: float | None
         "train": {
             "steps": task.steps,
             "examples_per_step": task.examples_per_step,
-            "eval_every": -(-task.steps // EVALUATIONS),
+            "eval_every": -(-task.steps // EVALUATIONS) if recipe.until == 1 else int(recipe.until * task.steps),
             "save_every": task.steps,
             "seed": seed,
             "out": out,
@@ -139,6 +142,8 @@ def _ours(recipe: Recipe, task: Task, config: Config, base: FrozenBase) -> Outco
                     num_trainable = event.num_trainable
                 case Evaluated():
                     curve.append((event.step, seconds, event.loss))
+                    if event.step and recipe.until < 1:
+                        return Outcome(curve, event.loss, None, num_trainable)
                 case Finished():
                     result = event.result
     finally:

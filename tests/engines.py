@@ -1,14 +1,24 @@
-"""llama.cpp on tiny models: the tiny llama as a GGUF file, and a server in this process."""
+"""Other engines: prompts to carry to them, the tiny llama as a GGUF file, llama.cpp and its server in this process."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import gguf
+import torch
 from gguf import GGUFWriter, TokenType
 from torch import Tensor
 
+from softprompt import load_prompt
+from softprompt.artifact import DataCard, make_card, write_prompt
+from softprompt.config import load_config
+from softprompt.encode import make_encoder
+from softprompt.generation import Sampling, generate
 from softprompt.model import FrozenBase
+from softprompt.prompt import SoftPrompt
+
+LENGTH = 5
 
 NAMES = {
     "input_layernorm": "attn_norm",
@@ -21,6 +31,39 @@ NAMES = {
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
+
+
+def some_prompt(
+    folder: Path,
+    base: FrozenBase,
+    seed: int = 0,
+    *,
+    template: str = "human-assistant",
+    position: str | None = None,
+    model: str | None = None,
+    text: str | None = None,
+) -> Path:
+    """A prompt folder as training writes it, its rows drawn from the vocabulary, or those of a text; then moved by noise.
+
+    `model`: the setting that names the base.
+    """
+    encoder = make_encoder(base.tokenizer, template)
+    generator = torch.Generator().manual_seed(seed)
+    start = base.drawn_rows(LENGTH, seed) if text is None else base.embed_ids(base.tokenizer(text, add_special_tokens=False)["input_ids"])
+    rows = start + base.rms * (1.0 if text is None else 0.3) * torch.randn(start.shape, generator=generator)
+    own = position or ("start" if encoder.bos_id is None else "after_bos")
+    config = load_config(
+        None, [model or f"model.name={base.name}", "model.device=cpu", "model.dtype=float32", "prompt.text=x", "data.train=x"]
+    )
+    data = DataCard(train="x", num_train=1, train_fingerprint="", num_eval=0, eval_fingerprint=None, labels=(), label_words={})
+    soft = SoftPrompt(rows, own, encoder.bos_id)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    write_prompt(folder, soft, make_card(config, base, soft, encoder, data, "random", {}), base)
+    return folder
+
+
+def our_answers(base: FrozenBase, folder: Path, questions: list[str], tokens: int) -> list[str]:
+    return generate(base, load_prompt(folder, base), questions, Sampling(max_new_tokens=tokens))
 
 
 def tiny_gguf(path: Path, base: FrozenBase, kind: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.F32) -> Path:
@@ -106,3 +149,65 @@ class LlamaServer:
         answer = json.loads(answer) if isinstance(answer, str) else answer
         assert "error" not in answer, answer
         return answer
+
+
+class LlamaCpp:
+    """llama.cpp itself on a file, one thread, everything it keeps in float32. A text is pieces: ids of tokens, or rows [P, H]."""
+
+    def __init__(self, file: Path) -> None:
+        from llama_cpp_py_sync import Llama
+
+        self.llama = Llama(str(file), n_ctx=512, n_threads=1, type_k="f32", type_v="f32", flash_attn_type=0)
+        self.stops = {self.llama.eos_token}
+
+    def logits(self, *pieces: list[int] | Tensor) -> Tensor:
+        """[V] float32: behind the last position."""
+        self.llama._clear_context_state()
+        return [self._read(piece, at) for piece, at in zip(pieces, _starts(pieces), strict=True)][-1]
+
+    def answer(self, tokens: int, *pieces: list[int] | Tensor) -> list[int]:
+        """Greedy ids."""
+        logits_V, said, at = self.logits(*pieces), [], sum(map(len, pieces))
+        while len(said) < tokens and (token := int(logits_V.argmax())) not in self.stops:
+            said.append(token)
+            logits_V, at = self._read([token], at), at + 1
+        return said
+
+    def _read(self, piece: list[int] | Tensor, at: int) -> Tensor:
+        library, ffi, width = self.llama._lib, self.llama._ffi, 0 if isinstance(piece, list) else piece.shape[1]
+        batch = library.llama_batch_init(len(piece), width, 1)
+        try:
+            batch.n_tokens = len(piece)
+            if isinstance(piece, list):
+                batch.token[0 : len(piece)] = piece
+            else:
+                ffi.memmove(batch.embd, piece.float().contiguous().numpy(), piece.numel() * 4)
+            for index in range(len(piece)):
+                batch.pos[index], batch.n_seq_id[index], batch.seq_id[index][0] = at + index, 1, 0
+                batch.logits[index] = index == len(piece) - 1
+            assert library.llama_decode(self.llama._ctx, batch) == 0
+            given = library.llama_get_logits_ith(self.llama._ctx, len(piece) - 1)
+            return torch.frombuffer(bytearray(ffi.buffer(given, self.llama.n_vocab * 4)), dtype=torch.float32)
+        finally:
+            library.llama_batch_free(batch)
+
+
+def _starts(pieces: Sequence[list[int] | Tensor]) -> list[int]:
+    return [sum(map(len, pieces[:index])) for index in range(len(pieces))]
+
+
+def in_float32(source: Path, target: Path) -> Path:
+    """A GGUF file with every tensor in float32."""
+    reader = gguf.GGUFReader(source)
+    writer = GGUFWriter(target, reader.fields["general.architecture"].contents())
+    for field in reader.fields.values():
+        if not field.name.startswith("GGUF.") and field.name != "general.architecture":
+            kind = field.types[0]
+            writer.add_key_value(field.name, field.contents(), kind, field.types[-1] if kind == gguf.GGUFValueType.ARRAY else None)
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, gguf.quants.dequantize(tensor.data, tensor.tensor_type))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return target

@@ -9,42 +9,19 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from engines import LlamaServer, tiny_gguf
+from engines import LENGTH, LlamaServer, our_answers, some_prompt, tiny_gguf
 from gguf import GGMLQuantizationType
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from softprompt import load_prompt
-from softprompt.artifact import DataCard, make_card, write_prompt
 from softprompt.cli import main
 from softprompt.config import load_config
-from softprompt.encode import make_encoder
 from softprompt.errors import ArtifactError, ConfigError
 from softprompt.export import Wanted, export
-from softprompt.generation import Sampling, generate
-from softprompt.model import FrozenBase
-from softprompt.prompt import SoftPrompt
+from softprompt.model import FrozenBase, load_base
 
-LENGTH = 5
 JINJA = "{% for turn in messages %}{{ turn.role }}> {{ turn.content }} {% endfor %}Q: {{ prompt }} A:"
-
-
-def some_prompt(folder: Path, base: FrozenBase, seed: int = 0, *, template: str = "human-assistant", position: str | None = None) -> Path:
-    """A prompt folder with rows like those of the base, as training writes it."""
-    encoder = make_encoder(base.tokenizer, template)
-    generator = torch.Generator().manual_seed(seed)
-    rows = base.drawn_rows(LENGTH, seed) + base.rms * torch.randn(LENGTH, base.hidden_size, generator=generator)
-    own = position or ("start" if encoder.bos_id is None else "after_bos")
-    config = load_config(None, [f"model.name={base.name}", "model.device=cpu", "prompt.text=x", "data.train=x"])
-    data = DataCard(train="x", num_train=1, train_fingerprint="", num_eval=0, eval_fingerprint=None, labels=(), label_words={})
-    soft = SoftPrompt(rows, own, encoder.bos_id)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    write_prompt(folder, soft, make_card(config, base, soft, encoder, data, "random", {}), base)
-    return folder
-
-
-def our_answers(base: FrozenBase, folder: Path, questions: list[str], tokens: int) -> list[str]:
-    return generate(base, load_prompt(folder, base), questions, Sampling(max_new_tokens=tokens))
 
 
 def our_answer(base: FrozenBase, folder: Path, question: str) -> str:
@@ -161,6 +138,17 @@ def test_shards_stay_shards(bases: Callable[..., FrozenBase], tmp_path: Path) ->
     for file in set(before.values()) - {changed}:
         assert (tmp_path / "out" / file).read_bytes() == (tmp_path / "sharded" / file).read_bytes()
     assert written["checked"]["logits_relative_error"] < 1e-4
+
+
+def test_a_table_in_bfloat16_rounds_the_rows_and_says_by_how_much(bases: Callable[..., FrozenBase], tmp_path: Path) -> None:
+    base = bases()
+    AutoModelForCausalLM.from_pretrained(base.name, dtype=torch.bfloat16).save_pretrained(tmp_path / "half")
+    base.tokenizer.save_pretrained(tmp_path / "half")
+    model = load_config(None, [f"model.name={tmp_path / 'half'}", "model.dtype=float32", "model.device=cpu"]).model
+    folder = some_prompt(tmp_path / "taste", load_base(model), model=f"model.name={tmp_path / 'half'}")
+    checked = export(Wanted([folder], "vocab", tmp_path / "out"), model)["checked"]
+    assert checked["logits_relative_error"] < 1e-4
+    assert 1e-4 < checked["rounding_relative_error"] < 0.05
 
 
 # ---- rows ----------------------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """What an export is made of: prompts with the names of their tokens, and what came of it."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -81,6 +81,17 @@ class Goal:
             own, left = left[: len(prompt.tokens)], left[len(prompt.tokens) :]
             facts[prompt.name] = {"tokens": list(prompt.tokens), "ids": own, "opening": prompt.opening}
         return facts
+
+    def rounded_to(self, dtype: torch.dtype) -> "Goal":
+        """The same prompts, their rows as a table of this precision holds them."""
+        scale = embedding_scale(self.base)
+
+        def rounded(prompt: Carried) -> Carried:
+            soft = prompt.stored.soft
+            rows_PH = (soft.rows_PH.float() / scale).to(dtype).float() * scale
+            return replace(prompt, stored=replace(prompt.stored, soft=replace(soft, rows_PH=rows_PH)))
+
+        return replace(self, prompts=tuple(map(rounded, self.prompts)))
 
     @cached_property
     def rows_NH(self) -> Tensor:

@@ -8,7 +8,6 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import product
 from pathlib import Path
 
 import torch
@@ -19,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from softprompt.errors import ArtifactError, ModelError
 from softprompt.export.chat import chat_ids, check_ids, extended_tokenizer
-from softprompt.export.entries import QUESTIONS, Exported, Goal, our_logits
+from softprompt.export.entries import QUESTIONS, Carried, Exported, Goal, our_logits
 from softprompt.export.silence import Silence, silence
 from softprompt.model import folder_of
 
@@ -40,18 +39,21 @@ class Table:
 def export(goal: Goal) -> Exported:
     """Fills the draft with the whole model. Raises ArtifactError or ModelError for a base that cannot carry the prompts."""
     source = folder_of(goal.model)
-    base, tokenizer = goal.base, extended_tokenizer(goal)
+    tokenizer = extended_tokenizer(goal)
     embeddings, head = _tables(goal, source)
     ids = tokenizer.convert_tokens_to_ids(list(goal.tokens))
-    mute = silence(base, goal.prompts)
-    size = max(base.model.get_input_embeddings().weight.shape[0], max(ids) + 1)
+    mute = silence(goal.base, goal.prompts)
+    size = max(goal.base.model.get_input_embeddings().weight.shape[0], max(ids) + 1)
     _copy_rest(source, goal.draft)
     _write_weights(source, goal, embeddings, head, ids, size, mute)
     tokenizer.save_pretrained(goal.draft)
     _write_settings(goal.draft, size, ids)
-    checked = _read_back(goal, ids)
+    wanted, rounding = _wanted(goal, goal.rounded_to(_dtype(source, embeddings)))
+    device, dtype = goal.base.device, goal.base.dtype
+    goal.base.model.to("meta")  # one model in memory at a time: from here on the one that was written
+    checked = {"logits_relative_error": _read_back(goal, ids, wanted, device, dtype), "rounding_relative_error": rounding}
     files = sorted(file.name for file in goal.draft.iterdir())
-    return Exported("vocab", base.name, goal.entries(ids), files, checked, (mute.note,))
+    return Exported("vocab", goal.base.name, goal.entries(ids), files, checked, (mute.note,))
 
 
 # ---- where the tables lie ------------------------------------------------------------------------------------------
@@ -82,6 +84,11 @@ def _tables(goal: Goal, source: Path) -> tuple[Table, Table | None]:
         )
     first = min(tables, key=lambda table: "head" in table.name)  # of a tied pair that is stored twice
     return first, next((table for table in heads if table != first), None)
+
+
+def _dtype(source: Path, table: Table) -> torch.dtype:
+    with safe_open(source / table.file, "pt") as file:
+        return file.get_slice(table.name)[:1].dtype
 
 
 def _equal_to(matrix: Tensor, source: Path, files: dict[str, str]) -> list[Table]:
@@ -174,28 +181,41 @@ def _write_settings(draft: Path, size: int, ids: list[int]) -> None:
 # ---- reading back --------------------------------------------------------------------------------------------------
 
 
+Wanted = list[tuple[Carried, str, Tensor]]  # of a prompt and a question: our logits [T, V] on the question's positions
+
+
+def _wanted(goal: Goal, rounded: Goal) -> tuple[Wanted, float]:
+    """What is to be read back, and the largest relative error of the logits that comes from rounding the rows to the table's precision."""
+    wanted, worst = [], 0.0
+    for exact, prompt in zip(goal.prompts, rounded.prompts, strict=True):
+        for question in QUESTIONS:
+            exact_TV, ours_TV = our_logits(goal.base, exact, question), our_logits(goal.base, prompt, question)
+            worst = max(worst, ((ours_TV - exact_TV).norm() / exact_TV.norm()).item())
+            wanted.append((prompt, question, ours_TV))
+    return wanted, worst
+
+
 @torch.no_grad()
-def _read_back(goal: Goal, ids: list[int]) -> dict[str, float]:
+def _read_back(goal: Goal, ids: list[int], wanted: Wanted, device: torch.device, dtype: torch.dtype) -> float:
     """Loads what was written as any user would and compares it with ours: ids of texts, logits of every position.
 
-    Raises ArtifactError where they differ.
+    Returns the largest relative error; raises ArtifactError where they differ.
     """
     tokenizer = AutoTokenizer.from_pretrained(goal.draft)
     for prompt in goal.prompts:
         check_ids(prompt, tokenizer)
-    model = AutoModelForCausalLM.from_pretrained(goal.draft, dtype=goal.base.dtype).to(goal.base.device).eval()
-    worst, kept = 0.0, torch.ones(goal.base.head.weight_VH.shape[0], dtype=torch.bool)
+    model = AutoModelForCausalLM.from_pretrained(goal.draft, dtype=dtype).to(device).eval()
+    worst, kept = 0.0, torch.ones(wanted[0][2].shape[1], dtype=torch.bool)
     kept[[token for token in ids if token < len(kept)]] = False  # a spare row of the table had a logit of its own before
-    for prompt, question in product(goal.prompts, QUESTIONS):
+    for prompt, question, ours_TV in wanted:
         given = chat_ids(tokenizer, prompt, question)
-        ours_TV = our_logits(goal.base, prompt, question)
-        theirs_TV = model(torch.tensor([given], device=goal.base.device)).logits[0, -len(ours_TV) :].float().cpu()
+        theirs_TV = model(torch.tensor([given], device=device)).logits[0, -len(ours_TV) :].float().cpu()
         deviation = ((theirs_TV[:, : len(kept)] - ours_TV)[:, kept].norm() / ours_TV[:, kept].norm()).item()
         worst = max(worst, deviation)
-    tolerance = TOLERANCE.get(goal.base.dtype, 0.05)
+    tolerance = TOLERANCE.get(dtype, 0.05)
     if not worst <= tolerance:
         raise ArtifactError(
             f"read back, the model's logits differ from ours by {worst:.1e} (allowed {tolerance:.0e}): {goal.base.name} cannot carry "
             "a prompt in its vocabulary"
         )
-    return {"logits_relative_error": worst}
+    return worst
