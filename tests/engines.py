@@ -152,44 +152,57 @@ class LlamaServer:
 
 
 class LlamaCpp:
-    """llama.cpp itself on a file, one thread, everything it keeps in float32. A text is pieces: ids of tokens, or rows [P, H]."""
+    """llama.cpp's C interface on a file, one thread, what it keeps in float32. A text is pieces: ids of tokens, or rows [P, H].
+
+    The declarations are those of llama-cpp-py-sync, the library is the one inside xllamacpp, of the same build but for one.
+    """
 
     def __init__(self, file: Path) -> None:
-        from llama_cpp_py_sync import Llama
+        import xllamacpp
+        from llama_cpp_py_sync._cffi_bindings import get_ffi
 
-        self.llama = Llama(str(file), n_ctx=512, n_threads=1, type_k="f32", type_v="f32", flash_attn_type=0)
-        self.stops = {self.llama.eos_token}
+        self.ffi = get_ffi()
+        self.library = self.ffi.dlopen(str(next(Path(xllamacpp.__file__).parent.glob("xllamacpp*.so"))))
+        self.library.llama_backend_init()
+        settings = self.library.llama_context_default_params()
+        settings.n_ctx = settings.n_batch = settings.n_ubatch = 512
+        settings.n_threads = settings.n_threads_batch = 1
+        settings.type_k = settings.type_v = gguf.GGMLQuantizationType.F32.value
+        model = self.library.llama_model_load_from_file(str(file).encode(), self.library.llama_model_default_params())
+        self.context = self.library.llama_init_from_model(model, settings)
+        vocabulary = self.library.llama_model_get_vocab(model)
+        self.size, self.eos = self.library.llama_vocab_n_tokens(vocabulary), self.library.llama_vocab_eos(vocabulary)
 
     def logits(self, *pieces: list[int] | Tensor) -> Tensor:
         """[V] float32: behind the last position."""
-        self.llama._clear_context_state()
+        self.library.llama_memory_clear(self.library.llama_get_memory(self.context), True)
         return [self._read(piece, at) for piece, at in zip(pieces, _starts(pieces), strict=True)][-1]
 
     def answer(self, tokens: int, *pieces: list[int] | Tensor) -> list[int]:
         """Greedy ids."""
-        logits_V, said, at = self.logits(*pieces), [], sum(map(len, pieces))
-        while len(said) < tokens and (token := int(logits_V.argmax())) not in self.stops:
+        logits_V, at = self.logits(*pieces), sum(map(len, pieces))
+        said: list[int] = []
+        while len(said) < tokens and (token := int(logits_V.argmax())) != self.eos:
             said.append(token)
             logits_V, at = self._read([token], at), at + 1
         return said
 
     def _read(self, piece: list[int] | Tensor, at: int) -> Tensor:
-        library, ffi, width = self.llama._lib, self.llama._ffi, 0 if isinstance(piece, list) else piece.shape[1]
-        batch = library.llama_batch_init(len(piece), width, 1)
+        batch = self.library.llama_batch_init(len(piece), 0 if isinstance(piece, list) else piece.shape[1], 1)
         try:
             batch.n_tokens = len(piece)
             if isinstance(piece, list):
                 batch.token[0 : len(piece)] = piece
             else:
-                ffi.memmove(batch.embd, piece.float().contiguous().numpy(), piece.numel() * 4)
+                self.ffi.memmove(batch.embd, piece.float().contiguous().numpy(), piece.numel() * 4)
             for index in range(len(piece)):
                 batch.pos[index], batch.n_seq_id[index], batch.seq_id[index][0] = at + index, 1, 0
                 batch.logits[index] = index == len(piece) - 1
-            assert library.llama_decode(self.llama._ctx, batch) == 0
-            given = library.llama_get_logits_ith(self.llama._ctx, len(piece) - 1)
-            return torch.frombuffer(bytearray(ffi.buffer(given, self.llama.n_vocab * 4)), dtype=torch.float32)
+            assert self.library.llama_decode(self.context, batch) == 0
+            given = self.library.llama_get_logits_ith(self.context, len(piece) - 1)
+            return torch.frombuffer(bytearray(self.ffi.buffer(given, self.size * 4)), dtype=torch.float32)
         finally:
-            library.llama_batch_free(batch)
+            self.library.llama_batch_free(batch)
 
 
 def _starts(pieces: Sequence[list[int] | Tensor]) -> list[int]:

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from softprompt import load_prompt
 from softprompt.cli import main
-from softprompt.config import load_config
+from softprompt.config import ModelConfig, load_config
 from softprompt.errors import ArtifactError, ConfigError
 from softprompt.export import Wanted, export
 from softprompt.model import FrozenBase, load_base
@@ -256,6 +256,8 @@ def test_what_cannot_be_exported_is_one_sentence_and_leaves_nothing(
     for wanted, error, words in wrong:
         with pytest.raises(error, match=words):
             export(wanted)
+    with pytest.raises(ArtifactError, match="in int8, and an exported model has the full weights: move it there first"):
+        export(Wanted([folder], "vocab", out), ModelConfig(name=base.name, quantization="int8"))
     monkeypatch.setattr("softprompt.export.vocab.save_file", lambda *_, **__: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(ConfigError, match="cannot be written: No space left on device"):
         export(Wanted([folder], "vocab", out))

@@ -50,7 +50,14 @@ def export(wanted: Wanted, model: ModelConfig | None = None, *, allow_other_base
     names = named(wanted.prompts)
     if wanted.default is not None and wanted.default not in names:
         raise ConfigError(f"--default {wanted.default}: there is no such prompt among {', '.join(names)}")
-    base = load_base(model or read_card(wanted.prompts[0]).model_config_of_base)
+    first = wanted.prompts[0]
+    config = model or read_card(first).model_config_of_base
+    if config.quantization is not None and wanted.format in ("vocab", "gguf"):
+        raise ArtifactError(
+            f"{first} was trained on its base in {config.quantization}, and an exported model has the full weights: move it there "
+            f"first, softprompt recycle {first} --out DIR model.name={config.name}"
+        )
+    base = load_base(config)
     carried = []
     for name, path in names.items():
         stored = load_prompt(path, base, allow_other_base=allow_other_base)
@@ -60,7 +67,7 @@ def export(wanted: Wanted, model: ModelConfig | None = None, *, allow_other_base
     default = wanted.default or (next(iter(names)) if len(names) == 1 else None)
     try:
         with new_folder(wanted.out) as draft:
-            exported = FORMATS[wanted.format](Goal(base, tuple(carried), draft, default, model or carried[0].model, wanted.gguf_file))
+            exported = FORMATS[wanted.format](Goal(base, tuple(carried), draft, default, config, wanted.gguf_file))
             written = exported.as_dict()
             (draft / "softprompt.json").write_text(json.dumps(written, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     except OSError as error:

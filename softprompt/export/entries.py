@@ -28,10 +28,6 @@ class Carried:
     stored: StoredPrompt
 
     @property
-    def model(self) -> ModelConfig:
-        return self.stored.card.model_config_of_base
-
-    @property
     def tokens(self) -> tuple[str, ...]:
         """The names of its rows as tokens: hard to type by accident, one each."""
         return tuple(f"<|sp:{self.name}:{index}|>" for index in range(self.stored.soft.length))

@@ -17,7 +17,8 @@ from softprompt.prompt import SoftPrompt, no_prompt, prefix_of
 TEXTS, LENGTH = 8, 64  # random texts that the states are taken from, half of them to find the row and half to judge it
 RIDGE = 1e-3
 CERTAIN = 0.05  # of the mean: how far on the losing side each judged state must lie
-BELOW = 10_000.0  # logits, below zero
+BELOW = 100.0  # logits, below the mean of all
+BIAS = -1e4
 
 
 @dataclass(frozen=True)
@@ -31,31 +32,30 @@ class Silence:
 
 @torch.no_grad()
 def silence(base: FrozenBase, prompts: Sequence[Carried]) -> Silence:
-    """A head with a bias takes a bias of -10,000. Else, the states that a head sees have a direction in common: the row is the opposite
-    of it, so long that its logit is about -10,000. It is judged on other states than it was found on.
+    """A head with a bias takes a bias of -10,000. Else every new token gets the mean of all head rows: never the likeliest (a mean is
+    no more than the largest of what it is the mean of), and at most as likely as one of V equals (Jensen's inequality). From it goes
+    what the states that a head sees have in common, so much that the logit falls by about another 100. More would not be safer: a
+    rare state has nothing of the common direction or a little of its opposite, which the mean's distance must outweigh (LOG.md).
 
-    Where there is no such direction the row is the mean of all rows: never the likeliest (a mean is no more than the largest of what
-    it is the mean of), and at most as likely as one of V equals (Jensen's inequality).
+    The row is judged on other states than it was found on. Where they have no direction in common, the mean stands alone.
     """
     if base.head.bias_V is not None:
-        return Silence(torch.zeros(base.head.weight_VH.shape[1]), -BELOW, "new tokens have a bias of -10000 in the head: never said")
+        return Silence(torch.zeros(base.head.weight_VH.shape[1]), BIAS, "new tokens have a bias of -10000 in the head: never said")
     found_NH, judged_NH = _states(base, prompts)
-    direction_H = _common_direction(found_NH)
+    mean_H, direction_H = base.head.weight_VH.float().mean(dim=0), _common_direction(found_NH)
     shares_N = judged_NH @ direction_H
-    shares_N, direction_H = shares_N / shares_N.mean(), direction_H / shares_N.mean()
-    nearest = shares_N.min().item()
+    nearest = (shares_N.min() / shares_N.mean()).item()
     if not nearest > CERTAIN:
         note = (
             f"the hidden states have no direction in common (of {len(judged_NH)} one lies at {nearest:.2f} of the mean): a new "
             "token is never the likeliest, but an engine that ignores suppress_tokens in generation_config.json could sample one: "
             "give it a logit bias"
         )
-        return Silence(base.head.weight_VH.float().mean(dim=0).cpu(), None, note)
-    row_H = -direction_H * (BELOW / base.head.scale)
+        return Silence(mean_H.cpu(), None, note)
+    row_H = mean_H - direction_H * (BELOW / base.head.scale / shares_N.mean())
     own_N = replace(base.head, weight_VH=row_H[None].to(base.dtype)).logits(judged_NH)[:, 0].float()
     gap = (base.logits(judged_NH).float().amax(dim=1) - own_N).min().item()
-    judged = f"{len(judged_NH)} states, the nearest at {nearest:.2f} of the mean"
-    note = f"new tokens lie {gap:.0f} logits or more below the likeliest one ({judged})"
+    note = f"new tokens lie {gap:.0f} logits or more below the likeliest one (on {len(judged_NH)} states that the row was not made from)"
     return Silence(row_H.cpu(), None, note)
 
 
