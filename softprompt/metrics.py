@@ -162,7 +162,8 @@ def read_json(text: str) -> Any:
 
 
 def json_valid(answer: str, wanted: str) -> float:
-    return float(read_json(answer) is not None)
+    """Whether the answer is an object or an array; a lone number or word in quotes is JSON too, but no record of anything."""
+    return float(isinstance(read_json(answer), dict | list))
 
 
 def json_fields(answer: str, wanted: str) -> float:
