@@ -26,8 +26,8 @@ BINS = 10  # of confidence, for the calibration
 
 @dataclass(frozen=True)
 class Table:
-    """What one contestant made of the rows. `losses` summed over a row's `tokens`, `num_bytes` of the text that they stand for;
-    None of them for an ensemble. `label_losses` [N, L] and `truth` [N] for labelled rows; `answers` where they were generated."""
+    """What one contestant made of the rows. `losses` summed over a row's `tokens`, `num_bytes` of the text that they stand for.
+    `label_losses` [N, L] and `truth` [N] for labelled rows; `answers` where they were generated."""
 
     references: tuple[str, ...]
     losses: Numbers | None = None
