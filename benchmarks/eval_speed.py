@@ -1,12 +1,11 @@
 """How fast an evaluation is: answers in batches against one by one and against PEFT's generate; labels that share one reading.
 
-    python benchmarks/eval_speed.py --base FOLDER --prompt RUN --json FILE [--rows 64] [--texts NAME=FILE ...] [--labelled 1000] [--pairs 3]
+    python benchmarks/eval_speed.py --base FOLDER --prompt RUN --json FILE [--rows 64] [--labelled 1000] [--joined 1 4] [--pairs 3]
 
 The prompt is one that `softprompt demo` has trained; the rows that are answered are the demo's last held-out messages, with the
-limit of tokens and the stop texts of an evaluation. Three labels are scored for the demo's training messages, and for those of every
-file, with the same prompt. The sides take turns in one process; the ratios are medians of the pairs. Our greedy texts and losses must
-agree, or nothing is written; of PEFT's answers the share that agrees is written down, since rows that it pads on the left get other
-positions.
+limit of tokens and the stop texts of an evaluation. Three labels are scored for texts of so many of the demo's messages, joined. The
+sides take turns in one process; the ratios are medians of the pairs. Our greedy texts and losses must agree, or nothing is written; of
+PEFT's answers the share that agrees is written down, since rows that it pads on the left get other positions.
 """
 
 import argparse
@@ -27,7 +26,7 @@ from softprompt.artifact import StoredPrompt, find_prompt, load_prompt
 from softprompt.atomic import write_text
 from softprompt.config import ModelConfig
 from softprompt.contestants import Entry
-from softprompt.data import Example, load_examples
+from softprompt.data import Example, Message, load_examples
 from softprompt.likelihood import candidate_losses, row_losses
 from softprompt.memory import token_budget
 from softprompt.model import FrozenBase, load_base
@@ -43,18 +42,19 @@ def main() -> None:
     parser.add_argument("--prompt", required=True, type=Path, help="a run folder or a prompt folder")
     parser.add_argument("--json", required=True, type=Path)
     parser.add_argument("--rows", type=int, default=64)
-    parser.add_argument("--texts", action="append", default=[], metavar="NAME=FILE", help="rows to score labels of; repeatable")
+    parser.add_argument("--joined", type=int, nargs="+", default=[1, 4], help="messages of a text to score labels of")
     parser.add_argument("--labelled", type=int, default=1000, help="rows to score labels of")
     parser.add_argument("--pairs", type=int, default=3)
     given = parser.parse_args()
     base = load_base(ModelConfig(name=given.base))
     stored = load_prompt(given.prompt, base)
-    files = {"demo": str(DEMO / "train.jsonl"), **dict(text.split("=", 1) for text in given.texts)}
-    result = {"machine": machine(), "virtual_tokens": stored.soft.length, "labels": {}}
-    for name, file in files.items():
-        examples = load_examples(file, limit=given.labelled).examples
-        rows = [examples[number % len(examples)] for number in range(given.labelled)]
-        result["labels"][name] = labels(base, stored, rows, given.pairs)
+    result = {"machine": machine(), "virtual_tokens": stored.soft.length}
+    messages = [example.messages[0].content for example in load_examples(str(DEMO / "train.jsonl")).examples]
+    texts = [
+        ["\n".join(messages[(row * joined + index) % len(messages)] for index in range(joined)) for row in range(given.labelled)]
+        for joined in given.joined
+    ]
+    result["labels"] = [labels(base, stored, some, given.pairs) for some in texts]
     result |= answers(base, stored, load_examples(str(DEMO / "eval.jsonl")).examples[-given.rows :], find_prompt(given.prompt), given.pairs)
     write_text(given.json, json.dumps(result, indent=1) + "\n")
     print(json.dumps({key: value for key, value in result.items() if key != "machine"}, indent=1))
@@ -101,9 +101,10 @@ def answers(base: FrozenBase, stored: StoredPrompt, examples: Sequence[Example],
     }
 
 
-def labels(base: FrozenBase, stored: StoredPrompt, examples: Sequence[Example], pairs: int) -> dict[str, Any]:
-    """Three labels of every row: one reading of its text for all, against each pair of text and label alone."""
-    candidates = [[stored.encoder.encode(example.answered(label)) for label in LABELS] for example in examples]
+def labels(base: FrozenBase, stored: StoredPrompt, texts: Sequence[str], pairs: int) -> dict[str, Any]:
+    """Three labels of every text: one reading of it for all, against each pair of text and label alone."""
+    rows = [[Example((Message("user", text), Message("assistant", label)), "") for label in LABELS] for text in texts]
+    candidates = [[stored.encoder.encode(one) for one in own] for own in rows]
     budget = token_budget(base.model.base_model, base.device, None)
     with torch.no_grad():
         prefix = prefix_of(base, [stored.soft])
@@ -117,7 +118,7 @@ def labels(base: FrozenBase, stored: StoredPrompt, examples: Sequence[Example], 
     difference = (losses["shared"] - losses["alone"]).abs().max().item()
     assert difference < 1e-3, difference
     return {
-        "rows": len(examples),
+        "rows": len(texts),
         "tokens_of_a_question": sum(len(own[0].question) for own in candidates) / len(candidates),
         "seconds": seconds,
         "alone_over_shared": ratio(seconds["alone"], seconds["shared"]),

@@ -178,16 +178,17 @@ def test_the_speed_of_an_evaluation_from_end_to_end(tmp_path, monkeypatch, make_
 
     model, out = tiny.tiny_folder(tmp_path / "model", max_position_embeddings=2048), tmp_path / "out.json"
     list(train(make_config("train.steps=1", f"model.name={model}")))
-    how = ["--prompt", str(tmp_path / "run"), "--texts", f"own={tmp_path / 'eval.jsonl'}", "--rows", "5", "--labelled", "9", "--pairs", "1"]
+    how = ["--prompt", str(tmp_path / "run"), "--rows", "5", "--labelled", "9", "--joined", "1", "2", "--pairs", "1"]
     monkeypatch.setattr(eval_speed, "limit_of", lambda rows: 4)
     monkeypatch.setattr(sys, "argv", ["eval_speed.py", "--base", str(model), "--json", str(out), *how])
     eval_speed.main()
     result = json.loads(out.read_text(encoding="utf-8"))
     assert result["answers_equal_to_peft"] >= 1 / 5, "of the longest row, which PEFT does not pad"
     assert min(result[key] for key in result if "_over_" in key) > 0
-    assert [one["rows"] for one in result["labels"].values()] == [9, 9]
-    assert result["labels"]["own"]["tokens_of_a_question"] < result["labels"]["demo"]["tokens_of_a_question"]
-    for one in result["labels"].values():
+    short, long = result["labels"]
+    assert short["rows"] == long["rows"] == 9
+    assert 1.5 < long["tokens_of_a_question"] / short["tokens_of_a_question"] < 2
+    for one in (short, long):
         assert one["largest_difference_of_a_loss"] < 1e-3
         assert one["alone_over_shared"] > 0
 
