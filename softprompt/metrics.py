@@ -312,7 +312,7 @@ def verdict(metric: Metric, names: tuple[str, str], estimates: Mapping[str, Esti
     low, high = (float(end) for end in np.percentile(first.samples - second.samples, [TAIL, 100 - TAIL]))
     if num_rows < ENOUGH_ROWS or low <= 0 <= high:
         needed = math.ceil(num_rows * ((high - low) / 2 / difference) ** 2) if difference else None
-        needed = None if needed is None else max(needed, ENOUGH_ROWS)
+        needed = None if needed is None else max(needed, num_rows + 1, ENOUGH_ROWS)
         return Verdict(metric.name, *names, "cannot tell", difference, low, high, num_rows, needed)
     better = (difference > 0) == metric.higher_is_better
     return Verdict(metric.name, *names, "better" if better else "worse", difference, low, high, num_rows, None)

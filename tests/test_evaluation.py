@@ -414,6 +414,8 @@ def test_what_few_rows_cannot_tell_and_how_many_would():
     assert told.outcome == "cannot tell"
     assert 200 < told.rows_needed < 2000
     assert judged([True] * 10, [False] * 10).outcome == "cannot tell", "ten rows are too few, whatever they say"
+    close = judged([n < 8 for n in range(64)], [n >= 62 for n in range(64)])
+    assert (close.outcome, close.low, close.rows_needed) == ("cannot tell", 0, 65), "as many rows as there are cannot be what it takes"
 
 
 def test_the_bootstrap_is_paired_and_its_interval_is_the_known_one():
