@@ -1,10 +1,11 @@
 """How fast an evaluation is: answers in batches against one by one and against PEFT's generate; labels that share one reading.
 
-    python benchmarks/eval_speed.py --base FOLDER --json FILE [--rows 32] [--labelled 1000] [--pairs 3]
+    python benchmarks/eval_speed.py --base FOLDER --prompt RUN --json FILE [--rows 64] [--labelled 1000] [--joined 1 4] [--pairs 3]
 
-The sides take turns in one process; the ratios are medians of the pairs. Our greedy texts and losses must agree, or nothing is
-written; of PEFT's answers the share that agrees is written down, since rows that it pads on the left get other positions.
-Rows are the demo's held-out messages; labelled rows are made from them.
+The prompt is one that `softprompt demo` has trained; the rows that are answered are the demo's last held-out messages, with the
+limit of tokens and the stop texts of an evaluation. Three labels are scored for texts of so many of the demo's messages, joined. The
+sides take turns in one process; the ratios are medians of the pairs. Our greedy texts and losses must agree, or nothing is written; of
+PEFT's answers the share that agrees is written down, since rows that it pads on the left get other positions.
 """
 
 import argparse
@@ -15,62 +16,68 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import peft
 import torch
 from meters import machine
+from peft import PeftModel
 
 import softprompt
-from softprompt.answers import ROWS, answer
+from softprompt.answers import ROWS, answer, first_answer, limit_of, stops_of
+from softprompt.artifact import StoredPrompt, find_prompt, load_prompt
 from softprompt.atomic import write_text
 from softprompt.config import ModelConfig
 from softprompt.contestants import Entry
-from softprompt.data import Example, load_examples
-from softprompt.encode import make_encoder
+from softprompt.data import Example, Message, load_examples
 from softprompt.likelihood import candidate_losses, row_losses
 from softprompt.memory import token_budget
 from softprompt.model import FrozenBase, load_base
-from softprompt.prompt import SoftPrompt, prefix_of
+from softprompt.prompt import prefix_of
 
 LABELS = ("delivery problem", "wrong article", "praise")
-DEMO = Path(softprompt.__file__).parent / "demo" / "eval.jsonl"
+DEMO = Path(softprompt.__file__).parent / "demo"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", required=True)
+    parser.add_argument("--prompt", required=True, type=Path, help="a run folder or a prompt folder")
     parser.add_argument("--json", required=True, type=Path)
-    parser.add_argument("--rows", type=int, default=32)
-    parser.add_argument("--labelled", type=int, default=1000)
+    parser.add_argument("--rows", type=int, default=64)
+    parser.add_argument("--joined", type=int, nargs="+", default=[1, 4], help="messages of a text to score labels of")
+    parser.add_argument("--labelled", type=int, default=1000, help="rows to score labels of")
     parser.add_argument("--pairs", type=int, default=3)
-    parser.add_argument("--tokens", type=int, default=24, help="of an answer at most")
     given = parser.parse_args()
     base = load_base(ModelConfig(name=given.base))
-    encoder = make_encoder(base.tokenizer, "human-assistant")
-    soft = SoftPrompt(base.embed_ids(encoder.question("Say what the customer wants, as JSON.")), "start", encoder.bos_id)
-    examples = load_examples(str(DEMO)).examples
-    result = {"machine": machine(), **answers(base, soft, encoder, examples[: given.rows], given.tokens, given.pairs)}
-    result |= labels(base, soft, encoder, [examples[number % len(examples)] for number in range(given.labelled)], given.pairs)
+    stored = load_prompt(given.prompt, base)
+    result = {"machine": machine(), "virtual_tokens": stored.soft.length}
+    messages = [example.messages[0].content for example in load_examples(str(DEMO / "train.jsonl")).examples]
+    texts = [
+        ["\n".join(messages[(row * joined + index) % len(messages)] for index in range(joined)) for row in range(given.labelled)]
+        for joined in given.joined
+    ]
+    result["labels"] = [labels(base, stored, some, given.pairs) for some in texts]
+    result |= answers(base, stored, load_examples(str(DEMO / "eval.jsonl")).examples[-given.rows :], find_prompt(given.prompt), given.pairs)
     write_text(given.json, json.dumps(result, indent=1) + "\n")
     print(json.dumps({key: value for key, value in result.items() if key != "machine"}, indent=1))
 
 
-def answers(base: FrozenBase, soft: SoftPrompt, encoder: Any, examples: Sequence[Example], limit: int, pairs: int) -> dict[str, Any]:
-    """Texts of both sides must be the same, row by row."""
+def answers(base: FrozenBase, stored: StoredPrompt, examples: Sequence[Example], folder: Path, pairs: int) -> dict[str, Any]:
+    """Our texts must be the same in a batch and alone, row by row."""
+    encoder = stored.encoder
     rows = [encoder.encode(example) for example in examples]
-    entries = {"prompt": [Entry(soft, [[row] for row in rows], 0.0)]}
+    limit, stops = limit_of(rows), stops_of([encoder], examples)
+    entries = {"prompt": [Entry(stored.soft, [], stored.soft, [row.question for row in rows], 0.0)]}
     wanted = [("prompt", number) for number in range(len(rows))]
-    model = as_peft(base, soft)
+    texts = [encoder.tokenizer.decode(row.question) for row in rows]
+    base.tokenizer.padding_side = "left"
 
     def batched() -> list[str]:
-        said = {one.row: one.text for one in answer(base, entries, wanted, limit)}
+        said = {one.row: one.text for one in answer(base, entries, wanted, limit, stops)}
         return [said[number] for number in range(len(rows))]
 
     def one_by_one() -> list[str]:
-        return [next(answer(base, entries, [pair], limit)).text for pair in wanted]
+        return [next(answer(base, entries, [pair], limit, stops)).text for pair in wanted]
 
     def by_peft() -> list[str]:
-        texts = [encoder.tokenizer.decode(encoder.question(example.messages[-2].content)) for example in examples]
-        base.tokenizer.padding_side = "left"
         said = []
         for first in range(0, len(texts), ROWS):
             batch = base.tokenizer(texts[first : first + ROWS], return_tensors="pt", padding=True)
@@ -78,37 +85,29 @@ def answers(base: FrozenBase, soft: SoftPrompt, encoder: Any, examples: Sequence
             said += base.tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
         return said
 
+    model = PeftModel.from_pretrained(base.model, str(folder)).eval()
     timed = take_turns({"batched": batched, "one by one": one_by_one, "PEFT": by_peft}, pairs)
-    seconds, texts = timed["seconds"], timed["values"]
-    assert texts["batched"] == texts["one by one"], "a batch must not change an answer"
+    seconds, told = timed["seconds"], timed["values"]
+    assert told["batched"] == told["one by one"], "a batch must not change an answer"
+    theirs = [first_answer(text, stops) for text in told["PEFT"]]
     return {
         "answers": len(rows),
         "tokens": limit,
         "seconds": seconds,
         "answers_one_by_one_over_batched": ratio(seconds["one by one"], seconds["batched"]),
         "answers_peft_over_batched": ratio(seconds["PEFT"], seconds["batched"]),
-        "answers_equal_to_peft": sum(a == b for a, b in zip(texts["batched"], texts["PEFT"], strict=True)) / len(rows),
+        "answers_equal_to_peft": sum(a == b for a, (b, _) in zip(told["batched"], theirs, strict=True)) / len(rows),
+        "answers_of_peft_that_a_stop_text_would_end": sum(stopped for _, stopped in theirs),
     }
 
 
-def as_peft(base: FrozenBase, soft: SoftPrompt) -> Any:
-    settings = base.model.config.get_text_config(decoder=True)
-    config = peft.PromptTuningConfig(
-        task_type="CAUSAL_LM", num_virtual_tokens=soft.length, token_dim=base.hidden_size, num_transformer_submodules=1,
-        num_attention_heads=settings.num_attention_heads, num_layers=settings.num_hidden_layers,
-    )  # fmt: skip
-    model = peft.get_peft_model(base.model, config).eval()
-    model.prompt_encoder["default"].embedding.weight.data = soft.rows_PH.clone()
-    return model
-
-
-def labels(base: FrozenBase, soft: SoftPrompt, encoder: Any, examples: Sequence[Example], pairs: int) -> dict[str, Any]:
-    """Three labels of every row: one reading of its text for all, against each pair of text and label alone."""
-
-    candidates = [[encoder.encode(example.answered(label)) for label in LABELS] for example in examples]
+def labels(base: FrozenBase, stored: StoredPrompt, texts: Sequence[str], pairs: int) -> dict[str, Any]:
+    """Three labels of every text: one reading of it for all, against each pair of text and label alone."""
+    rows = [[Example((Message("user", text), Message("assistant", label)), "") for label in LABELS] for text in texts]
+    candidates = [[stored.encoder.encode(one) for one in own] for own in rows]
     budget = token_budget(base.model.base_model, base.device, None)
     with torch.no_grad():
-        prefix = prefix_of(base, [soft])
+        prefix = prefix_of(base, [stored.soft])
 
     def alone() -> torch.Tensor:
         columns = [row_losses(base, prefix, column, budget) for column in zip(*candidates, strict=True)]
@@ -119,9 +118,10 @@ def labels(base: FrozenBase, soft: SoftPrompt, encoder: Any, examples: Sequence[
     difference = (losses["shared"] - losses["alone"]).abs().max().item()
     assert difference < 1e-3, difference
     return {
-        "labelled_rows": len(examples),
-        "label_seconds": seconds,
-        "labels_alone_over_shared": ratio(seconds["alone"], seconds["shared"]),
+        "rows": len(texts),
+        "tokens_of_a_question": sum(len(own[0].question) for own in candidates) / len(candidates),
+        "seconds": seconds,
+        "alone_over_shared": ratio(seconds["alone"], seconds["shared"]),
         "largest_difference_of_a_loss": difference,
     }
 

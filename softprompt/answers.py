@@ -1,13 +1,14 @@
 """Answers of many contestants to many rows: mixed in one batch, the longest first."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from softprompt.contestants import Entry
+from softprompt.data import Example
 from softprompt.decode import Question, Sampling, decode_whole
-from softprompt.encode import Encoded
+from softprompt.encode import Encoded, Encoder
 from softprompt.errors import DataError
 from softprompt.model import FrozenBase
 from softprompt.prompt import SoftPrompt, prefix_of
@@ -26,8 +27,10 @@ class Answer:
     ended: bool
 
 
-def answer(base: FrozenBase, entries: Mapping[str, Sequence[Entry]], wanted: Sequence[tuple[str, int]], limit: int) -> Iterator[Answer]:
-    """Greedy answers of at most `limit` tokens to the wanted (contestant, row) pairs, as they are complete.
+def answer(
+    base: FrozenBase, entries: Mapping[str, Sequence[Entry]], wanted: Sequence[tuple[str, int]], limit: int, stops: Sequence[str] = ()
+) -> Iterator[Answer]:
+    """Greedy answers of at most `limit` tokens to the wanted (contestant, row) pairs, as they are complete; `stops` end them too.
 
     Raises DataError for a row that leaves no room for an answer.
     """
@@ -35,21 +38,25 @@ def answer(base: FrozenBase, entries: Mapping[str, Sequence[Entry]], wanted: Seq
     places: dict[str, list[int]] = {}
     for name, members in entries.items():
         places[name] = [len(softs) + index for index in range(len(members))]
-        softs += [member.soft for member in members]
+        softs += [member.asked for member in members]
     with torch.inference_mode():
         prefix = prefix_of(base, softs)
     questions = {
-        (name, row): Question(tuple(places[name]), tuple(question_of(member.rows[row][0]) for member in entries[name]))
-        for name, row in wanted
+        (name, row): Question(tuple(places[name]), tuple(member.questions[row] for member in entries[name])) for name, row in wanted
     }
     lengths = {pair: question.length(prefix) for pair, question in questions.items()}
     for (name, row), length in lengths.items():
         if base.context_length is not None and length >= base.context_length:
             raise DataError(f"row {row + 1} takes {length} tokens with {name}, the base's context is {base.context_length}")
     sampling = Sampling(max_new_tokens=limit)
+
+    def said(ids: Sequence[int]) -> tuple[str, bool]:
+        return first_answer(base.tokenizer.decode(ids, skip_special_tokens=True), stops)
+
     for group in _groups(lengths, questions, limit):
-        for number, ids, ended in decode_whole(base, prefix, [questions[pair] for pair in group], sampling):
-            yield Answer(*group[number], base.tokenizer.decode(ids, skip_special_tokens=True), len(ids), ended)
+        for number, ids, ended in decode_whole(base, prefix, [questions[pair] for pair in group], sampling, lambda ids: said(ids)[1]):
+            text, stopped = said(ids)
+            yield Answer(*group[number], text, len(ids), ended or stopped)
 
 
 def _groups(
@@ -70,10 +77,25 @@ def _groups(
         yield group
 
 
-def question_of(row: Encoded) -> tuple[int, ...]:
-    """The ids before the last answer of a row."""
-    end = len(row) - row.supervised[::-1].index(True)
-    start = end - 1
-    while start and row.supervised[start - 1]:
-        start -= 1
-    return row.ids[:start]
+def limit_of(rows: Iterable[Encoded]) -> int:
+    """Tokens that an answer may have: half as many again as the longest response, and 8."""
+    longest = max(row.num_supervised for row in rows)
+    return longest + longest // 2 + 8
+
+
+def stops_of(encoders: Iterable[Encoder], examples: Sequence[Example]) -> tuple[str, ...]:
+    """What ends an answer: the end of its line, and where a template begins the next question.
+
+    A base that was never told to stop goes on with a next turn of its own, and only its first answer is meant. Whatever a response of
+    the rows holds itself ends nothing. The same for all contestants, as the stop texts of every evaluation harness are.
+    """
+    openings = dict.fromkeys(encoder.opening(examples[0]) for encoder in encoders)
+    stops = ("\n", *(f"\n{opening}" for opening in openings if opening))
+    return tuple(stop for stop in stops if not any(stop in example.response.strip() for example in examples))
+
+
+def first_answer(text: str, stops: Sequence[str]) -> tuple[str, bool]:
+    """(What was said before the first stop text, whether there was one); blanks and line breaks before and after it are left out."""
+    text = text.lstrip()
+    found = [at for stop in stops if (at := text.find(stop)) >= 0]
+    return text[: min(found, default=None)].rstrip(), bool(found)

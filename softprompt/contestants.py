@@ -12,7 +12,7 @@ from pathlib import Path
 
 from softprompt.artifact import StoredPrompt
 from softprompt.data import Example, Message
-from softprompt.encode import Encoded, Encoder, num_shared
+from softprompt.encode import Encoded, Encoder, Segment, joined, num_shared
 from softprompt.errors import ArtifactError, DataError
 from softprompt.generation import without_prompt
 from softprompt.model import FrozenBase
@@ -32,11 +32,25 @@ class Contestant:
     shots: tuple[Example, ...] = ()
     adapter: Path | None = None
 
+    @property
+    def trained(self) -> bool:
+        """Whether anything of it was trained on rows as the template writes them."""
+        return self.adapter is not None or any(prompt.soft.length for prompt in self.members)
+
+    def segments(self, encoder: Encoder, example: Example) -> list[Segment]:
+        """The row with the text before it."""
+        if self.wish is not None:
+            return _told(encoder, example, self.wish)
+        return _shown(encoder, example, self.shots) if self.shots else encoder.segments(example)
+
     def full(self, encoder: Encoder, example: Example, plain: Encoded) -> Encoded:
-        """The row as this contestant reads it; cut where the plain row was cut, so that the same tokens are scored."""
+        """The row as this contestant is scored on it; cut where the plain row was cut, so that the same tokens are scored.
+
+        Examples are in the same pieces as the row, since tokens that begin otherwise than theirs would be less likely.
+        """
         if self.wish is None and not self.shots:
             return plain
-        whole = _told(encoder, example, self.wish) if self.wish is not None else _shown(encoder, example, self.shots)
+        whole = encoder.encode_segments(self.segments(encoder, example), example.source)
         keep, num_supervised = len(whole) - plain.num_cut, plain.num_supervised
         ids, supervised = whole.ids[:keep], list(whole.supervised[:keep])
         extra = sum(supervised) - num_supervised  # the answers of the examples are not scored
@@ -44,16 +58,30 @@ class Contestant:
             supervised[index] = False
         return Encoded(ids, tuple(supervised), plain.source, plain.num_cut)
 
+    def question(self, encoder: Encoder, example: Example, plain: Encoded) -> tuple[int, ...]:
+        """What this contestant goes on from when it answers.
+
+        What was trained was trained on the row's own pieces. An untrained base knows text: it gets question and answer of an example
+        tokenized as one, and no blank at the end, which text has in one token with the next word; after a blank alone Gemma 3 goes on
+        with digits (LOG.md).
+        """
+        if self.trained:
+            return plain.question
+        *before, last = joined(self.segments(encoder, example)[:-1])
+        return encoder.encode_segments([*before, replace(last, text=last.text.rstrip(" ") or last.text)], example.source).ids
+
 
 @dataclass(frozen=True)
 class Entry:
-    """One member of a contestant at the start: what its rows continue from, and its rows, [rows][candidates].
+    """One member of a contestant at the start: its rows, [rows][candidates], continue from `soft`, its questions from `asked`.
 
     `tokens`: how many each request has more than the bare base's.
     """
 
     soft: SoftPrompt
     rows: list[list[Encoded]]
+    asked: SoftPrompt
+    questions: list[tuple[int, ...]]
     tokens: float
 
 
@@ -66,45 +94,50 @@ def enter(
         [contestant.full(prompt.encoder, example, row) for example, row in zip(own, read, strict=True)]
         for own, read in zip(examples, plain, strict=True)
     ]
+    questions = [contestant.question(prompt.encoder, own[0], read[0]) for own, read in zip(examples, plain, strict=True)]
     longer = sum(len(own[0]) - len(read[0]) for own, read in zip(rows, plain, strict=True))
     tokens = longer / len(rows) + prompt.soft.length
     if contestant.wish is None and not contestant.shots:
-        return Entry(prompt.soft, rows, tokens)
-    shared = num_shared(_unsupervised(candidate) for own in rows for candidate in own)
-    text_PH = base.embed_ids(rows[0][0].ids[:shared])
-    soft = SoftPrompt(text_PH, "after_bos", prompt.soft.bos_id)
-    return Entry(soft, [[candidate.after(shared) for candidate in own] for own in rows], tokens)
+        return Entry(prompt.soft, rows, prompt.soft, questions, tokens)
 
+    def shared(texts: list[tuple[int, ...]]) -> SoftPrompt:
+        count = num_shared(text[:-1] for text in texts)  # the last one predicts
+        return SoftPrompt(base.embed_ids(texts[0][:count]), "after_bos", prompt.soft.bos_id)
 
-def _unsupervised(row: Encoded) -> tuple[int, ...]:
-    """The ids before the first supervised one, without the last of them, which predicts it."""
-    return row.ids[: row.supervised.index(True) - 1]
+    soft = shared([candidate.ids[: candidate.supervised.index(True)] for own in rows for candidate in own])
+    asked = shared(questions)
+    return Entry(
+        soft,
+        [[candidate.after(soft.length) for candidate in own] for own in rows],
+        asked,
+        [ids[asked.length :] for ids in questions],
+        tokens,
+    )
 
 
 # ---- text before the rows ------------------------------------------------------------------------------------------
 
 
-def _told(encoder: Encoder, example: Example, wish: str) -> Encoded:
+def _told(encoder: Encoder, example: Example, wish: str) -> list[Segment]:
     """The row with a text prompt as its system turn, or in its first turn where the template knows no system."""
     system = [message.content for message in example.messages if message.role == "system"]
     spoken = tuple(message for message in example.messages if message.role != "system")
     first = Message("user", "\n".join([wish, *system, spoken[0].content]))
     for turns in ((Message("system", "\n".join([wish, *system])), *spoken), (first, *spoken[1:])):
         try:
-            return encoder.encode(replace(example, messages=turns))
+            return encoder.segments(replace(example, messages=turns))
         except DataError as error:  # some chat templates know no system turn
             refused = error
     raise refused
 
 
-def _shown(encoder: Encoder, example: Example, shots: Sequence[Example]) -> Encoded:
+def _shown(encoder: Encoder, example: Example, shots: Sequence[Example]) -> list[Segment]:
     """The row as the last turns of a conversation that the examples begin; row behind row where a template knows one turn only."""
     if not encoder.knows_turns:
-        parts = [encoder.encode(one) for one in (*shots, example)]
-        return Encoded(tuple(token for part in parts for token in part.ids), tuple(on for part in parts for on in part.supervised))
+        return [segment for one in (*shots, example) for segment in encoder.segments(one)]
     turns = [message for one in (*shots, example) for message in one.messages]
     system = [message for message in example.messages if message.role == "system"]
-    return encoder.encode(replace(example, messages=(*system, *(turn for turn in turns if turn.role != "system"))))
+    return encoder.segments(replace(example, messages=(*system, *(turn for turn in turns if turn.role != "system"))))
 
 
 def choose_shots(encoder: Encoder, examples: Sequence[Example], held: Sequence[Example], room: int, seed: int = 0) -> tuple[Example, ...]:

@@ -6,7 +6,7 @@ stream, so it gives the same tokens alone or in a batch.
 Shapes: B rows, T text tokens, S cached positions, V vocabulary.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,6 +17,13 @@ from transformers import GenerationConfig, LogitsProcessorList, TemperatureLogit
 from softprompt.errors import ModelError
 from softprompt.model import FrozenBase
 from softprompt.prefix import Continued, Prefix, as_prefixes
+
+Ends = Callable[[Sequence[int]], bool]  # whether an answer of these ids is complete
+
+
+def never(ids: Sequence[int]) -> bool:
+    """An answer ends with its end-of-text token, or when its tokens run out."""
+    return False
 
 
 @dataclass(frozen=True)
@@ -53,17 +60,21 @@ class Token:
     last: bool
 
 
-def decode(base: FrozenBase, prefix: Prefix, questions: Sequence[Question], sampling: Sampling) -> Iterator[Token]:
-    """Tokens of all answers as they come. Raises ModelError for an ensemble over a base that cannot share prefixes."""
+def decode(base: FrozenBase, prefix: Prefix, questions: Sequence[Question], sampling: Sampling, ends: Ends = never) -> Iterator[Token]:
+    """Tokens of all answers as they come; an answer also ends with the token after which `ends` says so.
+
+    Raises ModelError for an ensemble over a base that cannot share prefixes.
+    """
     limits = [_limit(base, prefix, question, sampling) for question in questions]
     if not base.shares_prefix:
         for row, question in enumerate(questions):
             if len(question.which) > 1:
                 raise ModelError(f"{base.name} keeps a recurrent state: prompts cannot answer together over it")
-            yield from _decode_plain(base, prefix.embeds[question.which[0]], question.texts[0], row, limits[row], sampling)
+            yield from _decode_plain(base, prefix.embeds[question.which[0]], question.texts[0], row, limits[row], sampling, ends)
         return
     streams = [_stream(sampling.seed, question.texts[0], base.device) for question in questions]
     alive = list(range(len(questions)))
+    said: list[list[int]] = [[] for _ in questions]
     owner = [number for number, question in enumerate(questions) for _ in question.which]  # of each row, an index into alive
     with torch.inference_mode():
         past = _read_texts(base, prefix, questions)
@@ -73,7 +84,8 @@ def decode(base: FrozenBase, prefix: Prefix, questions: Sequence[Question], samp
             going = []
             for index, token in enumerate(chosen):
                 stop = token in base.stop_ids
-                last = stop or count == limits[alive[index]]
+                said[alive[index]].append(token)
+                last = stop or count == limits[alive[index]] or ends(said[alive[index]])
                 yield Token(alive[index], None if stop else token, last)
                 if not last:
                     going.append(index)
@@ -87,11 +99,11 @@ def decode(base: FrozenBase, prefix: Prefix, questions: Sequence[Question], samp
 
 
 def decode_whole(
-    base: FrozenBase, prefix: Prefix, questions: Sequence[Question], sampling: Sampling
+    base: FrozenBase, prefix: Prefix, questions: Sequence[Question], sampling: Sampling, ends: Ends = never
 ) -> Iterator[tuple[int, list[int], bool]]:
-    """(number of the question, all ids of its answer, whether it came to its end) as the answers are complete."""
+    """(number of the question, all ids of its answer, whether an end-of-text token came) as the answers are complete."""
     ids: list[list[int]] = [[] for _ in questions]
-    for token in decode(base, prefix, questions, sampling):
+    for token in decode(base, prefix, questions, sampling, ends):
         if token.id is not None:
             ids[token.row].append(token.id)
         if token.last:
@@ -165,7 +177,9 @@ def _stream(seed: int, text: Sequence[int], device: torch.device) -> torch.Gener
     return torch.Generator(device).manual_seed(mixed)
 
 
-def _decode_plain(base: FrozenBase, start_SH: Tensor, text: Sequence[int], row: int, limit: int, sampling: Sampling) -> Iterator[Token]:
+def _decode_plain(
+    base: FrozenBase, start_SH: Tensor, text: Sequence[int], row: int, limit: int, sampling: Sampling, ends: Ends
+) -> Iterator[Token]:
     """One row by transformers' own generate, for bases whose state cannot be shared; its tokens come all at once."""
     embeds_SH = torch.cat([start_SH, base.embed_ids(text)]).to(base.dtype)
     greedy = sampling.temperature == 0
@@ -182,7 +196,10 @@ def _decode_plain(base: FrozenBase, start_SH: Tensor, text: Sequence[int], row: 
         said = base.model.generate(inputs_embeds=embeds_SH[None], generation_config=settings)[0].tolist()
     ended = said[-1] in base.stop_ids
     said = [token for token in said if token not in base.stop_ids]
-    for index, token in enumerate(said):
-        yield Token(row, token, not ended and index == len(said) - 1)
+    for count, token in enumerate(said, 1):
+        last = ends(said[:count])
+        yield Token(row, token, last or (not ended and count == len(said)))
+        if last:
+            return
     if ended:
         yield Token(row, None, True)

@@ -47,13 +47,32 @@ class Encoded:
     def num_supervised(self) -> int:
         return sum(self.supervised)
 
+    @property
+    def question(self) -> tuple[int, ...]:
+        """The ids before the last answer."""
+        start = len(self) - 1 - self.supervised[::-1].index(True)
+        while start and self.supervised[start - 1]:
+            start -= 1
+        return self.ids[:start]
+
     def after(self, count: int) -> "Encoded":
         """The row without its first `count` tokens."""
         return replace(self, ids=self.ids[count:], supervised=self.supervised[count:])
 
 
-def num_shared(texts: Iterable[Sequence[int]]) -> int:
-    """Tokens that all texts begin with."""
+def joined(segments: Iterable[Segment]) -> list[Segment]:
+    """The same text in one piece up to each EOS, nothing of it supervised: tokens may cross from a question into its answer."""
+    pieces, text = [], ""
+    for segment in segments:
+        text += segment.text
+        if segment.ends:
+            pieces.append(Segment(text, ends=True))
+            text = ""
+    return [*pieces, Segment(text)] if text else pieces
+
+
+def num_shared(texts: Iterable[Sequence[int] | str]) -> int:
+    """Tokens, or characters, that all texts begin with."""
     return sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, zip(*texts, strict=False)))
 
 
@@ -76,17 +95,21 @@ class Encoder:
 
         Raises DataError when the question is empty or nothing supervised is left.
         """
+        return _cut(self.encode_segments(self.segments(example), example.source), max_length, self.bos_id is not None)
+
+    def encode_segments(self, segments: Sequence[Segment], source: str) -> Encoded:
+        """Ids and supervision of a row in segments. Raises DataError when nothing stands before what is supervised."""
         ids: list[int] = []
         supervised: list[bool] = []
-        for segment in self.segments(example):
+        for segment in segments:
             piece, last = self._tokenize(segment)
             ids += piece
             supervised += [segment.supervised and index < last for index in range(len(piece))]
         if supervised and supervised[0]:
-            raise DataError(f"{example.source}: the question is empty: there is nothing to answer")
+            raise DataError(f"{source}: the question is empty: there is nothing to answer")
         if self._writes_bos(ids):
             ids, supervised = ids[1:], supervised[1:]
-        return _cut(Encoded(tuple(ids), tuple(supervised), example.source), max_length, self.bos_id is not None)
+        return Encoded(tuple(ids), tuple(supervised), source)
 
     def question(self, text: str | Sequence[Message]) -> tuple[int, ...]:
         """Ids of a question that waits for its answer, without BOS."""
@@ -94,6 +117,15 @@ class Encoder:
         asked = Example(messages, "question", fields=_question_fields(messages[-1].content))
         ids = tuple(token for segment in self.segments(asked) for token in self._tokenize(segment)[0])
         return ids[1:] if self._writes_bos(ids) else ids
+
+    def opening(self, example: Example) -> str:
+        """What every question begins with, whatever it asks, of rows with the fields of this one; without blanks around it."""
+        asked = [Example((Message("user", text),), example.source, fields=dict.fromkeys(example.fields, text)) for text in "01"]
+        try:
+            texts = [self.segments(one)[0].text for one in asked]
+        except DataError:  # a template may be unable to fill in such fields
+            return ""
+        return texts[0][: num_shared(texts)].strip()
 
     def _writes_bos(self, ids: Sequence[int]) -> bool:
         """Whether the chat template wrote the BOS token that belongs to the prefix. One at a later turn stays: it is text."""

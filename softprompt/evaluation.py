@@ -16,14 +16,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from softprompt.answers import answer
+from softprompt.answers import answer, limit_of, stops_of
 from softprompt.artifact import StoredPrompt
 from softprompt.atomic import write_text
 from softprompt.contestants import Contestant, Entry, choose_shots, competing, enter, line_up
 from softprompt.data import Example, Loaded
 from softprompt.encode import Encoded, Encoder, Rows, encode_rows
 from softprompt.errors import ConfigError, DataError
-from softprompt.likelihood import candidate_losses, row_losses
+from softprompt.likelihood import ensemble_losses, row_losses
 from softprompt.memory import token_budget
 from softprompt.metrics import (
     Estimate,
@@ -166,6 +166,7 @@ class _Work:
     budget: int
     max_length: int
     limit: int | None
+    stops: tuple[str, ...]
     entries: dict[str, list[Entry]] = field(default_factory=dict)
     plain: dict[str, list[list[Encoded]]] = field(default_factory=dict)  # by template
 
@@ -240,8 +241,7 @@ def _prepare(
             raise ConfigError(f"{metric.name} needs rows with a text and a label, these have none")
     limit = None
     if contest.answers or any(metric.needs == "answers" for metric in metrics):
-        longest = max(sum(row.supervised) for row in rows.encoded)
-        limit = contest.max_new_tokens or longest + longest // 2 + 8
+        limit = contest.max_new_tokens or limit_of(rows.encoded)
     shots: tuple[Example, ...] = ()
     if contest.train is not None:
         longest_row = max(len(row) for row in rows.encoded) + (limit or 0) + 1
@@ -252,13 +252,14 @@ def _prepare(
     if len({one.name for one in line}) < len(line):
         raise ConfigError("two contestants have the same name: rename a folder")
     budget = token_budget(base.model.base_model, base.device, tokens_per_batch)
-    return _Work(base, line, rows, labels, metrics, budget, first.card.max_length, limit)
+    stops = stops_of([prompt.encoder for _, prompt in named], rows.examples)
+    return _Work(base, line, rows, labels, metrics, budget, first.card.max_length, limit, stops)
 
 
 def _key(work: _Work, named: Sequence[tuple[str, StoredPrompt]]) -> str:
     """What makes an evaluation the same as another, as sha256."""
     digest = hashlib.sha256(
-        f"{work.base.fingerprint} {work.rows.fingerprint} {work.limit} {[metric.name for metric in work.metrics]}".encode()
+        f"{work.base.fingerprint} {work.rows.fingerprint} {work.limit} {work.stops} {[metric.name for metric in work.metrics]}".encode()
     )
     for name, prompt in named:
         digest.update(f"{name} {prompt.card.template}".encode() + prompt.soft.rows_PH.float().cpu().numpy().tobytes())
@@ -273,21 +274,15 @@ def _enter(work: _Work, contestant: Contestant) -> list[Entry]:
 
 
 def _likelihoods(work: _Work, name: str) -> Table:
-    """The losses of a contestant; an ensemble's labels are judged by the mean of its members' log-likelihoods."""
+    """The losses of a contestant; an ensemble's are of what its members agree on."""
     entries = work.entries[name]
-    losses = []
-    for entry in entries:
-        prefix = prefix_of(work.base, [entry.soft])
-        if work.labels:
-            losses.append(candidate_losses(work.base, prefix, entry.rows, work.budget))
-        else:
-            losses.append(row_losses(work.base, prefix, [own[0] for own in entry.rows], work.budget)[:, None])
-    losses_RC = torch.stack(losses).mean(dim=0).numpy()
-    rows, table = [own[0] for own in entries[0].rows], Table(tuple(example.response for example in work.rows.examples), labels=work.labels)
-    if len(entries) == 1:
-        num_bytes = [_num_bytes(work.base.tokenizer, row) for row in rows]
-        tokens = [row.num_supervised for row in rows]
-        table = replace(table, losses=losses_RC[:, 0], tokens=np.array(tokens, float), num_bytes=np.array(num_bytes, float))
+    members = [(prefix_of(work.base, [entry.soft]), entry.rows) for entry in entries]
+    losses_RC = ensemble_losses(work.base, members, work.budget).numpy()
+    rows = [own[0] for own in entries[0].rows]
+    num_bytes = np.array([_num_bytes(work.base.tokenizer, row) for row in rows], float)
+    tokens = np.array([row.num_supervised for row in rows], float)
+    references = tuple(example.response for example in work.rows.examples)
+    table = Table(references, losses=losses_RC[:, 0], tokens=tokens, num_bytes=num_bytes, labels=work.labels)
     if not work.labels:
         return table
     truth = np.array([work.labels.index(str(example.label)) for example in work.rows.examples])
@@ -304,7 +299,7 @@ def _answers(work: _Work, names: Sequence[str], predictions: Predictions) -> Ite
     missing = [pair for pair in wanted if pair not in predictions.answers]
     yield Progress("answering", len(wanted) - len(missing), len(wanted))
     assert work.limit is not None
-    for done, said in enumerate(answer(work.base, {name: work.entries[name] for name in names}, missing, work.limit), 1):
+    for done, said in enumerate(answer(work.base, {name: work.entries[name] for name in names}, missing, work.limit, work.stops), 1):
         example = work.rows.examples[said.row]
         question = example.messages[-2].content
         predictions.add({**asdict(said), "source": example.source, "question": question, "reference": example.response})

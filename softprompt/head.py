@@ -3,7 +3,7 @@
 The vocabulary is walked in blocks with a running log-sum-exp, as flash attention walks its keys; what backward needs,
 softmax(logits) times the head's weight, is summed up on the way. Exact, in one pass, at N x block numbers of memory.
 
-Shapes: N scored tokens, H hidden size, V vocabulary, C columns of one block.
+Shapes: N scored tokens, M states that they come after, K members of an ensemble, H hidden size, V vocabulary, C columns of one block.
 """
 
 from dataclasses import dataclass
@@ -34,8 +34,10 @@ class Head:
         return logits if self.cap is None else torch.tanh(logits / self.cap) * self.cap
 
     def _block(self, hidden_NH: Tensor, columns: slice | Tensor) -> Tensor:
+        """[N, C] logits; from [K, N, H] the mean over the K."""
         bias = None if self.bias_V is None else self.bias_V[columns]
-        return self._finish(torch.nn.functional.linear(hidden_NH, self.weight_VH[columns], bias).float())
+        logits = self._finish(torch.nn.functional.linear(hidden_NH, self.weight_VH[columns], bias).float())
+        return logits if logits.dim() == 2 else logits.mean(dim=0)
 
     def _slope(self, logits: Tensor) -> Tensor | float:
         """Derivative of the logits by hidden @ weight.T."""
@@ -56,11 +58,31 @@ class Head:
         losses_N = torch.cat([losses for losses, _ in parts])
         return losses_N, None if tolerance is None else torch.cat([grad for _, grad in parts if grad is not None])
 
-    def _losses(self, hidden_NH: Tensor, targets_N: Tensor, tolerance: float | None) -> tuple[Tensor, Tensor | None]:
-        target_logits_N = _row_by_row(hidden_NH, self.weight_VH[targets_N])
+    def losses_after(self, states_KMH: Tensor, source_N: Tensor, targets_N: Tensor) -> Tensor:
+        """[N] cross-entropy of target n after state number `source_N[n]`, float32, natural logarithm. However many targets a state
+        has, it is taken to the whole vocabulary once.
+
+        K states are of an ensemble, which chooses by the mean of its members' log-probabilities: renormalised, that is the
+        distribution of their mean logits.
+        """
+        states_KMH = states_KMH.to(self.weight_VH.dtype)
+        states_KMH = states_KMH[0] if len(states_KMH) == 1 else states_KMH
+        start_M = torch.full(states_KMH.shape[-2:-1], torch.finfo(torch.float32).min, device=states_KMH.device)
+        parts = zip(states_KMH.split(TOKENS, dim=-2), start_M.split(TOKENS), strict=True)
+        log_sum_M = torch.cat([self._walk(states, start, None, 0.0) for states, start in parts])
+        target_logits_N = self._target_logits(states_KMH[..., source_N, :], targets_N)
+        return log_sum_M[source_N] - target_logits_N
+
+    def _target_logits(self, hidden_NH: Tensor, targets_N: Tensor) -> Tensor:
+        """[N]; from [K, N, H] the mean over the K."""
+        logits = _row_by_row(hidden_NH, self.weight_VH[targets_N])
         if self.bias_V is not None:
-            target_logits_N = target_logits_N + self.bias_V[targets_N].float()
-        target_logits_N = self._finish(target_logits_N)
+            logits = logits + self.bias_V[targets_N].float()
+        logits = self._finish(logits)
+        return logits if logits.dim() == 1 else logits.mean(dim=0)
+
+    def _losses(self, hidden_NH: Tensor, targets_N: Tensor, tolerance: float | None) -> tuple[Tensor, Tensor | None]:
+        target_logits_N = self._target_logits(hidden_NH, targets_N)
         if tolerance is None:
             return self._walk(hidden_NH, target_logits_N, None, 0.0) - target_logits_N, None
         tolerance = tolerance if hidden_NH.device.type == "cpu" else 0.0  # choosing columns would make a GPU wait
@@ -72,14 +94,14 @@ class Head:
         return log_sum_N - target_logits_N, grad_NH
 
     def _walk(self, hidden_NH: Tensor, start_N: Tensor, grad_NH: Tensor | None, tolerance: float) -> Tensor:
-        """Log-sum-exp of the logits [N]; adds softmax @ weight to `grad_NH`.
+        """Log-sum-exp of the logits [N] (of [K, N, H], of their mean over the K); adds softmax @ weight to `grad_NH`.
 
         `start_N` is at most the log-sum-exp: shares are relative to it, and to more as the walk learns more, so a share is
         never below the probability that it stands for.
         """
         level_N, sum_N, left_out_N = start_N, torch.zeros_like(start_N), torch.zeros_like(start_N)
         vocabulary = len(self.weight_VH)
-        size = max(256, BLOCK_NUMBERS.get(hidden_NH.device.type, 2**27) // len(hidden_NH))
+        size = max(256, BLOCK_NUMBERS.get(hidden_NH.device.type, 2**27) // hidden_NH.shape[:-1].numel())
         for first in range(0, vocabulary, size):
             columns = slice(first, first + size)
             logits_NC = self._block(hidden_NH, columns)

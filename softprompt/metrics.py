@@ -26,8 +26,8 @@ BINS = 10  # of confidence, for the calibration
 
 @dataclass(frozen=True)
 class Table:
-    """What one contestant made of the rows. `losses` summed over a row's `tokens`, `num_bytes` of the text that they stand for;
-    None of them for an ensemble. `label_losses` [N, L] and `truth` [N] for labelled rows; `answers` where they were generated."""
+    """What one contestant made of the rows. `losses` summed over a row's `tokens`, `num_bytes` of the text that they stand for.
+    `label_losses` [N, L] and `truth` [N] for labelled rows; `answers` where they were generated."""
 
     references: tuple[str, ...]
     losses: Numbers | None = None
@@ -162,7 +162,8 @@ def read_json(text: str) -> Any:
 
 
 def json_valid(answer: str, wanted: str) -> float:
-    return float(read_json(answer) is not None)
+    """Whether the answer is an object or an array; a lone number or word in quotes is JSON too, but no record of anything."""
+    return float(isinstance(read_json(answer), dict | list))
 
 
 def json_fields(answer: str, wanted: str) -> float:
@@ -311,7 +312,7 @@ def verdict(metric: Metric, names: tuple[str, str], estimates: Mapping[str, Esti
     low, high = (float(end) for end in np.percentile(first.samples - second.samples, [TAIL, 100 - TAIL]))
     if num_rows < ENOUGH_ROWS or low <= 0 <= high:
         needed = math.ceil(num_rows * ((high - low) / 2 / difference) ** 2) if difference else None
-        needed = None if needed is None else max(needed, ENOUGH_ROWS)
+        needed = None if needed is None else max(needed, num_rows + 1, ENOUGH_ROWS)
         return Verdict(metric.name, *names, "cannot tell", difference, low, high, num_rows, needed)
     better = (difference > 0) == metric.higher_is_better
     return Verdict(metric.name, *names, "better" if better else "worse", difference, low, high, num_rows, None)

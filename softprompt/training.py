@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from softprompt.answers import question_of
+from softprompt.answers import limit_of
 from softprompt.artifact import Card, StoredPrompt, load_prompt, make_card, write_prompt
 from softprompt.atomic import new_folder
 from softprompt.batch import order_of_rows
@@ -277,9 +277,8 @@ def _samples(job: Job, best: str) -> Sheet:
     assert job.held is not None
     rows, examples = job.held.encoded[:NUM_SAMPLES], job.held.examples[:NUM_SAMPLES]
     prefix = prefix_of(job.base, [load_prompt(best, job.base).soft])
-    questions = [Question((0,), (question_of(row),)) for row in rows]
-    limit = 8 + max(3 * row.num_supervised // 2 for row in rows)
-    said = {row: ids for row, ids, _ in decode_whole(job.base, prefix, questions, Sampling(max_new_tokens=limit))}
+    questions = [Question((0,), (row.question,)) for row in rows]
+    said = {row: ids for row, ids, _ in decode_whole(job.base, prefix, questions, Sampling(max_new_tokens=limit_of(rows)))}
     answers = [job.base.tokenizer.decode(said[row], skip_special_tokens=True) for row in range(len(rows))]
     lines = ((row.messages[-2].content, row.response, answer) for row, answer in zip(examples, answers, strict=True))
     return Sheet("samples", ("question", "wanted", "answer"), tuple(lines))

@@ -12,6 +12,7 @@ import tiny
 import torch
 
 from softprompt.encode import make_encoder
+from softprompt.training import train
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))  # its scripts import each other as scripts do
@@ -172,17 +173,24 @@ def test_rows_without_labels_are_scored_by_their_loss(bases, quality_task, tmp_p
 
 
 @pytest.mark.filterwarnings("ignore:Position ids are not supported")
-def test_the_speed_of_an_evaluation_from_end_to_end(tmp_path, monkeypatch):
+def test_the_speed_of_an_evaluation_from_end_to_end(tmp_path, monkeypatch, make_config):
     import eval_speed
 
     model, out = tiny.tiny_folder(tmp_path / "model", max_position_embeddings=2048), tmp_path / "out.json"
-    how = ["--rows", "5", "--labelled", "6", "--pairs", "1", "--tokens", "4"]
+    list(train(make_config("train.steps=1", f"model.name={model}")))
+    how = ["--prompt", str(tmp_path / "run"), "--rows", "5", "--labelled", "9", "--joined", "1", "2", "--pairs", "1"]
+    monkeypatch.setattr(eval_speed, "limit_of", lambda rows: 4)
     monkeypatch.setattr(sys, "argv", ["eval_speed.py", "--base", str(model), "--json", str(out), *how])
     eval_speed.main()
     result = json.loads(out.read_text(encoding="utf-8"))
     assert result["answers_equal_to_peft"] >= 1 / 5, "of the longest row, which PEFT does not pad"
-    assert result["largest_difference_of_a_loss"] < 1e-3
     assert min(result[key] for key in result if "_over_" in key) > 0
+    short, long = result["labels"]
+    assert short["rows"] == long["rows"] == 9
+    assert 1.5 < long["tokens_of_a_question"] / short["tokens_of_a_question"] < 2
+    for one in (short, long):
+        assert one["largest_difference_of_a_loss"] < 1e-3
+        assert one["alone_over_shared"] > 0
 
 
 # ---- contestants ---------------------------------------------------------------------------------------------------

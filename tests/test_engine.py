@@ -62,6 +62,17 @@ def test_the_head_is_torchs_cross_entropy(small_blocks, how):
     assert nothing is None
 
 
+@pytest.mark.parametrize("how", [{}, {"biased": True, "scale": 2.0, "cap": 9.0}])
+def test_many_targets_after_few_states_alone_or_of_an_ensemble(small_blocks, how):
+    head, (states, targets) = some_head(**how), some_tokens()
+    source = torch.arange(TOKENS) // 2
+    losses = head.losses_after(states[None], source, targets)
+    torch.testing.assert_close(losses, oracle(head, states[source], targets)[0], rtol=1e-5, atol=1e-5)
+    members = torch.stack([states, states.flip(0)])
+    agreed = head.logits(members).log_softmax(dim=-1).mean(dim=0)
+    torch.testing.assert_close(head.losses_after(members, source, targets), cross_entropy(agreed[source], targets, reduction="none"))
+
+
 @pytest.mark.parametrize("how", [{"scale": 2.0}, {"scale": 1.5, "biased": True}, {"scale": 2.0, "cap": 20.0}])
 @pytest.mark.parametrize("tolerance", [0.2, 0.01])
 def test_what_the_head_leaves_out_is_bounded(small_blocks, monkeypatch, how, tolerance):

@@ -2,21 +2,28 @@
 
 import json
 import math
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import peft
 import pytest
 import tiny
 import torch
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
 
-from softprompt.answers import answer
+from softprompt import likelihood
+from softprompt.answers import answer, first_answer, stops_of
 from softprompt.artifact import load_prompt
-from softprompt.contestants import choose_shots, enter, line_up
-from softprompt.data import load_examples
+from softprompt.contestants import Contestant, choose_shots, enter, line_up
+from softprompt.data import Example, Message, load_examples
+from softprompt.decode import Question, Sampling, decode_whole
 from softprompt.encode import encode_rows, make_encoder
 from softprompt.errors import ConfigError, DataError
 from softprompt.evaluation import Contest, evaluate, evaluating
-from softprompt.likelihood import candidate_losses, row_losses
+from softprompt.likelihood import candidate_losses, ensemble_losses, row_losses
 from softprompt.metrics import METRICS, Table, bootstrap_weights, confusion, estimate, metric_named, verdict
 from softprompt.prompt import no_prompt, prefix_of
 from softprompt.training import train
@@ -46,35 +53,68 @@ def labelled(tmp_path, number=40):
 # ---- likelihood ----------------------------------------------------------------------------------------------------
 
 
+def loss_of(base, row):
+    """By transformers' own forward and loss."""
+    labels = torch.tensor([[-100] + [token if on else -100 for token, on in zip(row.ids, row.supervised, strict=True)]])
+    with torch.no_grad():
+        return base.model(input_ids=torch.tensor([[tiny.BOS, *row.ids]]), labels=labels).loss.item() * row.num_supervised
+
+
 @pytest.mark.parametrize("family", [*tiny.FAMILIES, *tiny.RECURRENT])
-def test_candidates_of_one_reading_score_as_whole_rows(bases, tmp_path, family):
-    """Labels that begin alike, rows of uneven lengths, some whose question holds an answer already."""
+def test_candidates_of_one_reading_score_as_whole_rows(bases, tmp_path, monkeypatch, family):
+    """Labels that begin alike, one twice, one cut, rows of uneven lengths, one with an answer in its question; several groups."""
+    monkeypatch.setattr(likelihood, "GROUP", 80)
     base = bases(family)
     encoder = make_encoder(base.tokenizer, "human-assistant")
-    rows = encode_rows(encoder, labelled(tmp_path, 9), 200)
-    words = ("good", "goodish", "bad", "b")
-    candidates = [[encoder.encode(one.answered(word)) for word in words] for one in rows.examples]
-    bos = no_prompt(base, tiny.BOS)
-    with torch.no_grad():
-        prefix = prefix_of(base, [bos])
-    alone = torch.stack([row_losses(base, prefix, column, 64) for column in zip(*candidates, strict=True)], dim=1)
-    together = candidate_losses(base, prefix, candidates, 64)
+    examples = labelled(tmp_path, 8).examples
+    earlier = (Message("user", "nice"), Message("assistant", "good"))
+    examples = (*examples, replace(examples[0], messages=(*earlier, *examples[0].messages)))
+    words = ("good", "goodish", "bad", "b", "good")
+    candidates = [[encoder.encode(one.answered(word)) for word in words] for one in examples]
+    candidates[1][2] = encoder.encode(examples[1].answered("bad"), len(candidates[1][2]) - 1)
+    alone = torch.tensor([[loss_of(base, row) for row in own] for own in candidates], dtype=torch.float64)
+    together = candidate_losses(base, prefix_of(base, [no_prompt(base, tiny.BOS)]), candidates, 64)
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4)
 
 
-def test_candidates_read_their_text_once(bases, tmp_path, monkeypatch):
+def test_candidates_read_their_text_once_and_take_what_they_share_to_the_head_once(bases, tmp_path, monkeypatch):
     base = bases()
     encoder = make_encoder(base.tokenizer, "human-assistant")
-    rows = encode_rows(encoder, labelled(tmp_path, 6), 200)
-    candidates = [[row] * 3 for row in rows.encoded]
-    read = []
-    whole = type(base).continue_from
+    examples = labelled(tmp_path, 6).examples
+    candidates = [[encoder.encode(one.answered(word)) for word in ("xy", "z", "xy")] for one in examples]
+    read, states = [], []
+    whole, after = type(base).continue_from, type(base.head).losses_after
     monkeypatch.setattr(
         type(base), "continue_from", lambda self, *how, **more: read.append(how[3].sum().item()) or whole(self, *how, **more)
     )
+    monkeypatch.setattr(type(base.head), "losses_after", lambda self, *how: states.append(how[0].shape[1]) or after(self, *how))
     candidate_losses(base, prefix_of(base, [no_prompt(base, tiny.BOS)]), candidates, 10_000)
-    texts = sum(len(row) for row in rows.encoded)
-    assert sum(read) < texts + 6 * 3 * 3
+    assert sum(read) == sum(len(own[0].question) for own in candidates) + 6 * len("xyz")
+    assert states == [6 * (1 + len("xyz"))], "the first letters come after one state; then y, and an end for each"
+
+
+def test_an_ensemble_has_the_loss_of_what_its_members_agree_on(bases, stored, held):
+    """The mean of their log-probabilities, renormalised; by transformers' own forward."""
+    base = bases()
+    other = replace(stored, soft=replace(stored.soft, rows_PH=base.drawn_rows(5, seed=3)))
+    both = evaluate(base, [("one", stored), ("other", other)], held, Contest(ensemble=True))
+    row = encode_rows(stored.encoder, held, 200).encoded[3]
+    logs = []
+    for prompt in (stored, other):
+        embeds = torch.cat([prompt.soft.embeds(base), base.embed_ids(row.ids)])
+        with torch.no_grad():
+            logs.append(base.model(inputs_embeds=embeds[None]).logits[0, -len(row) - 1 : -1].log_softmax(dim=-1))
+    agreed = torch.stack(logs).mean(dim=0).log_softmax(dim=-1)
+    losses = [-agreed[index, token].item() for index, token in enumerate(row.ids) if row.supervised[index]]
+    table = both.contestants["ensemble"].table
+    assert table.losses[3] == pytest.approx(sum(losses), rel=1e-4)
+    assert table.losses[3] != pytest.approx(
+        (both.contestants["one"].table.losses[3] + both.contestants["other"].table.losses[3]) / 2, rel=1e-3
+    )
+    said = [[[stored.encoder.encode(held.examples[0].answered(word))]] for word in "ab"]
+    members = [(prefix_of(base, [stored.soft]), rows) for rows in said]
+    with pytest.raises(ConfigError, match="they must have the same template"):
+        ensemble_losses(base, members, 64)
 
 
 # ---- contestants ---------------------------------------------------------------------------------------------------
@@ -92,8 +132,6 @@ def test_shared_text_scores_as_if_every_row_held_it(bases, tmp_path, template):
         soft = no_prompt(base, encoder.bos_id)
 
     Stored.encoder = encoder
-    from softprompt.contestants import Contestant
-
     for contestant in (Contestant("text", (Stored,), wish="Judge."), Contestant("few-shot", (Stored,), shots=shots)):
         entry = enter(base, contestant, 0, [[one] for one in rows.examples], [[row] for row in rows.encoded])
         full = [contestant.full(encoder, one, row) for one, row in zip(rows.examples, rows.encoded, strict=True)]
@@ -131,11 +169,51 @@ def test_a_lora_adapter_competes_and_leaves_the_base_as_it_was(bases, stored, he
     assert list(both.contestants) == ["base", "text", "prompt", "lora"]
     losses = [one.contestants["base"].scores["loss"].value for one in (before, both, after)]
     assert losses[0] == losses[1] == losses[2]
-    row = encode_rows(stored.encoder, held, 200).encoded[3]
-    labels = torch.tensor([[-100] + [token if on else -100 for token, on in zip(row.ids, row.supervised, strict=True)]])
-    oracle = model(input_ids=torch.tensor([[tiny.BOS, *row.ids]]), labels=labels).loss.item() * row.num_supervised
+    oracle = loss_of(SimpleNamespace(model=model), encode_rows(stored.encoder, held, 200).encoded[3])
     assert both.contestants["lora"].table.losses[3] == pytest.approx(oracle, rel=1e-4)
     assert oracle != pytest.approx(before.contestants["base"].table.losses[3], rel=1e-3)
+
+
+def glued_tokenizer():
+    """One that, as most do, has the blank before a letter or a brace in one token with it."""
+    tokenizer = json.loads(tiny.tiny_tokenizer().backend_tokenizer.to_str())
+    for letter in "ag{":
+        tokenizer["model"]["vocab"][f"Ġ{letter}"] = len(tokenizer["model"]["vocab"])
+        tokenizer["model"]["merges"].append(["Ġ", letter])
+    whole = Tokenizer.from_str(json.dumps(tokenizer))
+    return PreTrainedTokenizerFast(tokenizer_object=whole, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+
+
+@pytest.mark.parametrize("template", ["human-assistant", "Q: {{ text }}\nA: "])
+def test_an_untrained_base_is_asked_with_text_as_text_is_tokenized(template):
+    """Examples with their answers in one piece, no blank at the end; what is scored stands behind the same tokens for all."""
+    encoder = make_encoder(glued_tokenizer(), template)
+    *shots, row = (
+        Example((Message("user", asked), Message("assistant", answer)), "", fields={"text": asked}) for asked, answer in ("ba", "yg", "za")
+    )
+    plain = encoder.encode(row)
+    few, bare = Contestant("few-shot", (), shots=tuple(shots)), Contestant("base", ())
+    asked, full = few.question(encoder, row, plain), few.full(encoder, row, plain)
+    glued, blank = encoder.tokenizer.convert_tokens_to_ids(["Ġa", "Ġg"]), encoder.tokenizer.convert_tokens_to_ids("Ġ")
+    assert [token for token in asked if token in glued] == glued
+    assert not [token for token in (*plain.ids, *full.ids) if token in glued]
+    assert (full.ids[-len(plain) :], full.num_supervised) == (plain.ids, plain.num_supervised)
+    assert encoder.tokenizer.decode(full.question) == encoder.tokenizer.decode((*asked, blank))
+    assert bare.question(encoder, row, plain) == plain.question[:-1]
+    assert (plain.question[-1], asked[-1]) == (blank, plain.question[-2])
+
+
+def test_what_was_trained_is_asked_as_it_was_trained(bases, stored, held):
+    base = bases()
+    rows = encode_rows(stored.encoder, held, 200)
+    line = line_up(base, [("prompt", stored)], text="Say it.", shots=held.examples[-2:], adapters=(Path("lora"),))
+    for one in line:
+        entry = enter(base, one, 0, [[example] for example in rows.examples], [[row] for row in rows.encoded])
+        for row, asked in zip(rows.encoded, entry.questions, strict=True):
+            ending = row.question if one.name in ("prompt", "lora") else row.question[:-1]
+            assert asked[-6:] == ending[-len(asked) :][-6:]
+    alone = enter(base, line[1], 0, [rows.examples[:1]], [rows.encoded[:1]])
+    assert len(alone.questions[0]) == 1, "with one row all of the text is shared, but for what predicts"
 
 
 # ---- answers -------------------------------------------------------------------------------------------------------
@@ -152,6 +230,57 @@ def test_mixed_batches_answer_as_one_by_one(bases, stored, held):
     for pair in pairs:
         (alone,) = answer(base, entries, [pair], 6)
         assert alone == mixed[pair]
+
+
+def test_an_answer_ends_with_its_line_or_with_the_next_turn(bases, tmp_path):
+    encoder = make_encoder(bases().tokenizer, "human-assistant")
+    jinja = make_encoder(bases().tokenizer, "Q: {{ prompt }}\nA: ")
+    strange = make_encoder(bases().tokenizer, "{{ prompt.no.such.field }}{{ 1 / 0 }}")
+    lines, poems = (
+        load_examples(str(tiny.write_rows(tmp_path / "rows.jsonl", [{"prompt": "a", "completion": text}]))).examples
+        for text in ("b\n", "b\nc")
+    )
+    assert stops_of([encoder, jinja, strange], lines) == ("\n", "\nHuman:", "\nQ:")
+    assert stops_of([encoder, jinja], poems) == ("\nHuman:", "\nQ:")
+    assert stops_of([encoder], [poems[0].answered("a\nHuman: says")]) == ()
+    assert first_answer("\n b\nc\n\nHuman: d", ("\n",)) == ("b", True)
+    assert first_answer(" b\nc\n\nHuman: d", ("\nHuman:",)) == ("b\nc", True)
+    assert first_answer("\n\n", ("\n",)) == ("", False)
+
+
+def test_answers_of_all_contestants_end_where_a_stop_text_does(bases, stored, held):
+    """A letter that they say somewhere stands for the end of a line: what is before it is left, and nothing more is computed."""
+    base = bases()
+    rows = encode_rows(stored.encoder, held, 200)
+    entries = {
+        one.name: [enter(base, one, 0, [[example] for example in rows.examples], [[row] for row in rows.encoded])]
+        for one in line_up(base, [("prompt", stored)])
+    }
+    pairs = [(name, row) for name in entries for row in range(len(rows.examples))]
+    whole = {(said.contestant, said.row): said for said in answer(base, entries, pairs, 12)}
+    for name in entries:
+        later = "".join(said.text[1:] for pair, said in whole.items() if pair[0] == name)
+        stop = next(letter for letter in later if letter.isascii() and letter.isprintable() and letter != " ")
+        cut = {(one.contestant, one.row): one for one in answer(base, entries, pairs, 12, (stop,))}
+        stopped = [pair for pair in pairs if stop in whole[pair].text]
+        assert {pair[0] for pair in stopped} >= {name}
+        for pair in stopped:
+            assert cut[pair].text == first_answer(whole[pair].text, (stop,))[0]
+            assert cut[pair].ended
+            assert cut[pair].num_tokens <= whole[pair].num_tokens
+        assert min(cut[pair].num_tokens for pair in stopped) < 12
+        assert all(cut[pair] == whole[pair] for pair in pairs if pair not in stopped)
+
+
+@pytest.mark.parametrize("family", ["llama", *tiny.RECURRENT])
+def test_decoding_ends_where_it_is_told(bases, family):
+    base = bases(family)
+    prefix = prefix_of(base, [no_prompt(base, tiny.BOS)])
+    questions = [Question((0,), (tuple(range(10, 10 + length)),)) for length in (2, 5, 3)]
+    whole = {number: ids for number, ids, _ in decode_whole(base, prefix, questions, Sampling(max_new_tokens=6))}
+    some = {number: ids for number, ids, _ in decode_whole(base, prefix, questions, Sampling(max_new_tokens=6), lambda ids: len(ids) == 2)}
+    assert min(map(len, whole.values())) > 2
+    assert some == {number: ids[:2] for number, ids in whole.items()}
 
 
 def test_an_interrupted_evaluation_goes_on(bases, stored, held, tmp_path):
@@ -235,6 +364,8 @@ def test_scores_of_answers():
     assert score("exact_match", table) == 0.5
     assert score("json_valid", table) == 0.5
     assert score("json_fields", table) == pytest.approx((1 / 3 + 0) / 2)
+    lone = Table(('{"a": 1}',) * 6, answers=("1", '"a"', "true", "null", "[]", "{}"))
+    assert score("json_valid", lone) == pytest.approx(2 / 6), "a lone number or word is no record"
     chinese = Table(("我喜欢喝茶", "天气很好"), answers=("我喜欢喝茶", "天气不好"))
     assert score("rouge_l", chinese) == pytest.approx((1 + 0.75) / 2)
     import sacrebleu
@@ -283,6 +414,8 @@ def test_what_few_rows_cannot_tell_and_how_many_would():
     assert told.outcome == "cannot tell"
     assert 200 < told.rows_needed < 2000
     assert judged([True] * 10, [False] * 10).outcome == "cannot tell", "ten rows are too few, whatever they say"
+    close = judged([n < 8 for n in range(64)], [n >= 62 for n in range(64)])
+    assert (close.outcome, close.low, close.rows_needed) == ("cannot tell", 0, 65), "as many rows as there are cannot be what it takes"
 
 
 def test_the_bootstrap_is_paired_and_its_interval_is_the_known_one():
@@ -294,8 +427,6 @@ def test_the_bootstrap_is_paired_and_its_interval_is_the_known_one():
 
 def test_a_prompt_without_effect_is_never_called_better(bases, stored, tmp_path):
     """Rows that are the padding token: nothing was learned, so nothing may be claimed on labels without meaning."""
-    from dataclasses import replace
-
     base = bases()
     rows = [{"text": f"film {n * 7919 % 1000}", "label": ("good", "bad")[n * 31 // 7 % 2]} for n in range(120)]
     loaded = load_examples(str(tiny.write_rows(tmp_path / "noise.jsonl", rows)))
