@@ -50,7 +50,7 @@ def some_prompt(
     encoder = make_encoder(base.tokenizer, template)
     generator = torch.Generator().manual_seed(seed)
     start = base.drawn_rows(LENGTH, seed) if text is None else base.embed_ids(base.tokenizer(text, add_special_tokens=False)["input_ids"])
-    rows = start + base.rms * (1.0 if text is None else 0.3) * torch.randn(start.shape, generator=generator)
+    rows = start + base.rms * (1.0 if text is None else 0.1) * torch.randn(start.shape, generator=generator)
     own = position or ("start" if encoder.bos_id is None else "after_bos")
     config = load_config(
         None, [model or f"model.name={base.name}", "model.device=cpu", "model.dtype=float32", "prompt.text=x", "data.train=x"]
