@@ -70,7 +70,7 @@ def peft_vocabulary(material: init.Material, room: int) -> init.Start:
 GRID = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 RECIPES = {
     "softprompt": Recipe(),
-    "softprompt, its first 1/20 of the steps": Recipe(until=1 / 20),
+    "softprompt, its first 20th of the steps": Recipe(until=1 / 20),
     "softprompt, after BOS": Recipe(("prompt.position=after_bos",)),
     "softprompt, after BOS, random init": Recipe(("prompt.position=after_bos", "prompt.init=random")),
     "softprompt, random init": Recipe(("prompt.init=random",)),

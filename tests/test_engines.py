@@ -95,7 +95,7 @@ def test_new_tokens_lose_at_every_position(scene: Scene, exported: Callable[...,
             text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, softprompt=name) + answer
             with torch.no_grad():
                 logits_TV = model(tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids).logits[0]
-            assert (logits_TV[:, new].amax(dim=1) < logits_TV.amax(dim=1) - 50).all()
+            assert (logits_TV[:, new].amax(dim=1) < logits_TV.amax(dim=1) - 15).all()
 
 
 # ---- vLLM ----------------------------------------------------------------------------------------------------------
