@@ -177,9 +177,14 @@ def post(address: str, request: dict[str, Any]) -> dict[str, Any]:
 
 
 def equal(said: Sequence[dict[str, Any]], wanted: Sequence[str]) -> int:
-    """How many first choices have the wanted text; a character that the last token cuts is shown by some engines only."""
+    """How many first choices have the wanted text."""
     choices = [one["choices"][0] for one in said]
     texts = [choice["message"]["content"] if "message" in choice else choice["text"] for choice in choices]
+    return num_same(texts, wanted)
+
+
+def num_same(texts: Sequence[str], wanted: Sequence[str]) -> int:
+    """A character that the last token cuts is shown by some engines only, and makes no difference."""
     return sum(text.rstrip(CUT) == other.rstrip(CUT) for text, other in zip(texts, wanted, strict=True))
 
 
@@ -207,9 +212,7 @@ def offline(given: argparse.Namespace, wanted: Answers) -> dict[str, Any]:
             mask = [not first <= index < first + len(rows) for index in range(len(tokens))]
             requests.append({"prompt_embeds": embeds, "prompt_token_ids": tokens, "prompt_is_token_ids": mask})
         said = engine.generate(requests, SamplingParams(temperature=0, max_tokens=TOKENS), use_tqdm=False)
-        found["offline"][name] = sum(
-            one.outputs[0].text.rstrip(CUT) == text.rstrip(CUT) for one, text in zip(said, own["answers"], strict=True)
-        )
+        found["offline"][name] = num_same([one.outputs[0].text for one in said], own["answers"])
     return found
 
 
