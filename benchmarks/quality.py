@@ -27,6 +27,7 @@ def main() -> None:
     parser.add_argument("--base", action="append", required=True, metavar="NAME=FOLDER")
     parser.add_argument("--task", action="append", help="alpaca, sentiment, movies, demo; repeatable; left out, all of them")
     parser.add_argument("--recipe", action="append", help="a key of recipes.RECIPES; repeatable; left out, all of them")
+    parser.add_argument("--dtype", default="auto", help="model.dtype of all; the runs of one file should have one")
     parser.add_argument("--alpaca", type=Path, help="1,000 rows of instruction, input and output")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--results", required=True, type=Path, help="JSONL, a run per line")
@@ -59,7 +60,7 @@ def train_all(given: argparse.Namespace) -> None:
 
     tasks = make_tasks(given.task or list(MAKERS), CACHE, given.alpaca)
     for name, folder in (base.split("=", 1) for base in given.base):
-        config = ModelConfig(name=folder)
+        config = ModelConfig(name=folder, dtype=given.dtype)
         base = load_base(config)
         for task in tasks:
             for recipe in given.recipe or list(RECIPES):
@@ -69,7 +70,7 @@ def train_all(given: argparse.Namespace) -> None:
                     if key not in runs:
                         with tempfile.TemporaryDirectory() as out:
                             outcome = run_recipe(RECIPES[recipe], task, base, lambda: load_base(config), rate, seed, f"{out}/run")  # noqa: B023
-                        runs[key] = {"key": key, **asdict(outcome), "machine": machine()}
+                        runs[key] = {"key": key, **asdict(outcome), "dtype": str(base.dtype), "machine": machine()}
                         with given.results.open("a", encoding="utf-8") as file:
                             file.write(json.dumps(runs[key], ensure_ascii=False) + "\n")
                         print(key, f"{outcome.test_loss:.4f}", outcome.accuracy, flush=True)

@@ -25,6 +25,7 @@ from softprompt.config import ModelConfig
 from softprompt.errors import ConfigError, MissingPackage, ModelError
 from softprompt.head import Head
 from softprompt.hub import endpoint
+from softprompt.offload import from_files, values_of
 from softprompt.prefix import Continued, Prefix, continue_plain, continue_shared, layers_of, prefill, run
 from softprompt.unpack import keep_unpacked, unpacked_folder
 
@@ -109,13 +110,19 @@ class FrozenBase:
 # ---- loading and checking ------------------------------------------------------------------------------------------
 
 
-def load_base(config: ModelConfig) -> FrozenBase:
-    """Loads, freezes and checks a base. Raises ModelError when it cannot be found, loaded or used with a soft prompt."""
+def load_base(config: ModelConfig, *, layers_in_files: Path | None = None) -> FrozenBase:
+    """Loads, freezes and checks a base. Raises ModelError when it cannot be found, loaded or used with a soft prompt.
+
+    `layers_in_files`: a folder to spare; the layers are then read from the base's files at every forward (softprompt/offload.py). A
+    quantised base is loaded whole, and so is a GGUF file for the first time.
+    """
     name, gguf_file = config.location
     settings = load_settings(config)
     refuse_unsupported(settings)
     tokenizer = load_tokenizer(config)
     how = {"config": settings, "dtype": load_dtype(config), **_quantization(config)}
+    if layers_in_files and config.quantization is None and (gguf_file is None or _unpacked(config).is_dir()):
+        how |= from_files(settings, device_of(config.device), layers_in_files, trust_remote_code=config.trust_remote_code)
     model, info = _from_pretrained(AutoModelForCausalLM, config, output_loading_info=True, **how)
     if info["missing_keys"]:
         raise ModelError(
@@ -332,7 +339,7 @@ def _fingerprint(model: Any) -> str:
     """sha256 over names, shapes and evenly sampled values of all weights, rounded to bfloat16: the same in any precision."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
-        flat = tensor.detach().reshape(-1)
+        flat = values_of(model, name, tensor).reshape(-1)
         picked = flat[:: max(1, flat.numel() // 256)].to(torch.bfloat16).float().cpu().numpy()
         digest.update(f"{name}{tuple(tensor.shape)}".encode() + picked.tobytes())
     return digest.hexdigest()

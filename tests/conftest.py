@@ -1,14 +1,24 @@
 """Shared fixtures: one tiny base per family and session, a run's settings, and a home of its own for caches."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
+import torch
 
 from softprompt.config import Config, load_config
 from softprompt.model import FrozenBase
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_precision() -> Iterator[None]:
+    """model.dtype = "auto" is float32 in every test of this process, also where the processor multiplies in bfloat16."""
+    found = torch.cpu.get_capabilities()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cpu, "get_capabilities", lambda: found | {"avx512_bf16": False, "amx_bf16": False})
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -23,7 +23,7 @@ from softprompt import load_prompt
 from softprompt.config import ModelConfig
 from softprompt.demo import demo_base
 from softprompt.export import Wanted, export
-from softprompt.export.entries import Carried, our_logits
+from softprompt.export.entries import states_behind
 from softprompt.model import FrozenBase, folder_of, load_base
 
 pytestmark = pytest.mark.engines
@@ -159,7 +159,7 @@ def test_tokens_are_what_raw_rows_are(scene: Scene, exported: Callable[..., Path
                 [piece for piece in ([bos, start, text] if stored.soft.position == "after_bos" else [start, bos, text]) if len(piece)]
                 for start in (rows, facts[folder.name]["ids"], moved)
             )
-            ours_V = our_logits(scene.base, Carried(folder.name, stored), question)[-1]
+            ours_V = scene.base.logits(states_behind(scene.base, [stored.soft], [(0, text)])[0][-1]).float()
             raw_V, said = bare.logits(*raw), bare.answer(16, *raw)
             errors["quantisation"].append(distance(raw_V, ours_V))
             errors["export"].append(distance(baked.logits(*tokens), raw_V))

@@ -12,7 +12,7 @@ import torch
 from engines import LENGTH, LlamaServer, our_answers, some_prompt, tiny_gguf
 from gguf import GGMLQuantizationType
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer
 
 from softprompt import load_prompt
 from softprompt.cli import main
@@ -20,6 +20,7 @@ from softprompt.config import ModelConfig, load_config
 from softprompt.errors import ArtifactError, ConfigError
 from softprompt.export import Wanted, export
 from softprompt.model import FrozenBase, load_base
+from softprompt.prompt import SoftPrompt, prefix_of
 
 JINJA = "{% for turn in messages %}{{ turn.role }}> {{ turn.content }} {% endfor %}Q: {{ prompt }} A:"
 
@@ -138,6 +139,32 @@ def test_shards_stay_shards(bases: Callable[..., FrozenBase], tmp_path: Path) ->
     for file in set(before.values()) - {changed}:
         assert (tmp_path / "out" / file).read_bytes() == (tmp_path / "sharded" / file).read_bytes()
     assert written["checked"]["logits_relative_error"] < 1e-4
+
+
+@pytest.mark.parametrize("family", [*sorted(tiny.FAMILIES), *tiny.RECURRENT])
+def test_the_same_base_with_its_layers_in_their_files(bases: Callable[..., FrozenBase], family: str, tmp_path: Path) -> None:
+    whole = bases(family)
+    base = load_base(ModelConfig(name=whole.name, device="cpu"), layers_in_files=tmp_path)
+    held = {module for module in base.model.modules() for tensor in module.parameters(recurse=False) if not tensor.is_meta}
+    assert held == {base.model.get_input_embeddings(), base.model.get_output_embeddings()}
+    assert (base.fingerprint, base.rms, base.shares_prefix) == (whole.fingerprint, whole.rms, whole.shares_prefix)
+    ids_BT = torch.arange(3, 19).reshape(2, 8)
+    start = SoftPrompt(whole.drawn_rows(LENGTH, 0), "start", None)
+    hidden = [
+        one.continue_from(prefix_of(one, [start]), torch.zeros(2, dtype=torch.long), ids_BT, torch.ones_like(ids_BT)).hidden_BTH
+        for one in (base, whole)
+    ]
+    assert torch.equal(*hidden)
+
+
+def test_weights_that_files_hold_in_another_form_are_kept_aside(tmp_path: Path) -> None:
+    settings = CONFIG_MAPPING["mixtral"](**tiny.FAMILIES["llama"], num_local_experts=4)
+    AutoModelForCausalLM.from_config(settings).save_pretrained(tmp_path / "experts")
+    tiny.tiny_tokenizer().save_pretrained(tmp_path / "experts")
+    base = load_base(ModelConfig(name=str(tmp_path / "experts"), device="cpu"))
+    written = export(Wanted([some_prompt(tmp_path / "taste", base)], "vocab", tmp_path / "out"))
+    assert written["checked"]["logits_relative_error"] < 1e-4
+    assert set(written["files"]) == {file.name for file in (tmp_path / "out").iterdir()} - {"softprompt.json"}
 
 
 def test_a_table_in_bfloat16_rounds_the_rows_and_says_by_how_much(bases: Callable[..., FrozenBase], tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ PACKAGE = ROOT / "softprompt"
 FLOORS = [
     {"errors"},
     {"config", "hub", "atomic", "precise", "head", "memory", "reparam", "metrics"},
-    {"data", "unpack", "prefix", "predictions", "trackers"},
+    {"data", "unpack", "offload", "prefix", "predictions", "trackers"},
     {"encode", "runlog"},
     {"batch", "model"},
     {"loss", "prompt", "optim", "decode"},

@@ -6,6 +6,7 @@ tokens and its ordinary prefix cache, many prompts in one file.
 
 import json
 import re
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from softprompt.config import ModelConfig
 from softprompt.errors import ArtifactError, ConfigError
 from softprompt.export import gguf, rows, vocab
 from softprompt.export.entries import Carried, Exported, Goal
-from softprompt.model import load_base
+from softprompt.model import FrozenBase, load_base
 from softprompt.prompt import DeepPrompt
 
 FORMATS: dict[str, Callable[[Goal], Exported]] = {
@@ -57,22 +58,30 @@ def export(wanted: Wanted, model: ModelConfig | None = None, *, allow_other_base
             f"{first} was trained on its base in {config.quantization}, and an exported model has the full weights: move it there "
             f"first, softprompt recycle {first} --out DIR model.name={config.name}"
         )
-    base = load_base(config)
-    carried = []
-    for name, path in names.items():
-        stored = load_prompt(path, base, allow_other_base=allow_other_base)
-        if isinstance(stored.soft, DeepPrompt):
-            raise ArtifactError(f"{path} holds keys and values of every layer: only softprompt and PEFT take those")
-        carried.append(Carried(name, stored))
     default = wanted.default or (next(iter(names)) if len(names) == 1 else None)
+    with tempfile.TemporaryDirectory() as spare:
+        base = load_base(config, layers_in_files=Path(spare))
+        carried = tuple(_carried(name, path, base, allow_other_base) for name, path in names.items())
+        written = _write(wanted, lambda draft: Goal(base, carried, draft, Path(spare), default, config, wanted.gguf_file))
+    return {"out": str(wanted.out), **written}
+
+
+def _carried(name: str, path: Path, base: FrozenBase, allow_other_base: bool) -> Carried:
+    stored = load_prompt(path, base, allow_other_base=allow_other_base)
+    if isinstance(stored.soft, DeepPrompt):
+        raise ArtifactError(f"{path} holds keys and values of every layer: only softprompt and PEFT take those")
+    return Carried(name, stored)
+
+
+def _write(wanted: Wanted, goal: Callable[[Path], Goal]) -> dict[str, Any]:
+    """The whole folder or nothing of it."""
     try:
         with new_folder(wanted.out) as draft:
-            exported = FORMATS[wanted.format](Goal(base, tuple(carried), draft, default, config, wanted.gguf_file))
-            written = exported.as_dict()
+            written = FORMATS[wanted.format](goal(draft)).as_dict()
             (draft / "softprompt.json").write_text(json.dumps(written, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"--out {wanted.out}: cannot be written: {error.strerror or error}") from None
-    return {"out": str(wanted.out), **written}
+    return written
 
 
 def _check(wanted: Wanted) -> None:

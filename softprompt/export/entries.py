@@ -12,10 +12,9 @@ from torch import Tensor
 from softprompt.artifact import StoredPrompt
 from softprompt.config import ModelConfig
 from softprompt.data import Message
-from softprompt.encode import Encoded
 from softprompt.errors import ArtifactError
 from softprompt.model import FrozenBase
-from softprompt.prompt import prefix_of
+from softprompt.prompt import SoftPrompt, prefix_of
 
 QUESTIONS = ("What can I do for you today?", "你好，请问有什么可以帮您？", "  1 + 1 = 2; naïve café\n\tx")
 
@@ -51,11 +50,13 @@ class Carried:
 
 @dataclass(frozen=True)
 class Goal:
-    """`draft`: the folder to fill. `default`: the prompt of a chat that names none. `model`: where the base came from."""
+    """`draft`: the folder to fill. `spare`: one that is thrown away. `default`: the prompt of a chat that names none. `model`: where
+    the base came from."""
 
     base: FrozenBase
     prompts: tuple[Carried, ...]
     draft: Path
+    spare: Path
     default: str | None
     model: ModelConfig
     gguf_file: Path | None
@@ -130,10 +131,11 @@ def embedding_scale(base: FrozenBase) -> float:
 
 
 @torch.no_grad()
-def our_logits(base: FrozenBase, prompt: Carried, question: str) -> Tensor:
-    """[T, V] float32: our own logits on every token of a question behind the prompt."""
-    row = Encoded(prompt.asked(question), (False,) * len(prompt.asked(question)))
-    ids_BT = torch.tensor([row.ids], device=base.device)
-    prefix = prefix_of(base, [prompt.stored.soft])
-    hidden = base.continue_from(prefix, torch.zeros(1, dtype=torch.long, device=base.device), ids_BT, torch.ones_like(ids_BT)).hidden_BTH
-    return base.logits(hidden[0]).float().cpu()
+def states_behind(base: FrozenBase, starts: Sequence[SoftPrompt], rows: Sequence[tuple[int, Sequence[int]]]) -> list[Tensor]:
+    """[T, H] of each text, row (start, ids) behind its start, read in one batch."""
+    width = max(len(ids) for _, ids in rows)
+    ids_BT = torch.tensor([[*ids, *[0] * (width - len(ids))] for _, ids in rows], device=base.device)
+    mask_BT = torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for _, ids in rows], device=base.device)
+    which_B = torch.tensor([start for start, _ in rows], device=base.device)
+    hidden_BTH = base.continue_from(prefix_of(base, starts), which_B, ids_BT, mask_BT).hidden_BTH
+    return [hidden_TH[: len(ids)] for hidden_TH, (_, ids) in zip(hidden_BTH, rows, strict=True)]

@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from softprompt.export.entries import QUESTIONS, Carried
+from softprompt.export.entries import QUESTIONS, Carried, states_behind
 from softprompt.model import FrozenBase
-from softprompt.prompt import SoftPrompt, no_prompt, prefix_of
+from softprompt.prompt import SoftPrompt, no_prompt
 
 TEXTS, LENGTH = 8, 64  # random texts that the states are taken from, half of them to find the row and half to judge it
 RIDGE = 1e-3
@@ -42,7 +42,7 @@ def silence(base: FrozenBase, prompts: Sequence[Carried]) -> Silence:
     if base.head.bias_V is not None:
         return Silence(torch.zeros(base.head.weight_VH.shape[1]), BIAS, "new tokens have a bias of -10000 in the head: never said")
     found_NH, judged_NH = _states(base, prompts)
-    mean_H, direction_H = base.head.weight_VH.float().mean(dim=0), _common_direction(found_NH)
+    mean_H, direction_H = base.head.weight_VH.mean(dim=0, dtype=torch.float32), _common_direction(found_NH)
     shares_N = judged_NH @ direction_H
     nearest = (shares_N.min() / shares_N.mean()).item()
     if not nearest > CERTAIN:
@@ -83,18 +83,9 @@ def _states(base: FrozenBase, prompts: Sequence[Carried]) -> tuple[Tensor, Tenso
     texts = torch.randint(len(base.tokenizer), (TEXTS, LENGTH), generator=generator).tolist()
     bare = no_prompt(base, prompts[0].stored.encoder.bos_id)
     starts: list[SoftPrompt] = [bare, *(prompt.stored.soft for prompt in prompts)]
-    halves = []
+    rows: list[list[tuple[int, Sequence[int]]]] = [[], []]
     for half in (0, 1):
-        rows = [(index % len(starts), text) for index, text in enumerate(texts[half::2])]
-        rows += [(index + 1, prompt.asked(question)) for index, prompt in enumerate(prompts) for question in QUESTIONS[half::2]]
-        halves.append(_read(base, starts, rows))
-    return halves[0], halves[1]
-
-
-def _read(base: FrozenBase, starts: Sequence[SoftPrompt], rows: Sequence[tuple[int, Sequence[int]]]) -> Tensor:
-    """[N, H] float32: the states of all texts, row (start, ids) behind its start, in one batch."""
-    width = max(len(ids) for _, ids in rows)
-    ids_BT = torch.tensor([[*ids, *[0] * (width - len(ids))] for _, ids in rows], device=base.device)
-    mask_BT = torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for _, ids in rows], device=base.device)
-    which_B = torch.tensor([start for start, _ in rows], device=base.device)
-    return base.continue_from(prefix_of(base, starts), which_B, ids_BT, mask_BT).hidden_BTH[mask_BT.bool()].float()
+        rows[half] += [(index % len(starts), text) for index, text in enumerate(texts[half::2])]
+        rows[half] += [(index + 1, prompt.asked(question)) for index, prompt in enumerate(prompts) for question in QUESTIONS[half::2]]
+    states = states_behind(base, starts, rows[0] + rows[1])
+    return torch.cat(states[: len(rows[0])]).float(), torch.cat(states[len(rows[0]) :]).float()

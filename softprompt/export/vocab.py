@@ -6,7 +6,7 @@ shard by shard. Everything is read back before the folder is put in its place.
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,9 +18,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from softprompt.errors import ArtifactError, ModelError
 from softprompt.export.chat import chat_ids, check_ids, extended_tokenizer
-from softprompt.export.entries import QUESTIONS, Carried, Exported, Goal, our_logits
+from softprompt.export.entries import QUESTIONS, Carried, Exported, Goal, states_behind
 from softprompt.export.silence import Silence, silence
-from softprompt.model import folder_of
+from softprompt.model import FrozenBase, folder_of
+from softprompt.offload import EVERYTHING
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 SKIPPED = (".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".safetensors", ".index.json")
@@ -48,10 +49,7 @@ def export(goal: Goal) -> Exported:
     _write_weights(source, goal, embeddings, head, ids, size, mute)
     tokenizer.save_pretrained(goal.draft)
     _write_settings(goal.draft, size, ids)
-    wanted, rounding = _wanted(goal, goal.rounded_to(_dtype(source, embeddings)))
-    device, dtype = goal.base.device, goal.base.dtype
-    goal.base.model.to("meta")  # one model in memory at a time: from here on the one that was written
-    checked = {"logits_relative_error": _read_back(goal, ids, wanted, device, dtype), "rounding_relative_error": rounding}
+    checked = _read_back(goal, ids, goal.rounded_to(_dtype(source, embeddings)))
     files = sorted(file.name for file in goal.draft.iterdir())
     return Exported("vocab", goal.base.name, goal.entries(ids), files, checked, (mute.note,))
 
@@ -181,41 +179,45 @@ def _write_settings(draft: Path, size: int, ids: list[int]) -> None:
 # ---- reading back --------------------------------------------------------------------------------------------------
 
 
-Wanted = list[tuple[Carried, str, Tensor]]  # of a prompt and a question: our logits [T, V] on the question's positions
-
-
-def _wanted(goal: Goal, rounded: Goal) -> tuple[Wanted, float]:
-    """What is to be read back, and the largest relative error of the logits that comes from rounding the rows to the table's precision."""
-    wanted, worst = [], 0.0
-    for exact, prompt in zip(goal.prompts, rounded.prompts, strict=True):
-        for question in QUESTIONS:
-            exact_TV, ours_TV = our_logits(goal.base, exact, question), our_logits(goal.base, prompt, question)
-            worst = max(worst, ((ours_TV - exact_TV).norm() / exact_TV.norm()).item())
-            wanted.append((prompt, question, ours_TV))
-    return wanted, worst
-
-
 @torch.no_grad()
-def _read_back(goal: Goal, ids: list[int], wanted: Wanted, device: torch.device, dtype: torch.dtype) -> float:
-    """Loads what was written as any user would and compares it with ours: ids of texts, logits of every position.
+def _read_back(goal: Goal, ids: list[int], rounded: Goal) -> dict[str, float]:
+    """Loads what was written through the classes that any user loads it with and compares it with ours: ids of texts, logits of every
+    position. `rounded`: the prompts as the table holds them.
 
-    Returns the largest relative error; raises ArtifactError where they differ.
+    Returns the largest relative error of the logits, and the part of ours that comes from rounding; raises ArtifactError where they
+    differ.
     """
     tokenizer = AutoTokenizer.from_pretrained(goal.draft)
     for prompt in goal.prompts:
         check_ids(prompt, tokenizer)
-    model = AutoModelForCausalLM.from_pretrained(goal.draft, dtype=dtype).to(device).eval()
-    worst, kept = 0.0, torch.ones(wanted[0][2].shape[1], dtype=torch.bool)
-    kept[[token for token in ids if token < len(kept)]] = False  # a spare row of the table had a logit of its own before
-    for prompt, question, ours_TV in wanted:
-        given = chat_ids(tokenizer, prompt, question)
-        theirs_TV = model(torch.tensor([given], device=device)).logits[0, -len(ours_TV) :].float().cpu()
-        deviation = ((theirs_TV[:, : len(kept)] - ours_TV)[:, kept].norm() / ours_TV[:, kept].norm()).item()
-        worst = max(worst, deviation)
-    tolerance = TOLERANCE.get(dtype, 0.05)
+    model = AutoModelForCausalLM.from_pretrained(goal.draft, dtype=goal.base.dtype, device_map=EVERYTHING, offload_folder=goal.spare).eval()
+    worst, rounding, tolerance = 0.0, 0.0, TOLERANCE.get(goal.base.dtype, 0.05)
+    for exact, prompt in zip(goal.prompts, rounded.prompts, strict=True):
+        for question, exact_TV, ours_TV in _ours(goal.base, exact, prompt):
+            given = torch.tensor([chat_ids(tokenizer, prompt, question)])
+            theirs_TV = model(given).logits[0, -len(ours_TV) :].float().cpu()
+            worst = max(worst, _relative_error(theirs_TV, ours_TV, ids))
+            rounding = max(rounding, _relative_error(ours_TV, exact_TV, ids))
     if not worst <= tolerance:
         raise ArtifactError(
             f"read back, the model's logits differ from ours by {worst:.1e} (allowed {tolerance:.0e}): {goal.base.name} cannot carry "
             "a prompt in its vocabulary"
         )
-    return worst
+    return {"logits_relative_error": worst, "rounding_relative_error": rounding}
+
+
+def _ours(base: FrozenBase, exact: Carried, rounded: Carried) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Of every question: our logits [T, V] on its tokens behind the prompt as it is, and as the table holds it."""
+    rows = [(start, exact.asked(question)) for question in QUESTIONS for start in (0, 1)]
+    states = states_behind(base, [exact.stored.soft, rounded.stored.soft], rows)
+    for index, question in enumerate(QUESTIONS):
+        exact_TV, rounded_TV = (base.logits(states_TH).float().cpu() for states_TH in states[2 * index : 2 * index + 2])
+        yield question, exact_TV, rounded_TV
+
+
+def _relative_error(logits_TV: Tensor, reference_TV: Tensor, ids: list[int]) -> float:
+    """Over the tokens of the base: a spare row of its table that a prompt took had a logit of its own before."""
+    kept = torch.ones(reference_TV.shape[1], dtype=torch.bool)
+    kept[[token for token in ids if token < len(kept)]] = False
+    difference = (logits_TV[:, : len(kept)] - reference_TV)[:, kept]
+    return (difference.norm() / reference_TV[:, kept].norm()).item()
