@@ -3,8 +3,9 @@
     python benchmarks/eval_speed.py --base FOLDER --prompt RUN --json FILE [--rows 64] [--labelled 1000] [--joined 1 4] [--pairs 3]
 
 The prompt is one that `softprompt demo` has trained; the rows that are answered are the demo's last held-out messages, with the
-limit of tokens and the stop texts of an evaluation. Three labels are scored for texts of so many of the demo's messages, joined. The
-sides take turns in one process; the ratios are medians of the pairs. Our greedy texts and losses must agree, or nothing is written; of
+limit of tokens and the stop texts of an evaluation. Three labels are scored for texts of so many of the demo's messages, joined, every
+text once by each side. The sides take turns in one process, with all answers or a block of labelled rows at a time; the ratios are
+medians of the pairs. Our greedy texts and losses must agree, or nothing is written; of
 PEFT's answers the share that agrees is written down, since rows that it pads on the left get other positions.
 """
 
@@ -12,6 +13,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -27,11 +29,13 @@ from softprompt.atomic import write_text
 from softprompt.config import ModelConfig
 from softprompt.contestants import Entry
 from softprompt.data import Example, Message, load_examples
+from softprompt.encode import Encoded
 from softprompt.likelihood import candidate_losses, row_losses
 from softprompt.memory import token_budget
 from softprompt.model import FrozenBase, load_base
 from softprompt.prompt import prefix_of
 
+BLOCK = 100  # labelled rows of one turn
 LABELS = ("delivery problem", "wrong article", "praise")
 DEMO = Path(softprompt.__file__).parent / "demo"
 
@@ -46,7 +50,7 @@ def main() -> None:
     parser.add_argument("--labelled", type=int, default=1000, help="rows to score labels of")
     parser.add_argument("--pairs", type=int, default=3)
     given = parser.parse_args()
-    base = load_base(ModelConfig(name=given.base))
+    base = load_base(ModelConfig(name=given.base, dtype="float32"))
     stored = load_prompt(given.prompt, base)
     result = {"machine": machine(), "virtual_tokens": stored.soft.length}
     messages = [example.messages[0].content for example in load_examples(str(DEMO / "train.jsonl")).examples]
@@ -54,7 +58,7 @@ def main() -> None:
         ["\n".join(messages[(row * joined + index) % len(messages)] for index in range(joined)) for row in range(given.labelled)]
         for joined in given.joined
     ]
-    result["labels"] = [labels(base, stored, some, given.pairs) for some in texts]
+    result["labels"] = [labels(base, stored, some) for some in texts]
     result |= answers(base, stored, load_examples(str(DEMO / "eval.jsonl")).examples[-given.rows :], find_prompt(given.prompt), given.pairs)
     write_text(given.json, json.dumps(result, indent=1) + "\n")
     print(json.dumps({key: value for key, value in result.items() if key != "machine"}, indent=1))
@@ -101,7 +105,7 @@ def answers(base: FrozenBase, stored: StoredPrompt, examples: Sequence[Example],
     }
 
 
-def labels(base: FrozenBase, stored: StoredPrompt, texts: Sequence[str], pairs: int) -> dict[str, Any]:
+def labels(base: FrozenBase, stored: StoredPrompt, texts: Sequence[str]) -> dict[str, Any]:
     """Three labels of every text: one reading of it for all, against each pair of text and label alone."""
     rows = [[Example((Message("user", text), Message("assistant", label)), "") for label in LABELS] for text in texts]
     candidates = [[stored.encoder.encode(one) for one in own] for own in rows]
@@ -109,13 +113,20 @@ def labels(base: FrozenBase, stored: StoredPrompt, texts: Sequence[str], pairs: 
     with torch.no_grad():
         prefix = prefix_of(base, [stored.soft])
 
-    def alone() -> torch.Tensor:
-        columns = [row_losses(base, prefix, column, budget) for column in zip(*candidates, strict=True)]
-        return torch.stack(columns, dim=1)
+    def shared(block: list[list[Encoded]]) -> torch.Tensor:
+        return candidate_losses(base, prefix, block, budget)
 
-    timed = take_turns({"shared": lambda: candidate_losses(base, prefix, candidates, budget), "alone": alone}, pairs)
-    seconds, losses = timed["seconds"], timed["values"]
-    difference = (losses["shared"] - losses["alone"]).abs().max().item()
+    def alone(block: list[list[Encoded]]) -> torch.Tensor:
+        return torch.stack([row_losses(base, prefix, column, budget) for column in zip(*block, strict=True)], dim=1)
+
+    seconds: dict[str, list[float]] = {"shared": [], "alone": []}
+    difference = 0.0
+    for first in range(0, len(candidates), BLOCK):
+        block = candidates[first : first + BLOCK]
+        timed = take_turns({"shared": partial(shared, block), "alone": partial(alone, block)}, 1)
+        for name, spent in timed["seconds"].items():
+            seconds[name] += spent
+        difference = max(difference, (timed["values"]["shared"] - timed["values"]["alone"]).abs().max().item())
     assert difference < 1e-3, difference
     return {
         "rows": len(texts),

@@ -131,6 +131,9 @@ def load_base(config: ModelConfig, *, layers_in_files: Path | None = None) -> Fr
     if getattr(model, "hf_quantizer", None) is not None and gguf_file is not None:
         model.hf_quantizer.remove_quantization_config(model)  # the weights are plain numbers by now
         keep_unpacked(model, tokenizer, _unpacked(config))
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):  # bitsandbytes' way for inference repacks 4-bit weights and has no gradient
+            module.support_avx512bf16_for_cpu = False
     if model.device != device_of(config.device):  # a quantised one is where it belongs and may not be moved
         model = model.to(device_of(config.device))
     return freeze(model, tokenizer, name if gguf_file is None else f"{name}/{gguf_file}")

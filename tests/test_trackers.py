@@ -65,9 +65,13 @@ def trackio(folder):
 def wandb(folder):
     from wandb.proto.wandb_internal_pb2 import Record
 
-    place = max((folder / "wandb").glob("offline-run-*"), key=lambda path: path.stat().st_mtime_ns)
-    scalars, tables = {}, {}
-    for record in map(Record.FromString, _records(next(place.glob("*.wandb")).read_bytes())):
+    place = (folder / "wandb" / "latest-run").resolve()
+    scalars, tables, records = {}, {}, []
+    deadline = time.monotonic() + 60
+    while not (records and records[-1].HasField("exit")):  # written by a process of W&B's own, which may lag behind
+        assert time.monotonic() < deadline, f"{place} has no end"
+        records = [Record.FromString(record) for record in _records(next(place.glob("*.wandb")).read_bytes())]
+    for record in records:
         for item in record.history.item:
             (name, *part), value = item.nested_key, json.loads(item.value_json)
             if part == ["path"]:
@@ -86,6 +90,8 @@ def _records(file):
             at += 32768 - at % 32768
             continue
         length, kind = int.from_bytes(file[at + 4 : at + 6], "little"), file[at + 6]
+        if at + 7 + length > len(file):
+            return
         parts += file[at + 7 : at + 7 + length]
         at += 7 + length
         if kind in (1, 4):
