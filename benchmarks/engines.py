@@ -61,7 +61,8 @@ def ours(prompts: Sequence[Path]) -> Answers:
     from softprompt.export.chat import frame
     from softprompt.export.entries import Carried
 
-    base, answers = load_base(read_card(prompts[0]).model_config_of_base), {}
+    config = read_card(prompts[0]).model_config_of_base.model_copy(update={"dtype": "float32", "device": "cpu"})
+    base, answers = load_base(config), {}
     for name, folder in named(prompts).items():
         stored = load_prompt(folder, base)
         said = generate(base, stored, QUESTIONS, Sampling(max_new_tokens=TOKENS))

@@ -27,7 +27,7 @@ def main() -> None:
     parser.add_argument("--base", action="append", required=True, metavar="NAME=FOLDER")
     parser.add_argument("--task", action="append", help="alpaca, sentiment, movies, demo; repeatable; left out, all of them")
     parser.add_argument("--recipe", action="append", help="a key of recipes.RECIPES; repeatable; left out, all of them")
-    parser.add_argument("--dtype", default="auto", help="model.dtype of all; the runs of one file should have one")
+    parser.add_argument("--dtype", default="auto", help="model.dtype of all; in a second precision a base needs a NAME of its own")
     parser.add_argument("--alpaca", type=Path, help="1,000 rows of instruction, input and output")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--results", required=True, type=Path, help="JSONL, a run per line")

@@ -35,7 +35,7 @@ class ModelConfig(Section):
     revision: str | None = None
     """Branch, tag or commit on the hub."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Precision of the base. auto: bfloat16 on a GPU that has it, else float32. The prompt is float32 always."""
+    """Precision of the base. auto: bfloat16 on a GPU or CPU that multiplies in it, else float32. The prompt is float32 always."""
     quantization: Literal["int8", "nf4"] | None = None
     """Hold the base's linear layers in 8 or 4 bits, through bitsandbytes. The head and the embeddings stay as they are."""
     device: str = "auto"
@@ -82,6 +82,9 @@ class DataConfig(Section):
         if self.eval is not None and self.eval_fraction:
             raise ValueError("set data.eval or data.eval_fraction, not both")
         return self
+
+
+USUAL_RATE = {"prompt": 0.2, "prefix": 0.05}  # optim.relative_lr by prompt.method: measured (LOG.md)
 
 
 class Member(Section):
@@ -144,9 +147,10 @@ class OptimConfig(Section):
 
     name: Literal["adamw", "adafactor", "lion", "row-normalized"] = "adamw"
     """AdamW, Adafactor as PyTorch has it, Lion, or a momentum whose rows have one size. Not yet measured against each other."""
-    relative_lr: Annotated[float, Field(gt=0, allow_inf_nan=False)] | Literal["find"] = 0.2
-    """Peak learning rate as a share of the RMS of the base's embedding rows: one value fits every base. "find": five rates are
-    tried for 20 steps, all at once, and the best is taken."""
+    relative_lr: Annotated[float, Field(gt=0, allow_inf_nan=False)] | Literal["find"] | None = None
+    """Peak learning rate as a share of the RMS of the base's embedding rows (of the start's keys and values for method = "prefix"):
+    one value fits every base. Left out: 0.2, and 0.05 for "prefix". "find": five rates are tried for 20 steps, all at once, and the
+    best is taken."""
     lr: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     """Peak learning rate as a plain number, in place of `relative_lr`."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
@@ -203,7 +207,7 @@ class Config(Section):
     train: TrainConfig = TrainConfig()
 
     def members(self) -> dict[str, "Config"]:
-        """The prompts of the run by name, each with the configuration that would train it alone. Raises ConfigError."""
+        """The prompts of the run by name, each with the configuration that would train it alone, its rate filled in. Raises ConfigError."""
         bank = self.prompt.bank or [
             Member(name=f"seed-{self.train.seed + index}", seed=self.train.seed + index) for index in range(self.prompt.count)
         ]
@@ -218,7 +222,10 @@ class Config(Section):
         tree["train"]["seed"] = self.train.seed if member.seed is None else member.seed
         if "bank" in member.prompt or "count" in member.prompt:
             raise ConfigError(f"prompt.bank, {member.name}: a prompt of a bank is one prompt: leave out count and bank")
-        return load_config(tree, where=f"prompt.bank, {member.name}")
+        alone = load_config(tree, where=f"prompt.bank, {member.name}")
+        if alone.optim.relative_lr is not None:
+            return alone
+        return alone.model_copy(update={"optim": alone.optim.model_copy(update={"relative_lr": USUAL_RATE[alone.prompt.method]})})
 
     def to_toml(self) -> str:
         """The resolved configuration; keys that are not set are left out."""

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from softprompt.artifact import load_prompt
+from softprompt.config import USUAL_RATE
 from softprompt.encode import Rows
 from softprompt.evaluation import held_out_loss, text_loss
 from softprompt.job import Entrant, Setup, prepare
@@ -47,6 +48,10 @@ class Case:
     held_out: Mapping[int, float]
     others: Mapping[str, float] = field(default_factory=dict)
     held_rows: Rows | None = None
+
+    @property
+    def usual_rate(self) -> float:
+        return USUAL_RATE["prefix" if self.deep else "prompt"]
 
     @property
     def movement(self) -> float:
@@ -101,7 +106,7 @@ def hardly_moved(case: Case) -> Iterator[str]:
     if case.movement < STILL:
         yield (
             f"the rows moved by {case.movement:.1%} of the embedding rows' RMS in {len(case.losses)} steps: "
-            f"optim.relative_lr = {case.relative_lr:.2g} is too low, 0.2 is usual; or train for more steps"
+            f"optim.relative_lr = {case.relative_lr:.2g} is too low, {case.usual_rate} is usual; or train for more steps"
         )
 
 
@@ -109,7 +114,7 @@ def ran_away(case: Case) -> Iterator[str]:
     if case.movement > FAR:
         yield (
             f"the rows are {case.movement:.0f} times the embedding rows' RMS away from their start: "
-            f"optim.relative_lr = {case.relative_lr:.2g} is too high, 0.2 is usual"
+            f"optim.relative_lr = {case.relative_lr:.2g} is too high, {case.usual_rate} is usual"
         )
 
 
@@ -207,7 +212,7 @@ def diagnose(run: str | Path, base: FrozenBase | None = None) -> dict[str, list[
 def case_of(events: Sequence[Mapping[str, Any]], index: int, entrant: Entrant, setup: Setup, rows_PH: Tensor) -> Case:
     """The case of a run's prompt number `index`, from the run's log."""
     optim, rms = entrant.config.optim, entrant.start.rms(setup.base)
-    assert optim.relative_lr != "find", "found before the run begins"
+    assert isinstance(optim.relative_lr, float), "filled in or found before the run begins"
     return Case(
         rows_PH=rows_PH,
         start_PH=entrant.start.rows_PH,

@@ -47,6 +47,13 @@ OPTIMIZERS: dict[str, Callable[[Groups], torch.optim.Optimizer]] = {
 }
 
 
+def _relative_rate(config: OptimConfig, rms: float) -> float:
+    if config.lr is not None:
+        return config.lr / rms
+    assert isinstance(config.relative_lr, float), "filled in, or found, before a run begins"
+    return config.relative_lr
+
+
 class RowOptimizer:
     """An optimizer without weight decay on the tensors of a Trainable.
 
@@ -56,12 +63,11 @@ class RowOptimizer:
     """
 
     def __init__(self, trained: Trainable, config: OptimConfig, num_steps: int, rms: float) -> None:
-        assert config.relative_lr != "find", "found before the run begins"
         self.trained = trained
         self.config = config
         self.num_steps = num_steps
         self.rms = rms
-        self.relative_peak = config.lr / rms if config.lr is not None else config.relative_lr
+        self.relative_peak = _relative_rate(config, rms)
         scaled = config.name != "adafactor"  # which multiplies the rate by the RMS of the tensor itself
         groups: Groups = [
             {"params": [tensor], "lr": self.relative_peak, "scale": trained.scales[name] if scaled else 1.0}
