@@ -118,7 +118,10 @@ def report(runs_by_key: Runs) -> str:
     lines = [
         "# Results",
         "",
-        "Made by `benchmarks/quality.py`: mean over the seeds, and their standard deviation where there are several.",
+        "Made by `benchmarks/quality.py`: mean over the seeds, and their standard deviation where there are several. Of a recipe with a",
+        "grid of rates the best of the first seed. Seconds are those of shared cores, and tell orders of magnitude.",
+        "",
+        "![held-out loss against steps and against seconds](results.png)",
         "",
     ]
     for (base, task), recipes in grouped(runs_by_key).items():
@@ -140,21 +143,22 @@ def _spread(values: list[float], digits: int) -> str:
 
 
 def draw(runs: Runs, path: Path) -> None:
-    """Held-out loss against steps (above) and against seconds of training (below), a column for each base and task."""
+    """Held-out loss of the first seed against steps (left) and against seconds of training (right), a line of pictures for each base
+    and task with three recipes or more. What comes before the first evaluation in training is left out where it is higher."""
     from matplotlib.figure import Figure
 
-    groups = grouped(runs)
-    figure = Figure(figsize=(6.5 * len(groups), 10), layout="constrained")
-    grid = figure.subplots(2, len(groups), squeeze=False)
-    for column, ((base, task), recipes) in enumerate(groups.items()):
-        for row, (label, index) in enumerate((("steps", 0), ("seconds of training", 1))):
-            axes = grid[row, column]
+    groups = {where: recipes for where, recipes in grouped(runs).items() if len(recipes) > 2}
+    figure = Figure(figsize=(14, 4.5 * len(groups)), layout="constrained")
+    for row, ((base, task), recipes) in zip(figure.subplots(len(groups), 2, squeeze=False), groups.items(), strict=True):
+        trained = [loss for found in recipes.values() for *_, loss in found[0]["curve"][1:]]
+        room = 0.05 * (max(trained) - min(trained))
+        for axes, label, index in zip(row, ("steps", "seconds of training"), (0, 1), strict=True):
             for recipe, found in recipes.items():
                 axes.plot([point[index] for point in found[0]["curve"]], [point[2] for point in found[0]["curve"]], label=recipe)
-            axes.set(xlabel=label, ylabel="held-out loss", title=f"{task}, {base}" if row == 0 else "")
+            axes.set(xlabel=label, ylabel="held-out loss", title=f"{task}, {base}", ylim=(min(trained) - room, max(trained) + room))
             axes.grid(alpha=0.3)
-    grid[0, 0].legend(fontsize="small")
-    figure.savefig(path, dpi=110)
+        row[1].legend(fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5))
+    figure.savefig(path, dpi=80)
 
 
 if __name__ == "__main__":
