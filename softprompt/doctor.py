@@ -19,6 +19,7 @@ from softprompt.encode import Rows
 from softprompt.evaluation import held_out_loss, text_loss
 from softprompt.job import Entrant, Setup, prepare
 from softprompt.model import FrozenBase, load_base
+from softprompt.optim import relative_rate
 from softprompt.prompt import DeepPrompt, SoftPrompt, no_prompt
 from softprompt.runlog import RunFolder
 
@@ -211,14 +212,13 @@ def diagnose(run: str | Path, base: FrozenBase | None = None) -> dict[str, list[
 
 def case_of(events: Sequence[Mapping[str, Any]], index: int, entrant: Entrant, setup: Setup, rows_PH: Tensor) -> Case:
     """The case of a run's prompt number `index`, from the run's log."""
-    optim, rms = entrant.config.optim, entrant.start.rms(setup.base)
-    assert isinstance(optim.relative_lr, float), "filled in or found before the run begins"
+    rms = entrant.start.rms(setup.base)
     return Case(
         rows_PH=rows_PH,
         start_PH=entrant.start.rows_PH,
         rms=rms,
         rows=setup.rows,
-        relative_lr=optim.relative_lr if optim.lr is None else optim.lr / rms,
+        relative_lr=relative_rate(entrant.config.optim, rms),
         deep=isinstance(entrant.start, DeepPrompt),
         losses=[event["losses"][index] for event in events if event["event"] == "step"],
         held_out={event["step"]: event["losses"][index] for event in events if event["event"] == "evaluated"},

@@ -47,7 +47,8 @@ OPTIMIZERS: dict[str, Callable[[Groups], torch.optim.Optimizer]] = {
 }
 
 
-def _relative_rate(config: OptimConfig, rms: float) -> float:
+def relative_rate(config: OptimConfig, rms: float) -> float:
+    """The peak rate as a share of `rms`, whichever way it is given."""
     if config.lr is not None:
         return config.lr / rms
     assert isinstance(config.relative_lr, float), "filled in, or found, before a run begins"
@@ -67,7 +68,7 @@ class RowOptimizer:
         self.config = config
         self.num_steps = num_steps
         self.rms = rms
-        self.relative_peak = _relative_rate(config, rms)
+        self.relative_peak = relative_rate(config, rms)
         scaled = config.name != "adafactor"  # which multiplies the rate by the RMS of the tensor itself
         groups: Groups = [
             {"params": [tensor], "lr": self.relative_peak, "scale": trained.scales[name] if scaled else 1.0}
