@@ -1,4 +1,4 @@
-"""Does it learn? Ours and PEFT's methods on the same rows, steps and seeds; held-out loss and accuracy.
+"""Does it learn? Ours and PEFT's methods on the same rows, steps and seeds; held-out loss and accuracy (exact match on the demo).
 
     python benchmarks/quality.py --base gemma=FOLDER --base smollm=FOLDER --alpaca FILE --results FILE --report docs/results.md
                                  [--task NAME ...] [--recipe NAME ...] [--seeds 3]

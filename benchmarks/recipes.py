@@ -8,7 +8,8 @@ schedule; P-tuning, prefix tuning and LoRA are PEFT's own modules in a plain loo
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from statistics import mean
 from typing import Any
 
 import peft
@@ -17,9 +18,12 @@ from tasks import Task
 from torch import Tensor
 
 from softprompt import init
+from softprompt.answers import first_answer, limit_of, stops_of
 from softprompt.artifact import load_prompt
 from softprompt.batch import batches, order_of_rows
 from softprompt.config import Config, load_config
+from softprompt.data import Example
+from softprompt.decode import Question, Sampling, decode_whole
 from softprompt.encode import Encoded, Rows, load_rows, make_encoder
 from softprompt.events import Evaluated, Finished, Started, Step
 from softprompt.job import with_absolute_paths
@@ -48,12 +52,14 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Outcome:
-    """`curve`: (step, seconds of training, held-out loss); accuracy only for labelled tasks."""
+    """`curve`: (step, seconds of training, held-out loss). `accuracy`: of a labelled task the share of test rows whose own label is the
+    likeliest, of one with one right answer (`Task.exact`) the share of greedy answers that are it. `findings`: the doctor's."""
 
     curve: list[tuple[int, float, float]]
     test_loss: float
     accuracy: float | None
     num_trainable: int
+    findings: tuple[str, ...] = ()
 
 
 def peft_noise(material: init.Material, room: int) -> init.Start:
@@ -151,7 +157,8 @@ def _ours(recipe: Recipe, task: Task, config: Config, base: FrozenBase) -> Outco
         init.SOURCES.update(before)
     with torch.no_grad():
         prefix = prefix_of(base, [load_prompt(result["prompt"], base).soft])
-    return _scored(task, config, base, prefix, list, curve, num_trainable)
+    outcome = _scored(task, config, base, prefix, list, curve, num_trainable)
+    return replace(outcome, findings=tuple(result["findings"]))
 
 
 def _scored(
@@ -163,17 +170,33 @@ def _scored(
     curve: list[tuple[int, float, float]],
     num_trainable: int,
 ) -> Outcome:
-    """Loss on the test rows and, for a labelled task, the share of them whose own label is the likeliest of all labels."""
-    if not task.labelled:  # their held-out rows are the test rows
+    """Loss on the test rows, and the share of them that are right."""
+    if task.held == task.test:
         return Outcome(curve, min(point[2] for point in curve), None, num_trainable)
     encoder = make_encoder(base.tokenizer, config.data.template)
     test = config.model_copy(update={"data": config.data.model_copy(update={"train": str(task.test), "eval": None})})
     rows, _ = load_rows(test, encoder)
+    if not task.labelled:
+        encoded = read(rows.encoded)
+        loss = row_losses(base, prefix, encoded, TOKENS).sum().item() / rows.num_supervised
+        right = _share_answered(base, prefix, encoded, rows.examples, stops_of([encoder], rows.examples)) if task.exact else None
+        return Outcome(curve, loss, right, num_trainable)
     candidates_RC = [read([encoder.encode(example.answered(label)) for label in rows.labels]) for example in rows.examples]
     losses_RC = candidate_losses(base, prefix, candidates_RC, TOKENS)
     own_R = torch.tensor([rows.labels.index(str(example.label)) for example in rows.examples])
     loss = losses_RC.gather(1, own_R[:, None]).sum().item() / rows.num_supervised
     return Outcome(curve, loss, (losses_RC.argmin(dim=1) == own_R).double().mean().item(), num_trainable)
+
+
+def _share_answered(base: FrozenBase, prefix: Prefix, rows: Sequence[Encoded], examples: Sequence[Example], stops: Sequence[str]) -> float:
+    """Of the rows, those whose greedy answer is their response."""
+
+    def said(ids: Sequence[int]) -> tuple[str, bool]:
+        return first_answer(base.tokenizer.decode(ids, skip_special_tokens=True), stops)
+
+    questions, sampling = [Question((0,), (row.question,)) for row in rows], Sampling(max_new_tokens=limit_of(rows))
+    answers = decode_whole(base, prefix, questions, sampling, lambda ids: said(ids)[1])
+    return mean(said(ids)[0] == examples[number].response.strip() for number, ids, _ in answers)
 
 
 TOKENS = 512

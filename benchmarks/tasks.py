@@ -21,7 +21,8 @@ csv.field_size_limit(2**24)
 
 @dataclass(frozen=True)
 class Task:
-    """`text`: what a text prompt says, and where prompts with text init start. `labelled`: accuracy by likelihood is measured."""
+    """`text`: what a text prompt says, and where prompts with text init start. `labelled`: accuracy by likelihood is measured;
+    `exact`: greedy answers are compared with the responses."""
 
     name: str
     train: Path
@@ -33,6 +34,7 @@ class Task:
     examples_per_step: int
     max_length: int
     virtual_tokens: int
+    exact: bool = False
 
 
 TRAIN, HELD, TEST = 1000, 200, 800
@@ -80,8 +82,9 @@ def _demo(cache: Path, alpaca: Path | None) -> Task:
 
     folder = Path(softprompt.__file__).parent / "demo"
     config = load_config(folder / "demo.toml")
-    train, held = folder / "train.jsonl", folder / "eval.jsonl"
-    return Task("demo", train, held, held, str(config.prompt.text), False, steps=50, examples_per_step=8, max_length=192, virtual_tokens=59)
+    files = (folder / "train.jsonl", Path(f"{folder / 'eval.jsonl'}[:64]"), Path(f"{folder / 'eval.jsonl'}[64:]"))
+    size = {"steps": 50, "examples_per_step": 8, "max_length": 192, "virtual_tokens": 59}
+    return Task("demo", *files, str(config.prompt.text), False, **size, exact=True)
 
 
 MAKERS: dict[str, Callable[[Path, Path | None], Task]] = {"alpaca": _alpaca, "sentiment": _sentiment, "movies": _movies, "demo": _demo}

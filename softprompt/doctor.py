@@ -1,7 +1,8 @@
 """What is wrong with a run, each finding in a sentence with its number and what to do.
 
-`examine` looks at what a run leaves anyway and is part of every run's result; `softprompt doctor RUN` also measures what the
-prompt has to beat on the held-out rows: the bare base, the text prompt, its own rows in reverse order, and noise.
+`warnings` looks at a run before its first step and while it goes on. `examine` looks at what a run leaves anyway and is part of
+every run's result; `softprompt doctor RUN` also measures what the prompt has to beat on the held-out rows: the bare base, the text
+prompt, its own rows in reverse order, and noise.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -177,21 +178,16 @@ def dead_rows(case: Case) -> Iterator[str]:
         yield f"{dead} of {len(moved_P)} rows hardly moved: no text looks back that far (a sliding window); shorten prompt.length"
 
 
-CHECKS: tuple[Callable[[Case], Iterator[str]], ...] = (
-    same_to_the_model,
-    cut_answers,
-    unusable_rows,
-    in_both_splits,
-    hardly_moved,
-    ran_away,
-    spikes,
-    no_better_than_before,
-    overfitted,
-    beaten,
-    says_nothing,
-    alike,
-    dead_rows,
-)
+Check = Callable[[Case], Iterator[str]]
+OF_THE_DATA: tuple[Check, ...] = (same_to_the_model, cut_answers, unusable_rows, in_both_splits)
+UNDERWAY: tuple[Check, ...] = (hardly_moved, ran_away, spikes, no_better_than_before, alike)
+CHECKS: tuple[Check, ...] = (*OF_THE_DATA, *UNDERWAY, overfitted, beaten, says_nothing, dead_rows)
+
+
+def warnings(case: Case) -> dict[str, str]:
+    """What can be said before the run is over, by check: of its data before the first step, and of the training from then on."""
+    checks = UNDERWAY if case.losses else OF_THE_DATA
+    return {check.__name__: finding for check in checks for finding in check(case)}
 
 
 # ---- a finished run, with what its prompts have to beat ------------------------------------------------------------

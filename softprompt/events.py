@@ -82,6 +82,15 @@ class Evaluated:
 
 
 @dataclass(frozen=True)
+class Warned:
+    """The doctor found something after `step` steps, before the run is over; every finding is reported once for a prompt."""
+
+    step: int
+    prompt: str
+    finding: str
+
+
+@dataclass(frozen=True)
 class Saved:
     """A checkpoint was written."""
 
@@ -96,4 +105,4 @@ class Finished:
     result: dict[str, Any]
 
 
-Event = Searching | Found | Started | Step | Evaluated | Saved | Finished
+Event = Searching | Found | Started | Step | Evaluated | Warned | Saved | Finished

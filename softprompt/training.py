@@ -25,10 +25,10 @@ from softprompt.batch import order_of_rows
 from softprompt.checkpoint import Progress, prompt_folder, save_checkpoint
 from softprompt.config import Config, Member
 from softprompt.decode import Question, Sampling, decode_whole
-from softprompt.doctor import case_of, examine
+from softprompt.doctor import case_of, examine, warnings
 from softprompt.errors import ConfigError, RunError
 from softprompt.evaluation import held_out_loss
-from softprompt.events import Evaluated, Event, Finished, Found, Saved, Searching, Started, Step
+from softprompt.events import Evaluated, Event, Finished, Found, Saved, Searching, Started, Step, Warned
 from softprompt.inspection import inspect
 from softprompt.job import Job, Trainee, data_card, data_facts, prepare, start_job, with_absolute_paths
 from softprompt.model import FrozenBase, load_base
@@ -103,6 +103,8 @@ def _run(job: Job, progress: Progress) -> Iterator[Event]:
             evaluated, progress = _evaluate(job, progress)
             track.numbers({"eval_loss": evaluated.loss}, 0)
             yield evaluated
+        if progress.step == 0:
+            yield from _warnings(job, progress)
         while not _ended(job, progress):
             step, progress = _step(job, progress)
             job.run.log("step", **asdict(step))
@@ -113,6 +115,8 @@ def _run(job: Job, progress: Progress) -> Iterator[Event]:
                 track.numbers({"eval_loss": evaluated.loss}, progress.step)
                 yield evaluated
             ended = _ended(job, progress)
+            if not ended and progress.step % job.eval_every == 0:
+                yield from _warnings(job, progress)
             if ended or progress.step % job.config.train.save_every == 0 or interrupted():
                 prompts = {one.name: (one.shown, one.state(), _card(job, one, one.shown, progress)) for one in job.trainees}
                 yield Saved(progress.step, save_checkpoint(job.run.checkpoints, progress, prompts, job.base))
@@ -186,6 +190,18 @@ def _evaluate(job: Job, progress: Progress) -> tuple[Evaluated, Progress]:
     evaluated = Evaluated(progress.step, fmean(losses), tuple(losses))
     job.run.log("evaluated", **asdict(evaluated))
     return evaluated, replace(progress, scores=scores)
+
+
+def _warnings(job: Job, progress: Progress) -> Iterator[Warned]:
+    """What the doctor finds at this step and has not said before; the run's log remembers it, also over a resume."""
+    events = job.run.events()
+    known = {(event["prompt"], event["check"]) for event in events if event["event"] == "warned"}
+    for index, one in enumerate(job.trainees):
+        case = case_of(events, index, job.entrants[one.name], job, one.shown.rows_PH)
+        for check, finding in warnings(case).items():
+            if (one.name, check) not in known:
+                job.run.log("warned", progress.step, prompt=one.name, check=check, finding=finding)
+                yield Warned(progress.step, one.name, finding)
 
 
 def _started(job: Job, progress: Progress) -> Started:

@@ -193,6 +193,30 @@ def test_the_speed_of_an_evaluation_from_end_to_end(tmp_path, monkeypatch, make_
         assert one["alone_over_shared"] > 0
 
 
+@pytest.mark.parametrize(
+    "setup", ["rate 100 times too low", "rate 100 times too high", "template without the question", "answers beyond max_length"]
+)
+def test_a_broken_set_up_is_named(bases, quality_task, setup):
+    import broken
+
+    found = broken.tried(setup, quality_task, bases(), 12)
+    assert broken.named(setup, found["findings"])
+    assert not broken.named("sound", found["findings"])
+    page = broken.report({f"tiny/reviews/{setup}": {"steps": 12, **found}})
+    assert f"| tiny | reviews | {setup} | 12 | yes |" in page
+
+
+def test_exact_answers_are_counted(bases, quality_task, tmp_path):
+    """An answer is right when it is the response to the letter; the prompt that says them was trained on these rows."""
+    import recipes
+
+    rows = tiny.write_rows(tmp_path / "rows.jsonl", [{"prompt": "say", "completion": "aa"}] * 4)
+    task = replace(quality_task, train=rows, held=rows, test=Path(f"{rows}[:2]"), labelled=False, exact=True, steps=60)
+    learned = recipes.run_recipe(recipes.RECIPES["softprompt"], task, bases(), bases, None, 0, str(tmp_path / "run"))
+    bare = recipes.run_recipe(recipes.RECIPES["PEFT as in the tutorial"], task, bases(), bases, None, 0, str(tmp_path / "other"))
+    assert (learned.accuracy, bare.accuracy) == (1.0, 0.0)
+
+
 # ---- contestants ---------------------------------------------------------------------------------------------------
 
 

@@ -10,6 +10,8 @@ import torch
 from softprompt.doctor import BARE, NOISE, REVERSED, TEXT, Case, diagnose, examine
 from softprompt.encode import Encoded, Rows
 from softprompt.errors import DataError, RunError
+from softprompt.events import Warned
+from softprompt.runlog import RunFolder
 from softprompt.training import train
 
 LONG = ("train.steps=60", "train.eval_every=20")
@@ -70,6 +72,40 @@ def test_rows_beyond_a_sliding_window_are_dead(make_config, tmp_path):
 def test_a_run_that_is_not_finished_is_refused(make_config, tmp_path):
     with pytest.raises(RunError, match="not a run folder"):
         diagnose(tmp_path / "nowhere")
+
+
+# ---- while a run goes on -------------------------------------------------------------------------------------------
+
+
+def warned(config):
+    return [(event.step, event.finding) for event in train(config) if isinstance(event, Warned)]
+
+
+def test_a_sound_run_is_not_warned(make_config, fresh):
+    assert warned(make_config(*LONG, fresh)) == []
+
+
+def test_what_the_data_shows_is_said_before_the_first_step(make_config):
+    ((step, finding),) = warned(make_config("train.steps=4", "train.eval_every=2"))
+    assert step == 0
+    assert "7 of 7 held-out rows are training rows too" in finding
+
+
+def test_a_rate_that_is_too_low_is_said_once_and_while_there_is_time(make_config, fresh, tmp_path):
+    config = make_config(*LONG, fresh, "optim.relative_lr=0.0005", "train.save_every=20")
+    said = warned(config)
+    assert [step for step, _ in said] == [20, 20]  # it hardly moves, and it learns nothing
+    assert "optim.relative_lr = 0.0005 is too low" in said[0][1]
+    assert "nothing was learned" in said[1][1]
+    assert sum(event["event"] == "warned" for event in RunFolder.reopen(tmp_path / "run").events()) == 2
+
+
+def test_a_resumed_run_is_not_warned_again(make_config, fresh, tmp_path):
+    config = make_config(*LONG, fresh, "optim.relative_lr=0.0005", "train.save_every=20")
+    tiny.stop_after(config, 25)
+    said = [event for event in train(RunFolder.reopen(tmp_path / "run").config(), resume=True) if isinstance(event, Warned)]
+    assert said == []
+    assert sum(event["event"] == "warned" for event in RunFolder.reopen(tmp_path / "run").events()) == 2
 
 
 # ---- single checks, on numbers -------------------------------------------------------------------------------------

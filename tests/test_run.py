@@ -32,8 +32,8 @@ def events_of(run: Path) -> list[dict]:
     return [{key: value for key, value in line.items() if key not in clock} for line in lines]
 
 
-def test_events_come_in_order(make_config):
-    events = list(train(make_config("train.steps=4", "train.eval_every=2", "train.save_every=2")))
+def test_events_come_in_order(make_config, fresh):
+    events = list(train(make_config(fresh, "train.steps=4", "train.eval_every=2", "train.save_every=2")))
     kinds = [type(event) for event in events]
     assert kinds == [Started, Evaluated, Step, Step, Evaluated, Saved, Step, Step, Evaluated, Saved, Finished]
 
@@ -199,8 +199,8 @@ def test_nothing_is_written_when_the_set_up_is_wrong(make_config, monkeypatch):
         assert not Path(config.train.out).exists()
 
 
-def test_the_run_folder_tells_what_ran(make_config):
-    config = make_config("train.steps=2")
+def test_the_run_folder_tells_what_ran(make_config, fresh):
+    config = make_config("train.steps=2", fresh)
     list(train(config))
     run = Path(config.train.out)
     assert load_config(run / "config.toml").train.steps == 2

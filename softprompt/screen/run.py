@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 def draw_run(events: "Iterable[Event]", log_every: int) -> None:
     """Follows a run to its end: a bar with loss, tokens per second and time left, and a line for what matters."""
-    from softprompt.events import Evaluated, Finished, Found, Saved, Searching, Started, Step
+    from softprompt.events import Evaluated, Finished, Found, Saved, Searching, Started, Step, Warned
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[now]}"), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as progress:
@@ -43,6 +43,8 @@ def draw_run(events: "Iterable[Event]", log_every: int) -> None:
                         )
                 case Evaluated():
                     console.print(f"step {event.step:>5}  [bold]held-out loss {event.loss:.4f}[/]")
+                case Warned():
+                    console.print(f"step {event.step:>5}  [yellow]{escape(event.finding)}[/]")
                 case Saved():
                     progress.update(bar, completed=event.step)
                 case Finished():
