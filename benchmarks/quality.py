@@ -1,7 +1,7 @@
 """Does it learn? Ours and PEFT's methods on the same rows, steps and seeds; held-out loss and accuracy (exact match on the demo).
 
     python benchmarks/quality.py --base gemma=FOLDER --base smollm=FOLDER --alpaca FILE --results FILE --report docs/results.md
-                                 [--task NAME ...] [--recipe NAME ...] [--seeds 3]
+                                 [--task NAME ...] [--recipe NAME ...] [--rate RATE] [--seeds 3]
 
 Every finished run becomes a line of the file at once, and a run that the file holds already is not repeated; several processes
 may add to one file, each with tasks or recipes of its own. A recipe with a grid of rates is searched on the first seed, by the
@@ -27,6 +27,7 @@ def main() -> None:
     parser.add_argument("--base", action="append", required=True, metavar="NAME=FOLDER")
     parser.add_argument("--task", action="append", help="alpaca, sentiment, movies, demo; repeatable; left out, all of them")
     parser.add_argument("--recipe", action="append", help="a key of recipes.RECIPES; repeatable; left out, all of them")
+    parser.add_argument("--rate", type=float, help="of a grid this rate alone; a later run without it searches the rest")
     parser.add_argument("--dtype", default="auto", help="model.dtype of all; in a second precision a base needs a NAME of its own")
     parser.add_argument("--alpaca", type=Path, help="1,000 rows of instruction, input and output")
     parser.add_argument("--seeds", type=int, default=3)
@@ -64,8 +65,10 @@ def train_all(given: argparse.Namespace) -> None:
         base = load_base(config)
         for task in tasks:
             for recipe in given.recipe or list(RECIPES):
-                runs = read(given.results)
-                for rate, seed in _points(RECIPES[recipe].rates, given.seeds, runs, f"{name}/{task.name}/{recipe}"):
+                runs, rates = read(given.results), RECIPES[recipe].rates
+                if given.rate and rates:
+                    rates = (given.rate,)
+                for rate, seed in _points(rates, given.seeds, runs, f"{name}/{task.name}/{recipe}"):
                     key = f"{name}/{task.name}/{recipe}/{rate}/{seed}"
                     if key not in runs:
                         with tempfile.TemporaryDirectory() as out:

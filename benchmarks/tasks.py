@@ -92,7 +92,7 @@ MAKERS: dict[str, Callable[[Path, Path | None], Task]] = {"alpaca": _alpaca, "se
 
 def _labelled(cache: Path, name: str, rows: list[dict[str, Any]], text: str) -> Task:
     files = _write(cache, name, rows[:TRAIN], rows[TRAIN : TRAIN + HELD], rows[TRAIN + HELD : TRAIN + HELD + TEST])
-    return Task(name, *files, text, True, steps=63, examples_per_step=16, max_length=160, virtual_tokens=16)
+    return Task(name, *files, text, True, steps=94, examples_per_step=32, max_length=160, virtual_tokens=16)
 
 
 def _balanced(sides: dict[str, Iterable[str]]) -> list[dict[str, Any]]:
