@@ -82,7 +82,6 @@ RECIPES = {
     "softprompt, random init": Recipe(("prompt.init=random",)),
     "softprompt, vocab init": Recipe(("prompt.init=vocab",)),
     "softprompt, labels then text": Recipe(('prompt.init=["labels", "text", "vocab"]',)),
-    "softprompt, first half of the steps": Recipe(until=1 / 2),
     "softprompt, residual MLP, first half of the steps": Recipe(("prompt.reparam=residual-mlp",), until=1 / 2),
     "softprompt, low rank, first half of the steps": Recipe(("prompt.reparam=low-rank",), until=1 / 2),
     "softprompt, superposition, first half of the steps": Recipe(("prompt.reparam=superpos",), until=1 / 2),

@@ -168,8 +168,8 @@ class TrainConfig(Section):
 
     examples_per_step: Positive = 16
     """Examples that make one optimizer step. How they are cut into micro-batches never changes the gradient."""
-    epochs: Positive = 1
-    """Passes over the rows; not used when `steps` is set."""
+    epochs: Positive | None = None
+    """Passes over the rows; not used when `steps` is set. Left out: one, or as many as make about 200 steps, ten at most."""
     steps: Positive | None = None
     """Optimizer steps."""
     seed: int = 0

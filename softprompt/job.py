@@ -25,6 +25,7 @@ from softprompt.runlog import RunFolder
 from softprompt.show import summarize
 from softprompt.step import Engine
 
+USUAL_STEPS, MOST_EPOCHS = 200, 10  # where epochs is not set: a prompt needs steps, however few rows there are (LOG.md)
 EVALUATIONS, EVAL_APART = 4, 10  # over a run where eval_every is not set, and the fewest steps between two
 
 
@@ -177,7 +178,13 @@ def _vocabulary(base: FrozenBase, like: SoftPrompt, seed: int, count: int) -> Te
 
 def count_steps(config: Config, num_rows: int) -> int:
     """Optimizer steps of a run; the last one of an epoch-counted run may be smaller."""
-    return config.train.steps or -(-num_rows * config.train.epochs // config.train.examples_per_step)
+    return config.train.steps or -(-count_examples(config, num_rows) // config.train.examples_per_step)
+
+
+def count_examples(config: Config, num_rows: int) -> int:
+    """Examples of an epoch-counted run."""
+    usual = round(USUAL_STEPS * config.train.examples_per_step / num_rows)
+    return num_rows * (config.train.epochs or min(max(1, usual), MOST_EPOCHS))
 
 
 def resolve_position(config: Config, encoder: Encoder) -> str:

@@ -30,7 +30,7 @@ from softprompt.errors import ConfigError, RunError
 from softprompt.evaluation import held_out_loss
 from softprompt.events import Evaluated, Event, Finished, Found, Saved, Searching, Started, Step, Warned
 from softprompt.inspection import inspect
-from softprompt.job import Job, Trainee, data_card, data_facts, prepare, start_job, with_absolute_paths
+from softprompt.job import Job, Trainee, count_examples, data_card, data_facts, prepare, start_job, with_absolute_paths
 from softprompt.model import FrozenBase, load_base
 from softprompt.prompt import SoftPrompt, prefix_of
 from softprompt.runlog import RunFolder
@@ -324,7 +324,7 @@ def _interrupt_after_step() -> Iterator[Any]:
 
 def _examples_of_step(config: Config, num_rows: int, step: int) -> int:
     size = config.train.examples_per_step
-    return size if config.train.steps else min(size, num_rows * config.train.epochs - step * size)
+    return size if config.train.steps else min(size, count_examples(config, num_rows) - step * size)
 
 
 def peak_bytes(device: torch.device) -> int:

@@ -50,6 +50,7 @@ def make_config(tmp_path: Path, bases: Callable[..., FrozenBase]) -> Callable[..
             "prompt.text=Repeat the drink.",
             "optim.relative_lr=0.25",
             "train.examples_per_step=4",
+            "train.epochs=1",
             f"train.out={tmp_path / 'run'}",
         ]
         return load_config(None, [*own, *overrides])

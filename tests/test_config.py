@@ -66,7 +66,7 @@ def test_a_missing_file_is_named(tmp_path):
 
 def test_overrides_win_over_the_file_and_the_file_over_the_defaults(tmp_path):
     config = load_config(write(tmp_path, "[train]\nsteps = 5\nseed = 7\n"), ["train.steps=6", "train.steps=8"])
-    assert (config.train.steps, config.train.seed, config.train.epochs) == (8, 7, 1)
+    assert (config.train.steps, config.train.seed, config.train.epochs) == (8, 7, None)
 
 
 def test_overrides_leave_the_given_mapping_alone():

@@ -43,10 +43,24 @@ def test_epochs_make_steps(make_config):
     assert (started.num_train, started.num_steps) == (24, 10)
 
 
-def test_ten_thousand_rows_make_625_steps():
+@pytest.mark.parametrize(
+    ("num_rows", "steps"),
+    [(10_000, 625), (3_300, 207), (2_000, 250), (1_000, 188), (100, 63)],  # one pass, one, two, three, ten
+)
+def test_few_rows_are_seen_more_than_once(num_rows, steps):
     from softprompt.job import count_steps
 
-    assert count_steps(load_config(None, ["train.examples_per_step=16"]), 10_000) == 625
+    assert count_steps(load_config(), num_rows) == steps
+    assert count_steps(load_config(None, ["train.epochs=1"]), num_rows) == -(-num_rows // 16)
+
+
+def test_whole_passes_are_made_where_nothing_is_said(make_config):
+    tree = make_config("train.examples_per_step=5").model_dump(exclude_none=True)
+    del tree["train"]["epochs"]
+    *events, finished = train(load_config(tree))
+    steps = [event for event in events if isinstance(event, Step)]
+    assert len(steps) == 48  # 24 rows ten times, five a step
+    assert finished.result["prompts"]["seed-0"]["train_loss"] < steps[0].loss
 
 
 def test_same_seed_same_bits(make_config, tmp_path):
