@@ -69,7 +69,9 @@ def tried(setup: str, task: Task, base: Any, steps: int) -> dict[str, Any]:
     from softprompt.events import Warned
 
     with tempfile.TemporaryDirectory() as out:
-        config = make_config(Recipe((*SETUPS[setup][0], f"train.steps={steps}")), task, base, None, 0, f"{out}/run")
+        config = make_config(
+            Recipe((*SETUPS[setup][0], f"train.steps={steps}", f"train.eval_every={steps // 2}")), task, base, None, 0, f"{out}/run"
+        )
         early: list[tuple[int, str]] = []
         try:
             for event in softprompt.train(config, base=base):
