@@ -41,7 +41,6 @@ from softprompt.model import FrozenBase, load_base
 from softprompt.optim import RowOptimizer
 from softprompt.precise import wide
 from softprompt.prompt import SoftPrompt
-from softprompt.reparam import Ground, plain
 from softprompt.step import Engine, step_gradients
 
 TOKENS_PER_BATCH = 512
@@ -105,14 +104,13 @@ def follow(full: FrozenBase, half: FrozenBase, given: argparse.Namespace) -> Ite
     encoder = make_encoder(full.tokenizer, Config().data.template)
     rows = encoded_rows(given, encoder)
     ids = full.tokenizer(PROMPT_TEXT, add_special_tokens=False)["input_ids"]
-    soft = SoftPrompt(full.embed_ids(ids).clone().requires_grad_(), "after_bos" if encoder.bos_id is not None else "start", encoder.bos_id)
-    trained = plain(Ground(soft.rows_PH, full.rms, full.embed_ids, 0))
-    optimizer = RowOptimizer(trained, OptimConfig(relative_lr=0.1), given.steps, full.rms)
+    soft = SoftPrompt(full.embed_ids(ids), "after_bos" if encoder.bos_id is not None else "start", encoder.bos_id)
+    optimizer = RowOptimizer(soft.rows_PH, OptimConfig(relative_lr=0.1), given.steps, full.rms)
     for number in range(given.steps):
         own = [rows[index] for index in order_of_rows(len(rows), number * given.rows, given.rows, 0)]
 
         def gradient(base: FrozenBase, tolerance: float, own: Any = own) -> Tensor:
-            leaf = replace(soft, rows_PH=trained.rows().detach().clone().requires_grad_())
+            leaf = replace(soft, rows_PH=optimizer.rows_PH.detach().clone().requires_grad_())
             step_gradients(base, [leaf], [own], Engine(TOKENS_PER_BATCH, tolerance))
             assert leaf.rows_PH.grad is not None
             return leaf.rows_PH.grad
@@ -126,7 +124,7 @@ def follow(full: FrozenBase, half: FrozenBase, given: argparse.Namespace) -> Ite
         compared = {kind: against(grad, exact) for kind, grad in found.items()}
         print(number + 1, {kind: round(one["cosine"], 5) for kind, one in compared.items()}, flush=True)
         yield compared
-        trained.tensors["rows"].grad = exact
+        optimizer.rows_PH.grad = exact
         optimizer.step(number)
 
 

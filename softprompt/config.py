@@ -110,8 +110,6 @@ class PromptConfig(Section):
     method: Literal["prompt", "prefix"] = "prompt"
     """What is learned: rows before the text (prompt tuning), or keys and values of every layer (prefix tuning), which start from
     those of the same rows."""
-    reparam: Literal["none", "residual-mlp", "low-rank", "superpos"] = "none"
-    """What is trained in the place of the rows; only the rows are saved. Not yet measured against none."""
     length: Positive | None = None
     """Virtual tokens. Left out: as many rows as text, labels and file of `init` have, else 16."""
     init: Annotated[tuple[Source, ...], Field(strict=False)] = ()
@@ -143,10 +141,8 @@ class PromptConfig(Section):
 
 
 class OptimConfig(Section):
-    """The optimizer of the prompt's rows, without weight decay."""
+    """AdamW on the prompt's rows, without weight decay."""
 
-    name: Literal["adamw", "adafactor", "lion", "row-normalized"] = "adamw"
-    """AdamW, Adafactor as PyTorch has it, Lion, or a momentum whose rows have one size. Not yet measured against each other."""
     relative_lr: Annotated[float, Field(gt=0, allow_inf_nan=False)] | Literal["find"] | None = None
     """Peak learning rate as a share of the RMS of the base's embedding rows (of the start's keys and values for method = "prefix"):
     one value fits every base. Left out: 0.2, and 0.05 for "prefix". "find": five rates are tried for 20 steps, all at once, and the

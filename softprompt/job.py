@@ -2,11 +2,9 @@
 
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from softprompt.artifact import DataCard
@@ -19,8 +17,7 @@ from softprompt.init import Material, start_rows
 from softprompt.memory import token_budget
 from softprompt.model import FrozenBase, load_base
 from softprompt.optim import RowOptimizer
-from softprompt.prompt import DeepPrompt, SoftPrompt, deepened
-from softprompt.reparam import REPARAMS, Ground
+from softprompt.prompt import SoftPrompt, deepened
 from softprompt.runlog import RunFolder
 from softprompt.show import summarize
 from softprompt.step import Engine
@@ -42,8 +39,8 @@ class Trainee:
 
     @property
     def soft(self) -> SoftPrompt:
-        """The prompt in training, with the graph from what is trained to its rows."""
-        return replace(self.start, rows_PH=self.optimizer.trained.rows())
+        """The prompt in training, its rows with gradient."""
+        return replace(self.start, rows_PH=self.optimizer.rows_PH)
 
     @property
     def shown(self) -> SoftPrompt:
@@ -155,22 +152,12 @@ def _where_it_stands(run: RunFolder, setup: Setup) -> tuple[Checkpoint | None, P
 
 
 def _trainee(name: str, entrant: Entrant, setup: Setup, checkpoint: Checkpoint | None, num_steps: int) -> Trainee:
-    base, state = setup.base, checkpoint.states[name] if checkpoint else {}
-    start, rms, seed = entrant.start, entrant.start.rms(base), entrant.config.train.seed
-    trained = REPARAMS[entrant.config.prompt.reparam](Ground(start.rows_PH, rms, partial(_vocabulary, base, start, seed), seed))
-    optimizer = RowOptimizer(trained, entrant.config.optim, num_steps, rms)
+    base, state, start = setup.base, checkpoint.states[name] if checkpoint else {}, entrant.start
+    optimizer = RowOptimizer(start.rows_PH, entrant.config.optim, num_steps, start.rms(base))
     if state:
         optimizer.restore(state)
     best_PH = state[BEST].to(base.device) if BEST in state else None
     return Trainee(name, entrant.config, start, optimizer, best_PH)
-
-
-def _vocabulary(base: FrozenBase, like: SoftPrompt, seed: int, count: int) -> Tensor:
-    """Rows of tokens drawn from the vocabulary; for a deep prompt their keys and values."""
-    rows_VH = base.drawn_rows(count, seed)
-    if not isinstance(like, DeepPrompt):
-        return rows_VH
-    return torch.cat([deepened(base, row_H[None], like.bos_id).rows_like(like) for row_H in rows_VH])
 
 
 # ---- small decisions -----------------------------------------------------------------------------------------------

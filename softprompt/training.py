@@ -214,7 +214,7 @@ def _started(job: Job, progress: Progress) -> Started:
         num_eval=len(job.held.encoded) if job.held else 0,
         num_rejected=len(job.rejected),
         notes={one.name: job.entrants[one.name].note for one in job.trainees},
-        num_trainable=sum(tensor.numel() for one in job.trainees for tensor in one.optimizer.trained.tensors.values()),
+        num_trainable=sum(one.optimizer.rows_PH.numel() for one in job.trainees),
         num_parameters=job.base.num_parameters,
         row_rms=job.base.rms,
     )

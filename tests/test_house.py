@@ -22,7 +22,7 @@ PACKAGE = ROOT / "softprompt"
 # A module imports only from floors below its own.
 FLOORS = [
     {"errors"},
-    {"config", "hub", "atomic", "precise", "head", "memory", "reparam", "metrics"},
+    {"config", "hub", "atomic", "precise", "head", "memory", "metrics"},
     {"data", "unpack", "offload", "prefix", "predictions", "trackers"},
     {"encode", "runlog"},
     {"batch", "model"},
@@ -279,13 +279,11 @@ EFFECTS: dict[str, Effect] = {
     "prompt.count": ("2", prompts_after),
     "prompt.bank": ('[{{name = "a"}}, {{name = "b", seed = 3}}]', prompts_after),
     "prompt.method": ("prefix", rows_after),
-    "prompt.reparam": ("low-rank", rows_after),
     "prompt.length": ("3", rows_after),
     "prompt.init": ("random", rows_after),
     "prompt.file": ("{prompt}", rows_after),
     "prompt.text": ("Another text.", rows_after),
     "prompt.position": ("after_bos", rows_after),
-    "optim.name": ("lion", rows_after),
     "optim.lr": ("0.01", rows_after),
     "optim.relative_lr": ("0.01", rows_after),
     "optim.ema": ("0.5", rows_after),
