@@ -79,7 +79,8 @@ def tried(setup: str, task: Task, base: Any, steps: int) -> dict[str, Any]:
                     early.append((event.step, event.finding))
             (findings,) = diagnose(f"{out}/run", base).values()
         except softprompt.Error as error:
-            early, findings = [*early, (0, f"refused: {error}")], [str(error)]
+            refused = str(error).replace(f"{task.train.parent}/", "")
+            early, findings = [*early, (0, refused)], [refused]
     return {"early": early, "findings": findings}
 
 
@@ -90,11 +91,13 @@ def named(setup: str, findings: list[str]) -> bool:
 
 
 def report(found: Runs) -> str:
+    of_all = [one["machine"] for one in found.values() if "machine" in one]
+    machines = sorted({f"{machine['threads']} thread of {machine['gpu'] or machine['cpu']}" for machine in of_all})
     lines = [
         "# What the doctor says",
         "",
         "Made by `benchmarks/broken.py`: the defaults of `benchmarks/quality.py` with one fault each. Early: the first step after which",
-        "the fault was named while the run went on; 0 is before its first step.",
+        f"the fault was named while the run went on; 0 is before its first step. {'; '.join(machines)}.",
         "",
         "| base | task | set-up | steps | as it should be | early | findings |",
         "|---|---|---|---:|---|---:|---|",
