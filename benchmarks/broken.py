@@ -15,8 +15,10 @@ from typing import Any
 from quality import CACHE, Runs, read
 from tasks import MAKERS, Task, make_tasks
 
+from softprompt.config import USUAL_RATE
+
 # What is set beside the defaults, and what the doctor must speak of; nothing for the sound run.
-RATE = 0.2
+RATE = USUAL_RATE["prompt"]
 SETUPS: dict[str, tuple[tuple[str, ...], str]] = {
     "sound": ((), ""),
     "rate 100 times too low": ((f"optim.relative_lr={RATE / 100}",), "is too low"),
