@@ -83,10 +83,10 @@ class Evaluated:
 
 @dataclass(frozen=True)
 class Warned:
-    """The doctor found something after `step` steps, before the run is over; every finding is reported once for a prompt."""
+    """The doctor found something of these prompts after `step` steps, before the run is over; it says so once for a prompt."""
 
     step: int
-    prompt: str
+    prompts: tuple[str, ...]
     finding: str
 
 

@@ -195,13 +195,16 @@ def _evaluate(job: Job, progress: Progress) -> tuple[Evaluated, Progress]:
 def _warnings(job: Job, progress: Progress) -> Iterator[Warned]:
     """What the doctor finds at this step and has not said before; the run's log remembers it, also over a resume."""
     events = job.run.events()
-    known = {(event["prompt"], event["check"]) for event in events if event["event"] == "warned"}
+    known = {(prompt, event["check"]) for event in events if event["event"] == "warned" for prompt in event["prompts"]}
+    of_whom: dict[tuple[str, str], list[str]] = {}  # the data is that of every prompt of a bank
     for index, one in enumerate(job.trainees):
         case = case_of(events, index, job.entrants[one.name], job, one.shown.rows_PH)
         for check, finding in warnings(case).items():
             if (one.name, check) not in known:
-                job.run.log("warned", progress.step, prompt=one.name, check=check, finding=finding)
-                yield Warned(progress.step, one.name, finding)
+                of_whom.setdefault((check, finding), []).append(one.name)
+    for (check, finding), prompts in of_whom.items():
+        job.run.log("warned", progress.step, prompts=prompts, check=check, finding=finding)
+        yield Warned(progress.step, tuple(prompts), finding)
 
 
 def _started(job: Job, progress: Progress) -> Started:

@@ -12,6 +12,8 @@ from softprompt.encode import Encoded, Rows
 from softprompt.errors import DataError, RunError
 from softprompt.events import Warned
 from softprompt.runlog import RunFolder
+from softprompt.screen.console import console
+from softprompt.screen.run import draw_findings
 from softprompt.training import train
 
 LONG = ("train.steps=60", "train.eval_every=20")
@@ -106,6 +108,20 @@ def test_a_resumed_run_is_not_warned_again(make_config, fresh, tmp_path):
     said = [event for event in train(RunFolder.reopen(tmp_path / "run").config(), resume=True) if isinstance(event, Warned)]
     assert said == []
     assert sum(event["event"] == "warned" for event in RunFolder.reopen(tmp_path / "run").events()) == 2
+
+
+def test_a_bank_is_told_of_its_rows_once_and_of_a_prompt_by_name(make_config, fresh, tmp_path):
+    bank = 'prompt.bank=[{name = "slow", optim = {relative_lr = 0.0005}}, {name = "usual"}]'
+    known_rows = [event for event in train(make_config("train.steps=4", "train.eval_every=2", bank)) if isinstance(event, Warned)]
+    assert [event.prompts for event in known_rows if event.step == 0] == [("slow", "usual")]
+    of_one = [event for event in train(make_config(*LONG, fresh, bank, f"train.out={tmp_path}/other")) if isinstance(event, Warned)]
+    assert {event.prompts for event in of_one} == {("slow",)}
+
+
+def test_the_screen_says_a_finding_once_and_of_whom():
+    with console.capture() as captured:
+        draw_findings({"slow": ["known rows", "too low"], "usual": ["known rows"], "fine": []})
+    assert captured.get().splitlines() == ["slow, usual: known rows", "slow: too low", "fine: nothing to find fault with"]
 
 
 # ---- single checks, on numbers -------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """A run while it goes on, its end, its findings; and what a run will need."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
@@ -22,6 +22,7 @@ def draw_run(events: "Iterable[Event]", log_every: int) -> None:
     with Progress(*columns, console=console, transient=True) as progress:
         bar = progress.add_task("loading", total=None, now="")
         window: list[Step] = []
+        num_prompts = 1
         for event in events:
             match event:
                 case Searching():
@@ -31,6 +32,7 @@ def draw_run(events: "Iterable[Event]", log_every: int) -> None:
                     console.print(f"optim.relative_lr = {event.relative_lr}: the lowest loss of those tried: {tried}")
                 case Started():
                     _draw_started(event)
+                    num_prompts = len(event.notes)
                     progress.update(bar, description="training", total=event.num_steps, completed=event.first_step)
                 case Step():
                     window = [*window, event][-log_every:]
@@ -44,7 +46,8 @@ def draw_run(events: "Iterable[Event]", log_every: int) -> None:
                 case Evaluated():
                     console.print(f"step {event.step:>5}  [bold]held-out loss {event.loss:.4f}[/]")
                 case Warned():
-                    console.print(f"step {event.step:>5}  [yellow]{escape(event.finding)}[/]")
+                    whose = _whose(event.prompts, num_prompts)
+                    console.print(f"step {event.step:>5}  {whose}[yellow]{escape(event.finding)}[/]")
                 case Saved():
                     progress.update(bar, completed=event.step)
                 case Finished():
@@ -89,17 +92,25 @@ def _draw_result(result: "dict[str, Any]") -> None:
     console.print(table)
     if len(result["prompts"]) > 1:
         _draw_bank(result["prompts"])
-    draw_findings({name: found["findings"] for name, found in result["prompts"].items() if found["findings"]})
+    if any(found["findings"] for found in result["prompts"].values()):
+        draw_findings({name: found["findings"] for name, found in result["prompts"].items()})
 
 
 def draw_findings(findings: "dict[str, list[str]]") -> None:
-    """What the doctor says, prompt by prompt."""
+    """What the doctor says, each finding once."""
+    of_whom: dict[str, list[str]] = {}
     for name, said in findings.items():
-        heading = "" if len(findings) == 1 else f"[bold]{escape(name)}[/]: "
         for finding in said:
-            console.print(f"{heading}[yellow]{escape(finding)}[/]")
-        if not said:
-            console.print(f"{heading}nothing to find fault with")
+            of_whom.setdefault(finding, []).append(name)
+    for finding, names in of_whom.items():
+        console.print(f"{_whose(names, len(findings))}[yellow]{escape(finding)}[/]")
+    if sound := [name for name, said in findings.items() if not said]:
+        console.print(f"{_whose(sound, len(findings))}nothing to find fault with")
+
+
+def _whose(names: "Sequence[str]", num_prompts: int) -> str:
+    """The prompts that a line is about, where it is not about all of the run."""
+    return "" if len(names) == num_prompts else f"[bold]{escape(', '.join(names))}[/]: "
 
 
 def _draw_bank(prompts: "dict[str, dict[str, float | str | None]]") -> None:
