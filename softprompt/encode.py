@@ -76,6 +76,12 @@ def num_shared(texts: Iterable[Sequence[int] | str]) -> int:
     return sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, zip(*texts, strict=False)))
 
 
+def shared_beginning(rows: Iterable[Encoded]) -> tuple[int, ...]:
+    """The ids that all rows begin with and that nothing is predicted from: a template's first words, a system turn."""
+    questions = [row.ids[: row.supervised.index(True)][:-1] for row in rows]  # the last one predicts
+    return questions[0][: num_shared(questions)]
+
+
 @dataclass(frozen=True)
 class Encoder:
     """A tokenizer with a template. `bos_id` is set where rows begin with BOS."""

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from softprompt.answers import answer, limit_of, stops_of
 from softprompt.artifact import StoredPrompt
@@ -40,7 +39,7 @@ from softprompt.metrics import (
 )
 from softprompt.model import FrozenBase
 from softprompt.predictions import Predictions
-from softprompt.prompt import SoftPrompt, no_prompt, prefix_of
+from softprompt.prompt import SoftPrompt, no_prompt, prefix_of, read_together
 from softprompt.trackers import Sheet
 
 NUM_SAMPLES = 8  # rows whose answers trackers are shown
@@ -339,7 +338,7 @@ def _deciding(metrics: Sequence[Metric]) -> Metric:
 @torch.no_grad()
 def held_out_loss(base: FrozenBase, soft: SoftPrompt, rows: Rows, tokens_per_batch: int) -> float:
     """Mean loss per supervised token over all rows."""
-    return _mean(row_losses(base, prefix_of(base, [soft]), rows.encoded, tokens_per_batch), rows.encoded)
+    return _mean(base, soft, rows.encoded, tokens_per_batch)
 
 
 @torch.no_grad()
@@ -347,8 +346,9 @@ def text_loss(base: FrozenBase, encoder: Encoder, rows: Rows, text: str, tokens_
     """Mean loss per supervised token of the bare base that is told `text`."""
     told = Contestant("text", (), wish=text)
     encoded = [told.full(encoder, example, row) for example, row in zip(rows.examples, rows.encoded, strict=True)]
-    return _mean(row_losses(base, prefix_of(base, [no_prompt(base, encoder.bos_id)]), encoded, tokens_per_batch), encoded)
+    return _mean(base, no_prompt(base, encoder.bos_id), encoded, tokens_per_batch)
 
 
-def _mean(sums: Tensor, rows: Sequence[Encoded]) -> float:
+def _mean(base: FrozenBase, soft: SoftPrompt, rows: Sequence[Encoded], tokens_per_batch: int) -> float:
+    sums = row_losses(base, *read_together(base, [soft], rows), tokens_per_batch)
     return sums.sum().item() / sum(row.num_supervised for row in rows)

@@ -16,7 +16,7 @@ from softprompt.encode import Encoded
 from softprompt.errors import ConfigError
 from softprompt.likelihood import row_losses
 from softprompt.model import FrozenBase
-from softprompt.prompt import DeepPrompt, SoftPrompt, no_prompt, prefix_of
+from softprompt.prompt import DeepPrompt, SoftPrompt, no_prompt, read_together
 
 IDS, NEAR, PROMPTS = 8192, 3, 16  # vocabulary rows at a time, neighbours shown, prompts at a time
 DRAWN = 4096  # vocabulary rows whose sizes are measured
@@ -153,7 +153,8 @@ def leave_out_losses(
     for first in range(0, len(choices), PROMPTS):
         some = [without(soft, choice) for choice in choices[first : first + PROMPTS]]
         which = [index for index in range(len(some)) for _ in held]
-        sums = row_losses(base, prefix_of(base, some), list(held) * len(some), tokens_per_batch, which).view(len(some), -1).sum(dim=1)
+        prefix, rows = read_together(base, some, list(held) * len(some))
+        sums = row_losses(base, prefix, rows, tokens_per_batch, which).view(len(some), -1).sum(dim=1)
         losses += (sums / sum(row.num_supervised for row in held)).tolist()
     return losses
 

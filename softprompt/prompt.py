@@ -9,9 +9,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from softprompt.encode import Encoded, shared_beginning
 from softprompt.errors import ModelError
 from softprompt.model import FrozenBase
 from softprompt.prefix import Layers, Prefix, assemble
+
+ENOUGH = 8  # rows of each prompt from which on one reading in float32 is cheaper than one of each row in half precision
 
 
 @dataclass(frozen=True)
@@ -87,14 +90,16 @@ class DeepPrompt(SoftPrompt):
             first = [state[0] for layer in base.prefill([_bos(base, self.bos_id)]).layers for state in layer]
             states = [torch.cat([one, state], dim=1) for one, state in zip(first, states, strict=True)]
         layers = tuple(zip(states[::2], states[1::2], strict=True))
-        return layers if self.bos_id is None or self.position == "after_bos" else _with_bos_behind(base, layers, self.bos_id)
+        return layers if self.bos_id is None or self.position == "after_bos" else _followed(base, layers, (self.bos_id,))
 
 
-def _with_bos_behind(base: FrozenBase, layers: Layers, bos_id: int) -> Layers:
-    """Keys and values of a prompt, then those of the BOS that reads it."""
-    ids_11 = torch.tensor([[bos_id]], device=base.device)
-    read = base.continue_from(assemble([layers]), torch.zeros_like(ids_11[0]), ids_11, torch.ones_like(ids_11), keep=True)
-    return tuple((k[0].float(), v[0].float()) for k, v in read.layers)
+def _followed(base: FrozenBase, layers: Layers, ids: Sequence[int]) -> Layers:
+    """Keys and values of a prompt, then those of tokens that read it."""
+    ids_1T = torch.tensor([ids], dtype=torch.long, device=base.device)
+    read = base.continue_from(assemble([layers]), torch.zeros_like(ids_1T[:, 0]), ids_1T, torch.ones_like(ids_1T), keep=True)
+    pairs = [(mine, both[0]) for own, also in zip(layers, read.layers, strict=True) for mine, both in zip(own, also, strict=True)]
+    states = [torch.cat([mine, both[:, mine.shape[1] :].float()], dim=1) for mine, both in pairs]
+    return tuple(zip(states[::2], states[1::2], strict=True))
 
 
 def deepened(base: FrozenBase, rows_PH: Tensor, bos_id: int | None) -> DeepPrompt:
@@ -123,14 +128,25 @@ def flat(layers: Layers) -> Tensor:
     return torch.cat([state[0].transpose(0, 1).flatten(1) for layer in layers for state in layer], dim=1)
 
 
-def prefix_of(base: FrozenBase, prompts: Sequence[SoftPrompt]) -> Prefix:
-    """BOS and rows of every prompt, run through the base once; the keys and values of deep prompts as they are."""
-    deep = {index: prompt for index, prompt in enumerate(prompts) if isinstance(prompt, DeepPrompt)}
-    if not deep:
-        return base.prefill([prompt.embeds(base) for prompt in prompts])
-    rows = [index for index in range(len(prompts)) if index not in deep]
-    shallow = iter(base.prefill([prompts[index].embeds(base) for index in rows]).separate() if rows else [])
-    return assemble([deep[index].layers(base) if index in deep else next(shallow) for index in range(len(prompts))])
+def prefix_of(base: FrozenBase, prompts: Sequence[SoftPrompt], ids: Sequence[int] = ()) -> Prefix:
+    """BOS and rows of every prompt, and the text `ids` behind each, run through the base once; the keys and values of deep prompts
+    as they are."""
+    text_SH = base.embed_ids(ids)
+    embeds = [torch.cat([prompt.embeds(base), text_SH]) for prompt in prompts if not isinstance(prompt, DeepPrompt)]
+    if len(embeds) == len(prompts):
+        return base.prefill(embeds)
+    shallow = iter(base.prefill(embeds).separate() if embeds else [])
+    deep = {index: prompt.layers(base) for index, prompt in enumerate(prompts) if isinstance(prompt, DeepPrompt)}
+    followed = {index: _followed(base, layers, ids) if ids else layers for index, layers in deep.items()}
+    return assemble([followed[index] if index in followed else next(shallow) for index in range(len(prompts))])
+
+
+def read_together(base: FrozenBase, prompts: Sequence[SoftPrompt], rows: Sequence[Encoded]) -> tuple[Prefix, list[Encoded]]:
+    """The prefixes that rows of text continue from, and what is left of each row: what all rows begin with is read once, behind every
+    prompt. The function stays the same. Few rows are left whole, since prefixes are computed in float32."""
+    worth = base.shares_prefix and len(rows) >= ENOUGH * len(prompts)
+    ids = shared_beginning(rows) if worth else ()
+    return prefix_of(base, prompts, ids), [row.after(len(ids)) for row in rows]
 
 
 def no_prompt(base: FrozenBase, bos_id: int | None) -> SoftPrompt:

@@ -17,7 +17,7 @@ from softprompt.errors import RunError
 from softprompt.loss import token_losses
 from softprompt.model import FrozenBase
 from softprompt.prefix import Prefix, checkpointed
-from softprompt.prompt import SoftPrompt, prefix_of
+from softprompt.prompt import SoftPrompt, read_together
 
 
 @dataclass
@@ -39,9 +39,8 @@ def step_gradients(base: FrozenBase, prompts: Sequence[SoftPrompt], rows: Sequen
     Returns those losses, [K] float32 on the base's device: reading them waits for the device.
     Raises RunError when a single row does not fit into memory.
     """
-    prefix = prefix_of(base, prompts)
+    prefix, flat = read_together(base, prompts, [row for own in rows for row in own])
     leaf = prefix.leaf()
-    flat = [row for own in rows for row in own]
     which = [index for index, own in enumerate(rows) for _ in own]
     counts_K = torch.tensor([sum(row.num_supervised for row in own) for own in rows], dtype=torch.float32, device=base.device)
     loss_K = torch.zeros_like(counts_K)

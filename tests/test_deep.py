@@ -7,7 +7,7 @@ import peft
 import pytest
 import tiny
 import torch
-from test_invariants import FAMILIES, encoded_rows, loss_and_gradient, some_prompt, whole_batch
+from test_invariants import FAMILIES, encoded_rows, loss_and_gradient, rows_alike, some_prompt, whole_batch
 from test_run import rows_of
 from transformers import AutoModelForCausalLM
 
@@ -47,10 +47,11 @@ def moved(base, bos=None, length=6):
     return replace(deep, rows_PH=deep.rows_PH + 0.3 * noise)
 
 
+@pytest.mark.parametrize("make_rows", [encoded_rows, rows_alike])
 @pytest.mark.parametrize("bos", [None, tiny.BOS])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_loss_and_gradient_equal_peft(bases, family, bos):
-    base, rows = bases(family), encoded_rows()
+def test_loss_and_gradient_equal_peft(bases, family, bos, make_rows):
+    base, rows = bases(family), make_rows()
     deep = moved(base, bos)
     loss, gradient = loss_and_gradient(base, deep, rows, tokens_per_batch=20)
 

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import tiny
 import torch
-from test_invariants import ALL, FAMILIES, encoded_rows, loss_and_gradient, some_prompt
+from test_invariants import ALL, FAMILIES, encoded_rows, loss_and_gradient, rows_alike, some_prompt
 from torch.nn.functional import cross_entropy
 
 from softprompt import head as head_module
@@ -120,11 +120,12 @@ def test_a_backbone_without_marked_layers_cannot_be_checkpointed():
         pass
 
 
+@pytest.mark.parametrize("alike", [False, True])
 @pytest.mark.parametrize("family", ALL)
-def test_prompts_together_get_the_gradients_of_each_alone(bases, family):
+def test_prompts_together_get_the_gradients_of_each_alone(bases, family, alike):
     base = bases(family)
     prompts = [some_prompt(base, 6), some_prompt(base, 3, "after_bos", seed=2), some_prompt(base, 6, seed=3)]
-    rows = [encoded_rows(0), encoded_rows(1)[:2], encoded_rows(2)]
+    rows = [rows_alike()] * 3 if alike else [encoded_rows(0), encoded_rows(1)[:2], encoded_rows(2)]
     leaves = [replace(prompt, rows_PH=prompt.rows_PH.clone().requires_grad_()) for prompt in prompts]
     losses = step_gradients(base, leaves, rows, Engine(40))
     for prompt, own, leaf, loss in zip(prompts, rows, leaves, losses.tolist(), strict=True):

@@ -12,8 +12,8 @@ import torch
 from softprompt.artifact import load_prompt
 from softprompt.batch import batches, collate
 from softprompt.decode import Question, Sampling, decode
-from softprompt.encode import Encoded
-from softprompt.prompt import SoftPrompt, prefix_of
+from softprompt.encode import Encoded, shared_beginning
+from softprompt.prompt import SoftPrompt, deepened, prefix_of, read_together
 from softprompt.step import Engine, step_gradients
 from softprompt.training import train
 
@@ -33,6 +33,16 @@ def encoded_rows(seed: int = 0) -> list[Encoded]:
         supervised[1] = length == max(LENGTHS)
         rows.append(Encoded(tuple(ids), tuple(supervised)))
     assert any(row.num_supervised for row in rows)
+    return rows
+
+
+BEGINNING = (5, 9, 7, 11)
+
+
+def rows_alike() -> list[Encoded]:
+    """Eight rows that begin with the same tokens, which are read once."""
+    rows = [replace(row, ids=BEGINNING + row.ids, supervised=(False,) * 4 + row.supervised) for row in encoded_rows() + encoded_rows(1)]
+    assert shared_beginning(rows) == BEGINNING
     return rows
 
 
@@ -69,10 +79,11 @@ def peft_model(base, soft: SoftPrompt):
     return model
 
 
+@pytest.mark.parametrize("make_rows", [encoded_rows, rows_alike])
 @pytest.mark.parametrize("position", ["start", "after_bos"])
 @pytest.mark.parametrize("family", ALL)
-def test_loss_and_gradient_equal_peft(bases, family, position):
-    base, rows = bases(family), encoded_rows()
+def test_loss_and_gradient_equal_peft(bases, family, position, make_rows):
+    base, rows = bases(family), make_rows()
     soft = some_prompt(base, position=position)
     loss, gradient = loss_and_gradient(base, soft, rows, tokens_per_batch=20)
 
@@ -87,6 +98,19 @@ def test_loss_and_gradient_equal_peft(bases, family, position):
     assert loss == pytest.approx(oracle.item(), rel=1e-5)
     assert gradient.norm() > 1e-4
     torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-5 * expected.abs().max().item() + 1e-8)
+
+
+@pytest.mark.parametrize("deep", [False, True])
+def test_what_enough_rows_begin_with_is_read_once(bases, deep):
+    base, rows = bases(), rows_alike()
+    soft = some_prompt(base)
+    prompts = [deepened(base, soft.rows_PH, None) if deep else soft]
+    prefix, rests = read_together(base, prompts, rows)
+    assert prefix.lengths == (soft.length + len(BEGINNING),)
+    assert [BEGINNING + rest.ids for rest in rests] == [row.ids for row in rows]
+    for own, prefixes in ((rows[1:], prompts), (rows, prompts * 2)):
+        prefix, whole = read_together(base, prefixes, own)
+        assert (prefix.lengths[0], whole) == (soft.length, own)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
