@@ -11,12 +11,14 @@ import pytest
 import tiny
 import torch
 
-from softprompt.encode import make_encoder
+from softprompt import prompt
+from softprompt.encode import make_encoder, shared_beginning
 from softprompt.training import train
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))  # its scripts import each other as scripts do
 
+import beginning  # noqa: E402
 import rows  # noqa: E402
 import train_speed  # noqa: E402
 import workloads  # noqa: E402
@@ -45,6 +47,15 @@ def test_rows_have_the_lengths_of_their_workload(tmp_path, name, adds_bos):
         assert {row.num_supervised for row in encoded} == set(profile.labels)
     else:
         assert fmean(row.num_supervised for row in encoded) == pytest.approx(profile.share * profile.mean, rel=0.05)
+
+
+def test_a_step_is_the_same_however_its_beginning_is_read(bases):
+    rows_alike = beginning.make_rows(bases(), words=3, count=prompt.ENOUGH, seed=0)
+    assert len(shared_beginning(rows_alike)) > 3
+    (_, whole), (_, once) = beginning.both_ways(bases(), rows_alike, once_first=True)
+    assert whole.norm() > 1e-4
+    assert not torch.equal(whole, once)  # it is another way
+    torch.testing.assert_close(whole, once, rtol=1e-3, atol=1e-6)
 
 
 def test_rows_come_from_a_data_file(tmp_path):
