@@ -1,7 +1,7 @@
 """Who competes in an evaluation: the bare base, a text prompt, a few examples, soft prompts, an ensemble, a PEFT adapter.
 
-Whatever stands before the rows as text is the same for all of them, so it is read once: its embeddings are the rows of a
-prompt that nobody trained.
+Whatever stands before the rows as text is the same for all of them, so it is read once; before questions its embeddings are the
+rows of a prompt that nobody trained.
 """
 
 import random
@@ -99,20 +99,9 @@ def enter(
     tokens = longer / len(rows) + prompt.soft.length
     if contestant.wish is None and not contestant.shots:
         return Entry(prompt.soft, rows, prompt.soft, questions, tokens)
-
-    def shared(texts: list[tuple[int, ...]]) -> SoftPrompt:
-        count = num_shared(text[:-1] for text in texts)  # the last one predicts
-        return SoftPrompt(base.embed_ids(texts[0][:count]), "after_bos", prompt.soft.bos_id)
-
-    soft = shared([candidate.ids[: candidate.supervised.index(True)] for own in rows for candidate in own])
-    asked = shared(questions)
-    return Entry(
-        soft,
-        [[candidate.after(soft.length) for candidate in own] for own in rows],
-        asked,
-        [ids[asked.length :] for ids in questions],
-        tokens,
-    )
+    count = num_shared(ids[:-1] for ids in questions)  # the last one predicts
+    asked = SoftPrompt(base.embed_ids(questions[0][:count]), "after_bos", prompt.soft.bos_id)
+    return Entry(prompt.soft, rows, asked, [ids[count:] for ids in questions], tokens)
 
 
 # ---- text before the rows ------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from softprompt.contestants import Contestant, Entry, choose_shots, competing, e
 from softprompt.data import Example, Loaded
 from softprompt.encode import Encoded, Encoder, Rows, encode_rows
 from softprompt.errors import ConfigError, DataError
-from softprompt.likelihood import ensemble_losses, row_losses
+from softprompt.likelihood import Candidates, ensemble_losses, row_losses
 from softprompt.memory import token_budget
 from softprompt.metrics import (
     Estimate,
@@ -39,7 +39,8 @@ from softprompt.metrics import (
 )
 from softprompt.model import FrozenBase
 from softprompt.predictions import Predictions
-from softprompt.prompt import SoftPrompt, no_prompt, prefix_of, read_together
+from softprompt.prefix import Prefix
+from softprompt.prompt import SoftPrompt, no_prompt, read_together
 from softprompt.trackers import Sheet
 
 NUM_SAMPLES = 8  # rows whose answers trackers are shown
@@ -275,7 +276,7 @@ def _enter(work: _Work, contestant: Contestant) -> list[Entry]:
 def _likelihoods(work: _Work, name: str) -> Table:
     """The losses of a contestant; an ensemble's are of what its members agree on."""
     entries = work.entries[name]
-    members = [(prefix_of(work.base, [entry.soft]), entry.rows) for entry in entries]
+    members = [_member(work.base, entry) for entry in entries]
     losses_RC = ensemble_losses(work.base, members, work.budget).numpy()
     rows = [own[0] for own in entries[0].rows]
     num_bytes = np.array([_num_bytes(work.base.tokenizer, row) for row in rows], float)
@@ -286,6 +287,13 @@ def _likelihoods(work: _Work, name: str) -> Table:
         return table
     truth = np.array([work.labels.index(str(example.label)) for example in work.rows.examples])
     return replace(table, truth=truth, label_losses=losses_RC[:, 1:])
+
+
+def _member(base: FrozenBase, entry: Entry) -> tuple[Prefix, Candidates]:
+    """What the rows of an entry continue from, and the rest of each."""
+    prefix, rests = read_together(base, [entry.soft], [candidate for own in entry.rows for candidate in own])
+    rest = iter(rests)
+    return prefix, [[next(rest) for _ in own] for own in entry.rows]
 
 
 def _num_bytes(tokenizer: Any, row: Encoded) -> int:
