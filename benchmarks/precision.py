@@ -107,7 +107,7 @@ def follow(full: FrozenBase, half: FrozenBase, given: argparse.Namespace) -> Ite
     soft = SoftPrompt(full.embed_ids(ids), "after_bos" if encoder.bos_id is not None else "start", encoder.bos_id)
     optimizer = RowOptimizer(soft.rows_PH, OptimConfig(relative_lr=0.1), given.steps, full.rms)
     for number in range(given.steps):
-        own = [rows[index] for index in order_of_rows(len(rows), number * given.rows, given.rows, 0)]
+        own = [rows[index] for index in order_of_rows([None] * len(rows), number * given.rows, given.rows, 0)]
 
         def gradient(base: FrozenBase, tolerance: float, own: Any = own) -> Tensor:
             leaf = replace(soft, rows_PH=optimizer.rows_PH.detach().clone().requires_grad_())

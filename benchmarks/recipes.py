@@ -305,7 +305,7 @@ def _peft(kind: str, task: Task, config: Config, base: FrozenBase, rate: float) 
 def _peft_step(peer: Peer, optimizer: torch.optim.Optimizer, rows: Rows, config: Config, step: int, rate: float) -> float:
     """One step at this rate; returns its seconds."""
     began, size = time.perf_counter(), config.train.examples_per_step
-    numbers = order_of_rows(len(rows.encoded), step * size, size, config.train.seed)
+    numbers = order_of_rows([None] * len(rows.encoded), step * size, size, config.train.seed)
     peer.step([rows.encoded[number] for number in numbers])
     torch.nn.utils.clip_grad_norm_(peer.trained, 1.0)
     optimizer.param_groups[0]["lr"] = rate

@@ -31,7 +31,7 @@ class Scene:
 
     def rows_of(self, count: int, seed: int) -> list[Encoded]:
         """The first rows of a run with this seed, in the order in which ours takes them."""
-        return [self.rows[number] for number in order_of_rows(len(self.rows), 0, count, seed)]
+        return [self.rows[number] for number in order_of_rows([None] * len(self.rows), 0, count, seed)]
 
 
 def set_scene(job: Job, dtype: str) -> Scene:

@@ -6,8 +6,10 @@ loss is a sum over supervised tokens divided by the step's own count of them, th
 
 import math
 import random
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -35,15 +37,31 @@ class Batch:
     rows: tuple[int, ...]
 
 
-def order_of_rows(num_rows: int, first: int, count: int, seed: int) -> list[int]:
-    """Row numbers first .. first + count of an endless series of shuffled epochs; a function of its arguments alone."""
+def order_of_rows(labels: Sequence[str | None], first: int, count: int, seed: int) -> list[int]:
+    """Row numbers first .. first + count of an endless series of shuffled epochs; a function of its arguments alone.
+
+    `labels`: of every row. Each stretch of an epoch has the labels in the shares that they have of all rows: steps of a few rows
+    would else learn by turns that one label is likelier than the other (LOG.md).
+    """
     rows: list[int] = []
     while len(rows) < count:
-        epoch, offset = divmod(first + len(rows), num_rows)
-        shuffled = list(range(num_rows))
-        random.Random(f"{seed}/{epoch}").shuffle(shuffled)
-        rows += shuffled[offset : offset + count - len(rows)]
+        epoch, offset = divmod(first + len(rows), len(labels))
+        rows += _epoch(tuple(labels), f"{seed}/{epoch}")[offset : offset + count - len(rows)]
     return rows
+
+
+@lru_cache(maxsize=16)
+def _epoch(labels: tuple[str | None, ...], seed: str) -> list[int]:
+    """All row numbers once: those of each label shuffled, and spread evenly from a random beginning."""
+    draw, of_label = random.Random(seed), defaultdict[str | None, list[int]](list)
+    for number, label in enumerate(labels):
+        of_label[label].append(number)
+    place: dict[int, float] = {}
+    for numbers in of_label.values():
+        draw.shuffle(numbers)
+        beginning = draw.random()
+        place |= {number: (index + beginning) / len(numbers) for index, number in enumerate(numbers)}
+    return sorted(place, key=place.__getitem__)
 
 
 def cut_by_length(lengths: Sequence[int], tokens_per_batch: int) -> list[list[int]]:

@@ -152,7 +152,8 @@ def _step(job: Job, progress: Progress) -> tuple[Step, Progress]:
     encoded, size = job.rows.encoded, job.config.train.examples_per_step
     count = _examples_of_step(job.config, len(encoded), progress.step)
     first = progress.step * size
-    numbers = [order_of_rows(len(encoded), first, count, one.config.train.seed) for one in job.trainees]
+    labels = [example.label for example in job.rows.examples]
+    numbers = [order_of_rows(labels, first, count, one.config.train.seed) for one in job.trainees]
     rows = [[encoded[number] for number in own] for own in numbers]
     losses = step_gradients(job.base, [one.soft for one in job.trainees], rows, job.engine).tolist()
     for one, loss in zip(job.trainees, losses, strict=True):
