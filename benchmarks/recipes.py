@@ -83,6 +83,7 @@ RECIPES = {
     "softprompt, vocab init": Recipe(("prompt.init=vocab",)),
     "softprompt, labels then text": Recipe(('prompt.init=["labels", "text", "vocab"]',)),
     "softprompt, prefix": Recipe(("prompt.method=prefix",)),
+    "softprompt, prefix, 32 rows": Recipe(("prompt.method=prefix", "prompt.length=32", 'prompt.init=["text", "vocab"]')),
     "softprompt, prefix, rate 0.2": Recipe(("prompt.method=prefix", "optim.relative_lr=0.2")),
     "softprompt, prefix, rate 0.1": Recipe(("prompt.method=prefix", "optim.relative_lr=0.1")),
     "softprompt, prefix, rate 0.02": Recipe(("prompt.method=prefix", "optim.relative_lr=0.02")),
