@@ -40,8 +40,9 @@ AS_PEFT = ("prompt.position=start", "optim.warmup_fraction=0", "train.head_toler
 
 @dataclass(frozen=True)
 class Recipe:
-    """`settings`: of ours. `kind`: how it is trained. `rates`: peak learning rates to search, on one seed; without, the default.
-    `until`: a share of the steps; training is broken off there, after an evaluation."""
+    """`settings`: of ours. `kind`: how it is trained; "peft" is PEFT's prompt tuning, whose rows come in any order of their labels.
+    `rates`: peak learning rates to search, on one seed; without, the default. `until`: a share of the steps; training is broken
+    off there, after an evaluation."""
 
     settings: tuple[str, ...] = ()
     kind: str = "prompt"
@@ -92,10 +93,10 @@ RECIPES = {
     "softprompt, rate 0.05": Recipe(("optim.relative_lr=0.05",)),
     "softprompt, rate 0.1": Recipe(("optim.relative_lr=0.1",)),
     "softprompt, rate 0.4": Recipe(("optim.relative_lr=0.4",)),
-    "PEFT as in the tutorial": Recipe((*AS_PEFT, "optim.lr=5e-5")),
-    "PEFT's defaults": Recipe((*AS_PEFT, "optim.lr=5e-5", "prompt.init=random"), start=peft_noise),
-    "PEFT, text init, best rate": Recipe(AS_PEFT, rates=GRID),
-    "PEFT, vocabulary init, best rate": Recipe((*AS_PEFT, "prompt.init=random"), rates=GRID, start=peft_vocabulary),
+    "PEFT as in the tutorial": Recipe((*AS_PEFT, "optim.lr=5e-5"), "peft"),
+    "PEFT's defaults": Recipe((*AS_PEFT, "optim.lr=5e-5", "prompt.init=random"), "peft", start=peft_noise),
+    "PEFT, text init, best rate": Recipe(AS_PEFT, "peft", GRID),
+    "PEFT, vocabulary init, best rate": Recipe((*AS_PEFT, "prompt.init=random"), "peft", GRID, start=peft_vocabulary),
     "PEFT P-tuning, best rate": Recipe(kind="p-tuning", rates=(3e-4, 1e-3, 3e-3)),
     "PEFT P-tuning by LSTM, best rate": Recipe(kind="p-tuning-lstm", rates=(3e-4, 1e-3, 3e-3)),
     "PEFT prefix tuning, best rate": Recipe(kind="prefix-tuning", rates=(1e-3, 1e-2, 1e-1)),
@@ -108,15 +109,16 @@ def run_recipe(
 ) -> Outcome:
     """Trains and scores. `load` loads the base afresh, for what changes its weights."""
     config = make_config(recipe, task, base, rate, seed, out)
-    if recipe.kind == "prompt":
+    if recipe.kind in ("prompt", "peft"):
         return _ours(recipe, task, config, base)
     return _peft(recipe.kind, task, config, load(), rate or 1e-3)
 
 
 def make_config(recipe: Recipe, task: Task, base: FrozenBase, rate: float | None, seed: int, out: str) -> Config:
+    train = task.pairs if recipe.kind == "peft" and task.pairs else task.train
     tree = {
         "model": {"name": base.name},
-        "data": {"train": str(task.train), "eval": str(task.held), "max_length": task.max_length},
+        "data": {"train": str(train), "eval": str(task.held), "max_length": task.max_length},
         "prompt": {"text": task.text, "length": task.virtual_tokens},
         "train": {
             "steps": task.steps,

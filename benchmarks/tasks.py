@@ -22,7 +22,8 @@ csv.field_size_limit(2**24)
 @dataclass(frozen=True)
 class Task:
     """`text`: what a text prompt says, and where prompts with text init start. `labelled`: accuracy by likelihood is measured;
-    `exact`: greedy answers are compared with the responses."""
+    `exact`: greedy answers are compared with the responses. `pairs`: the training rows as prompt and completion, which no one can
+    order by label."""
 
     name: str
     train: Path
@@ -35,6 +36,7 @@ class Task:
     max_length: int
     virtual_tokens: int
     exact: bool = False
+    pairs: Path | None = None
 
 
 TRAIN, HELD, TEST = 1000, 200, 800
@@ -92,7 +94,8 @@ MAKERS: dict[str, Callable[[Path, Path | None], Task]] = {"alpaca": _alpaca, "se
 
 def _labelled(cache: Path, name: str, rows: list[dict[str, Any]], text: str) -> Task:
     files = _write(cache, name, rows[:TRAIN], rows[TRAIN : TRAIN + HELD], rows[TRAIN + HELD : TRAIN + HELD + TEST])
-    return Task(name, *files, text, True, steps=94, examples_per_step=32, max_length=160, virtual_tokens=16)
+    (pairs,) = _write(cache, name, [{"prompt": row["text"], "completion": row["label"]} for row in rows[:TRAIN]], parts=("pairs",))
+    return Task(name, *files, text, True, steps=94, examples_per_step=32, max_length=160, virtual_tokens=16, pairs=pairs)
 
 
 def _balanced(sides: dict[str, Iterable[str]]) -> list[dict[str, Any]]:
@@ -121,8 +124,8 @@ def _fetch(requirement: str, cache: Path, *how: str) -> Path:
     return next(cache.glob(f"{name}-*"))
 
 
-def _write(cache: Path, name: str, *splits: Sequence[dict[str, Any]]) -> tuple[Path, Path, Path]:
-    files = tuple(cache / f"{name}-{part}.jsonl" for part in ("train", "held", "test"))
+def _write(cache: Path, name: str, *splits: Sequence[dict[str, Any]], parts: Sequence[str] = ("train", "held", "test")) -> list[Path]:
+    files = [cache / f"{name}-{part}.jsonl" for part in parts]
     for file, rows in zip(files, splits, strict=True):
         file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    return files  # type: ignore[return-value]
+    return files
