@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,8 @@ import tiny
 import torch
 from safetensors.torch import load_file
 
+from softprompt import training
+from softprompt.batch import order_of_rows
 from softprompt.checkpoint import latest_checkpoint
 from softprompt.config import load_config
 from softprompt.errors import ConfigError, DataError, MissingPackage, RunError
@@ -36,6 +39,32 @@ def test_events_come_in_order(make_config, fresh):
     events = list(train(make_config(fresh, "train.steps=4", "train.eval_every=2", "train.save_every=2")))
     kinds = [type(event) for event in events]
     assert kinds == [Started, Evaluated, Step, Step, Evaluated, Saved, Step, Step, Evaluated, Saved, Finished]
+
+
+LABELS = ("a",) * 60 + ("b",) * 29 + ("c",) * 11
+
+
+@pytest.mark.parametrize("labels", [LABELS, (None,) * 100])
+def test_an_epoch_is_every_row_once_in_an_order_of_its_own(labels):
+    first, second, other = (order_of_rows(labels, start, 100, seed) for start, seed in ((0, 0), (100, 0), (0, 1)))
+    assert sorted(first) == sorted(second) == sorted(other) == list(range(100))
+    assert len({tuple(first), tuple(second), tuple(other), tuple(range(100))}) == 4
+    assert order_of_rows(labels, 90, 30, 0) == first[90:] + second[:20]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_every_step_has_labels_in_the_shares_of_all_rows(seed):
+    for step in range(10):
+        labels = Counter(LABELS[number] for number in order_of_rows(LABELS, 10 * step, 10, seed))
+        assert all(abs(labels[label] - LABELS.count(label) / 10) <= 1.1 for label in "abc")
+
+
+def test_the_rows_of_a_run_are_ordered_by_their_labels(make_config, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(training, "order_of_rows", lambda labels, *how: asked.append(labels) or order_of_rows(labels, *how))
+    rows = [{"text": f"row {number}", "label": "good" if number % 3 else "bad"} for number in range(12)]
+    list(train(make_config(f"data.train={tiny.write_rows(tmp_path / 'labels.jsonl', rows)}", "train.steps=2")))
+    assert asked == [[row["label"] for row in rows]] * 2
 
 
 def test_epochs_make_steps(make_config):
