@@ -153,7 +153,7 @@ def leave_out_losses(
     for first in range(0, len(choices), PROMPTS):
         some = [without(soft, choice) for choice in choices[first : first + PROMPTS]]
         which = [index for index in range(len(some)) for _ in held]
-        prefix, rows = read_together(base, some, list(held) * len(some))
+        prefix, rows = read_together(base, some, list(held) * len(some), tokens_per_batch)
         sums = row_losses(base, prefix, rows, tokens_per_batch, which).view(len(some), -1).sum(dim=1)
         losses += (sums / sum(row.num_supervised for row in held)).tolist()
     return losses

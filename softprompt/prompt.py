@@ -141,11 +141,16 @@ def prefix_of(base: FrozenBase, prompts: Sequence[SoftPrompt], ids: Sequence[int
     return assemble([followed[index] if index in followed else next(shallow) for index in range(len(prompts))])
 
 
-def read_together(base: FrozenBase, prompts: Sequence[SoftPrompt], rows: Sequence[Encoded]) -> tuple[Prefix, list[Encoded]]:
+def read_together(
+    base: FrozenBase, prompts: Sequence[SoftPrompt], rows: Sequence[Encoded], room: int | None = None
+) -> tuple[Prefix, list[Encoded]]:
     """The prefixes that rows of text continue from, and what is left of each row: what all rows begin with is read once, behind every
-    prompt. The function stays the same. Few rows are left whole, since prefixes are computed in float32."""
+    prompt. The function stays the same. Few rows are left whole, since prefixes are computed in float32.
+
+    `room`: positions read so at most, over all prompts; they are computed at once, whatever a micro-batch may hold.
+    """
     worth = base.shares_prefix and len(rows) >= ENOUGH * len(prompts)
-    ids = shared_beginning(rows) if worth else ()
+    ids = shared_beginning(rows)[: room and room // len(prompts)] if worth else ()
     return prefix_of(base, prompts, ids), [row.after(len(ids)) for row in rows]
 
 

@@ -19,6 +19,8 @@ from softprompt.model import FrozenBase
 from softprompt.prefix import Prefix, checkpointed
 from softprompt.prompt import SoftPrompt, read_together
 
+TOGETHER = 256  # positions that may be shared by rows however small their micro-batches are
+
 
 @dataclass
 class Engine:
@@ -39,7 +41,8 @@ def step_gradients(base: FrozenBase, prompts: Sequence[SoftPrompt], rows: Sequen
     Returns those losses, [K] float32 on the base's device: reading them waits for the device.
     Raises RunError when a single row does not fit into memory.
     """
-    prefix, flat = read_together(base, prompts, [row for own in rows for row in own])
+    room = max(TOGETHER, engine.tokens_per_batch // 4)  # in float32, and kept for backward beside a micro-batch
+    prefix, flat = read_together(base, prompts, [row for own in rows for row in own], room)
     leaf = prefix.leaf()
     which = [index for index, own in enumerate(rows) for _ in own]
     counts_K = torch.tensor([sum(row.num_supervised for row in own) for own in rows], dtype=torch.float32, device=base.device)

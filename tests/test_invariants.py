@@ -108,6 +108,8 @@ def test_what_enough_rows_begin_with_is_read_once(bases, deep):
     prefix, rests = read_together(base, prompts, rows)
     assert prefix.lengths == (soft.length + len(BEGINNING),)
     assert [BEGINNING + rest.ids for rest in rests] == [row.ids for row in rows]
+    prefix, _ = read_together(base, prompts * 2, rows * 2, room=6)
+    assert prefix.lengths == (soft.length + 3,) * 2
     for own, prefixes in ((rows[1:], prompts), (rows, prompts * 2)):
         prefix, whole = read_together(base, prefixes, own)
         assert (prefix.lengths[0], whole) == (soft.length, own)
