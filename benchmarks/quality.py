@@ -19,6 +19,7 @@ from statistics import mean, stdev
 from typing import Any
 
 CACHE = Path.home() / ".cache" / "softprompt" / "benchmarks"
+COLOURS = 10  # of matplotlib's lines, before the first comes again
 Runs = dict[str, dict[str, Any]]
 
 
@@ -158,8 +159,9 @@ def draw(runs: Runs, path: Path) -> None:
         trained = [loss for found in recipes.values() for *_, loss in found[0]["curve"][1:]]
         room = 0.05 * (max(trained) - min(trained))
         for axes, label, index in zip(row, ("steps", "seconds of training"), (0, 1), strict=True):
-            for recipe, found in recipes.items():
-                axes.plot([point[index] for point in found[0]["curve"]], [point[2] for point in found[0]["curve"]], label=recipe)
+            for number, (recipe, found) in enumerate(recipes.items()):
+                line = "--" if number >= COLOURS else "-"
+                axes.plot([point[index] for point in found[0]["curve"]], [point[2] for point in found[0]["curve"]], line, label=recipe)
             axes.set(xlabel=label, ylabel="held-out loss", title=f"{task}, {base}", ylim=(min(trained) - room, max(trained) + room))
             axes.grid(alpha=0.3)
         row[1].legend(fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5))
