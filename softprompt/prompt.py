@@ -94,7 +94,9 @@ class DeepPrompt(SoftPrompt):
 
 
 def _followed(base: FrozenBase, layers: Layers, ids: Sequence[int]) -> Layers:
-    """Keys and values of a prompt, then those of tokens that read it."""
+    """Keys and values of a prompt, then those of tokens that read it, if any."""
+    if not ids:
+        return layers
     ids_1T = torch.tensor([ids], dtype=torch.long, device=base.device)
     read = base.continue_from(assemble([layers]), torch.zeros_like(ids_1T[:, 0]), ids_1T, torch.ones_like(ids_1T), keep=True)
     pairs = [(mine, both[0]) for own, also in zip(layers, read.layers, strict=True) for mine, both in zip(own, also, strict=True)]
@@ -136,9 +138,7 @@ def prefix_of(base: FrozenBase, prompts: Sequence[SoftPrompt], ids: Sequence[int
     if len(embeds) == len(prompts):
         return base.prefill(embeds)
     shallow = iter(base.prefill(embeds).separate() if embeds else [])
-    deep = {index: prompt.layers(base) for index, prompt in enumerate(prompts) if isinstance(prompt, DeepPrompt)}
-    followed = {index: _followed(base, layers, ids) if ids else layers for index, layers in deep.items()}
-    return assemble([followed[index] if index in followed else next(shallow) for index in range(len(prompts))])
+    return assemble([_followed(base, one.layers(base), ids) if isinstance(one, DeepPrompt) else next(shallow) for one in prompts])
 
 
 def read_together(
