@@ -5,6 +5,8 @@ every run's result; `softprompt doctor RUN` also measures what the prompt has to
 prompt, its own rows in reverse order, and noise.
 """
 
+import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -31,6 +33,7 @@ DEAD = 0.01  # movement of a row as a share of the furthest row's
 SPIKE = 1.5  # a step's loss beside the median of all steps
 CUT = 0.3  # share of the answers' tokens
 SAME = 0.001  # share of the loss
+GUESSED = 0.1  # how near, as a share, a loss is to that of guessing
 BARE, TEXT = "bare base", "text prompt"
 REVERSED, NOISE = "the same rows in reverse order", "random rows of the same size"
 
@@ -134,6 +137,21 @@ def no_better_than_before(case: Case) -> Iterator[str]:
         yield f"the held-out loss is {best:.4f} after training and {before:.4f} before: nothing was learned that held-out rows need"
 
 
+def guesses(case: Case) -> Iterator[str]:
+    """The loss of whoever knows the labels and their shares, and has not read the text: prompts rest there for a while (LOG.md)."""
+    held = case.held_rows.examples if case.held_rows else ()
+    labels = [example.label for example in held]
+    if case.held_rows is None or case.best is None or None in labels:
+        return
+    entropy = -sum(math.log(count / len(labels)) * count for count in Counter(labels).values())
+    loss = entropy / case.held_rows.num_supervised
+    if loss and abs(case.best / loss - 1) < GUESSED:
+        yield (
+            f"the held-out loss is {case.best:.4f}, and {loss:.4f} is that of guessing among the {len(set(labels))} labels without "
+            "reading the text: train for more steps (train.epochs), or with more rows"
+        )
+
+
 def overfitted(case: Case) -> Iterator[str]:
     last, best = case.held_out.get(max(case.held_out, default=0)), case.best
     if last is not None and best is not None and last > 1.02 * best:
@@ -181,7 +199,7 @@ def dead_rows(case: Case) -> Iterator[str]:
 Check = Callable[[Case], Iterator[str]]
 OF_THE_DATA: tuple[Check, ...] = (same_to_the_model, cut_answers, unusable_rows, in_both_splits)
 UNDERWAY: tuple[Check, ...] = (hardly_moved, ran_away, spikes, no_better_than_before, alike)
-CHECKS: tuple[Check, ...] = (*OF_THE_DATA, *UNDERWAY, overfitted, beaten, says_nothing, dead_rows)
+CHECKS: tuple[Check, ...] = (*OF_THE_DATA, *UNDERWAY, guesses, overfitted, beaten, says_nothing, dead_rows)
 
 
 def warnings(case: Case) -> dict[str, str]:

@@ -7,6 +7,7 @@ import pytest
 import tiny
 import torch
 
+from softprompt.data import Example, Message
 from softprompt.doctor import BARE, NOISE, REVERSED, TEXT, Case, diagnose, examine
 from softprompt.encode import Encoded, Rows
 from softprompt.errors import DataError, RunError
@@ -163,6 +164,22 @@ def test_the_sound_case_is_sound(sound):
 def test_a_single_fault_is_the_only_finding(sound, change, said):
     (finding,) = examine(replace(sound, **change))
     assert said in finding
+
+
+def labelled(*labels):
+    """Rows with these labels, two supervised tokens each."""
+    row = Encoded((5, 6, 7, 8), (False, False, True, True), "row")
+    examples = tuple(Example((Message("user", str(number)),), "row", label) for number, label in enumerate(labels))
+    return Rows((row,) * len(labels), examples, (), "", tuple(set(labels)))
+
+
+def test_a_prompt_that_guesses_among_the_labels_is_told_so(sound):
+    three_to_one = replace(sound, held_rows=labelled("good", "bad", "good", "good"), held_out={0: 3.0, 5: 0.27}, others={})
+    (finding,) = examine(three_to_one)  # -(0.75 log 0.75 + 0.25 log 0.25) / 2
+    assert "the held-out loss is 0.2700, and 0.2812 is that of guessing among the 2 labels" in finding
+    assert examine(replace(three_to_one, held_out={0: 3.0, 5: 0.25})) == []
+    assert examine(replace(three_to_one, held_rows=labelled("good", "good"))) == []
+    assert examine(replace(three_to_one, held_rows=labelled(None, None))) == []
 
 
 def test_without_held_out_rows_what_can_be_seen_is_said(sound):
