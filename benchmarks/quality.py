@@ -19,6 +19,13 @@ from statistics import mean, stdev
 from typing import Any
 
 CACHE = Path.home() / ".cache" / "softprompt" / "benchmarks"
+AT_A_GLANCE = (
+    "softprompt",
+    "softprompt, prefix, 32 rows",
+    "PEFT as in the tutorial",
+    "PEFT, text init, best rate",
+    "LoRA r = 8, best rate",
+)
 COLOURS = 10  # of matplotlib's lines, before the first comes again
 Runs = dict[str, dict[str, Any]]
 
@@ -130,17 +137,33 @@ def report(runs_by_key: Runs) -> str:
         "![held-out loss against steps and against seconds](results.png)",
         "",
     ]
-    for (base, task), recipes in grouped(runs_by_key).items():
+    groups = grouped(runs_by_key)
+    lines += [*_glance(groups), ""]
+    for (base, task), recipes in groups.items():
         lines += [f"## {task}, {base}", "", "| recipe | rate | trainable | held-out loss before | test loss | accuracy | seeds |"]
         lines += ["|---|---|---|---|---|---|---|"]
         for recipe, runs in recipes.items():
-            accuracy = "" if runs[0]["accuracy"] is None else _spread([100 * run["accuracy"] for run in runs], 1) + "%"
+            accuracy = _accuracy(runs)
             rate = "default" if runs[0]["rate"] == "None" else runs[0]["rate"]
             before = f"{runs[0]['curve'][0][2]:.4f}"
             loss = _spread([run["test_loss"] for run in runs], 4)
             lines.append(f"| {recipe} | {rate} | {runs[0]['num_trainable']:,} | {before} | {loss} | {accuracy} | {len(runs)} |")
         lines.append("")
     return "\n".join(lines)
+
+
+def _glance(groups: dict[tuple[str, str], dict[str, list[dict[str, Any]]]]) -> list[str]:
+    """What a newcomer asks first: a line for each task and base, accuracy (exact match on the demo) where there is one, and test loss."""
+    lines = ["## At a glance", "", f"| task | base | {' | '.join(AT_A_GLANCE)} |", "|---" * (2 + len(AT_A_GLANCE)) + "|"]
+    for (base, task), recipes in groups.items():
+        found = [recipes.get(recipe, []) for recipe in AT_A_GLANCE]
+        cells = [f"{_accuracy(runs)} ({_spread([run['test_loss'] for run in runs], 3)})".lstrip() if runs else "" for runs in found]
+        lines.append(f"| {task} | {base} | {' | '.join(cells)} |")
+    return [*lines, "", "Accuracy, in brackets the test loss; alpaca has a loss alone. The seeds are counted below."]
+
+
+def _accuracy(runs: list[dict[str, Any]]) -> str:
+    return "" if runs[0]["accuracy"] is None else _spread([100 * run["accuracy"] for run in runs], 1) + "%"
 
 
 def _spread(values: list[float], digits: int) -> str:

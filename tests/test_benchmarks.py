@@ -172,6 +172,17 @@ def test_a_grid_is_searched_on_the_first_seed_alone():
     assert "| c | 0.2 | 5 | 3.0000 | 1.0000 ± 0.0000 |  | 3 |" in table
 
 
+def test_the_table_begins_with_what_is_asked_first():
+    import quality
+
+    def run(loss, accuracy):
+        return {"curve": [(0, 0.0, 3.0), (4, 1.0, loss)], "test_loss": loss, "accuracy": accuracy, "num_trainable": 5}
+
+    ours = {"base/task/softprompt/None/0": run(0.25, 0.8), "base/task/softprompt/None/1": run(0.35, 0.9)}
+    page = quality.report(ours | {"base/task/LoRA r = 8, best rate/0.001/0": run(0.125, None)})
+    assert "| task | base | 85.0 ± 7.1% (0.300 ± 0.071) |  |  |  | (0.125) |" in page
+
+
 def test_rows_without_labels_are_scored_by_their_loss(bases, quality_task, tmp_path):
     from dataclasses import replace
 
