@@ -139,12 +139,12 @@ def no_better_than_before(case: Case) -> Iterator[str]:
 
 def guesses(case: Case) -> Iterator[str]:
     """The loss of whoever knows the labels and their shares, and has not read the text: prompts rest there for a while (LOG.md)."""
-    held = case.held_rows.examples if case.held_rows else ()
-    labels = [example.label for example in held]
-    if case.held_rows is None or case.best is None or None in labels:
+    held = case.held_rows
+    labels = [example.label for example in held.examples] if held else []
+    if held is None or case.best is None or None in labels:
         return
-    entropy = -sum(math.log(count / len(labels)) * count for count in Counter(labels).values())
-    loss = entropy / case.held_rows.num_supervised
+    nats = -sum(math.log(count / len(labels)) * count for count in Counter(labels).values())
+    loss = nats / held.num_supervised
     if loss and abs(case.best / loss - 1) < GUESSED:
         yield (
             f"the held-out loss is {case.best:.4f}, and {loss:.4f} is that of guessing among the {len(set(labels))} labels without "
