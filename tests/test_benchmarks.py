@@ -2,6 +2,7 @@
 
 import json
 import re
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -121,9 +122,7 @@ def test_every_kind_of_recipe_trains_and_is_scored(bases, quality_task, tmp_path
 
     base = bases()
     before = {key: value.clone() for key, value in base.model.state_dict().items()}
-    outcome = recipes.run_recipe(
-        recipes.RECIPES[name], quality_task, base, lambda: tiny.tiny_base(tmp_path / "fresh"), 0.01, 0, str(tmp_path / "run")
-    )
+    outcome = recipes.run_recipe(recipes.RECIPES[name], quality_task, base, 0.01, 0, str(tmp_path / "run"))
     steps = [step for step, _, _ in outcome.curve]
     assert (steps[0], steps[-1]) == (0, 4)
     assert outcome.curve[-1][2] != outcome.curve[0][2]
@@ -144,15 +143,7 @@ def test_lora_starts_at_the_bare_base(bases, quality_task, tmp_path):
     config = recipes.make_config(recipes.RECIPES["LoRA r = 8, best rate"], quality_task, base, 0.01, 0, str(tmp_path / "run"))
     encoder = make_encoder(base.tokenizer, config.data.template)
     bare = held_out_loss(base, no_prompt(base, encoder.bos_id), load_rows(config, encoder)[1], 64)
-    outcome = recipes.run_recipe(
-        recipes.RECIPES["LoRA r = 8, best rate"],
-        quality_task,
-        base,
-        lambda: tiny.tiny_base(tmp_path / "fresh"),
-        0.01,
-        0,
-        str(tmp_path / "run"),
-    )
+    outcome = recipes.run_recipe(recipes.RECIPES["LoRA r = 8, best rate"], quality_task, base, 0.01, 0, str(tmp_path / "run"))
     assert outcome.curve[0][2] == pytest.approx(bare, rel=1e-5)
 
 
@@ -172,6 +163,21 @@ def test_a_grid_is_searched_on_the_first_seed_alone():
     assert "| c | 0.2 | 5 | 3.0000 | 1.0000 ± 0.0000 |  | 3 |" in table
 
 
+def test_what_one_process_has_begun_the_others_leave_to_it(tmp_path):
+    import quality
+
+    held = tmp_path / "lock"
+    code = "import quality, sys; file = open(sys.argv[1], 'w'); print(quality._first_to_begin(file, 'a'), flush=True); input()"
+    command = [sys.executable, "-c", code, str(held)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=BENCHMARKS) as other:
+        assert other.stdout.readline() == "True\n"
+        with held.open("w") as file:
+            assert not quality._first_to_begin(file, "a")
+            assert quality._first_to_begin(file, "b")
+            other.communicate("\n")
+            assert quality._first_to_begin(file, "a"), "its lock ended with the process"
+
+
 def test_the_table_begins_with_what_is_asked_first():
     import quality
 
@@ -189,7 +195,7 @@ def test_rows_without_labels_are_scored_by_their_loss(bases, quality_task, tmp_p
     import recipes
 
     task = replace(quality_task, labelled=False)
-    outcome = recipes.run_recipe(recipes.RECIPES["softprompt"], task, bases(), bases, None, 0, str(tmp_path / "run"))
+    outcome = recipes.run_recipe(recipes.RECIPES["softprompt"], task, bases(), None, 0, str(tmp_path / "run"))
     assert outcome.accuracy is None
     assert outcome.test_loss == min(point[2] for point in outcome.curve)
 
@@ -234,8 +240,8 @@ def test_exact_answers_are_counted(bases, quality_task, tmp_path):
 
     rows = tiny.write_rows(tmp_path / "rows.jsonl", [{"prompt": "say", "completion": "aa"}] * 4)
     task = replace(quality_task, train=rows, held=rows, test=Path(f"{rows}[:2]"), labelled=False, exact=True, steps=60)
-    learned = recipes.run_recipe(recipes.RECIPES["softprompt"], task, bases(), bases, None, 0, str(tmp_path / "run"))
-    bare = recipes.run_recipe(recipes.RECIPES["PEFT as in the tutorial"], task, bases(), bases, None, 0, str(tmp_path / "other"))
+    learned = recipes.run_recipe(recipes.RECIPES["softprompt"], task, bases(), None, 0, str(tmp_path / "run"))
+    bare = recipes.run_recipe(recipes.RECIPES["PEFT as in the tutorial"], task, bases(), None, 0, str(tmp_path / "other"))
     assert (learned.accuracy, bare.accuracy) == (1.0, 0.0)
 
 
