@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from itertools import product
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean, mode, stdev
 from typing import IO, Any
 
 CACHE = Path.home() / ".cache" / "softprompt" / "benchmarks"
@@ -148,23 +148,24 @@ def report(runs_by_key: Runs) -> str:
         "",
         "Made by `benchmarks/quality.py`: mean over the seeds, and their standard deviation where there are several. Of a recipe with a",
         "grid of rates the best of the first seed, of those that were run. Steps, rows of a step and texts of a task stand in",
-        "`benchmarks/tasks.py`. Seconds are those of shared cores, and tell orders of magnitude. What follows from it, and what was",
-        "measured with other budgets or in a trial, stands in LOG.md.",
+        "`benchmarks/tasks.py`. Many runs shared a processor, so seconds tell orders of magnitude; TF32: products of float32 with inputs",
+        "rounded to 10 bits. What follows from it, and what was measured with other budgets or in a trial, stands in LOG.md.",
         "",
         "![held-out loss against steps and against seconds](results.png)",
         "",
     ]
-    groups = grouped(runs_by_key)
+    groups = dict(sorted(grouped(runs_by_key).items()))
     lines += [*_glance(groups), ""]
     for (base, task), recipes in groups.items():
-        lines += [f"## {task}, {base}", "", "| recipe | rate | trainable | held-out loss before | test loss | accuracy | seeds |"]
-        lines += ["|---|---|---|---|---|---|---|"]
+        lines += [f"## {task}, {base}", "", "| recipe | rate | trainable | held-out loss before | test loss | accuracy | seeds | on |"]
+        lines += ["|---|---|---|---|---|---|---|---|"]
         for recipe, runs in recipes.items():
             accuracy = _accuracy(runs)
             rate = "default" if runs[0]["rate"] == "None" else runs[0]["rate"]
             before = f"{runs[0]['curve'][0][2]:.4f}"
             loss = _spread([run["test_loss"] for run in runs], 4)
-            lines.append(f"| {recipe} | {rate} | {runs[0]['num_trainable']:,} | {before} | {loss} | {accuracy} | {len(runs)} |")
+            where = ", ".join(dict.fromkeys(map(_where, runs)))
+            lines.append(f"| {recipe} | {rate} | {runs[0]['num_trainable']:,} | {before} | {loss} | {accuracy} | {len(runs)} | {where} |")
         lines.append("")
     return "\n".join(lines)
 
@@ -179,6 +180,11 @@ def _glance(groups: dict[tuple[str, str], dict[str, list[dict[str, Any]]]]) -> l
     return [*lines, "", "Accuracy, in brackets the test loss; alpaca has a loss alone. The seeds are counted below."]
 
 
+def _where(run: dict[str, Any]) -> str:
+    machine = run["machine"]
+    return (machine["gpu"] or machine["cpu"]) + (", TF32" if machine.get("tf32") and run["dtype"] == "torch.float32" else "")
+
+
 def _accuracy(runs: list[dict[str, Any]]) -> str:
     return "" if runs[0]["accuracy"] is None else _spread([100 * run["accuracy"] for run in runs], 1) + "%"
 
@@ -189,20 +195,23 @@ def _spread(values: list[float], digits: int) -> str:
 
 
 def draw(runs: Runs, path: Path) -> None:
-    """Held-out loss of the first seed against steps (left) and against seconds of training (right), a line of pictures for each base
-    and task with three recipes or more. What comes before the first evaluation in training is left out where it is higher."""
+    """Held-out loss of the first seed against steps (left) and, of the runs that most runs share a machine with, against seconds of
+    training (right), a line of pictures for each base and task with three recipes or more. Their height is that of the second half."""
     from matplotlib.figure import Figure
 
-    groups = {where: recipes for where, recipes in grouped(runs).items() if len(recipes) > 2}
+    groups = {where: recipes for where, recipes in sorted(grouped(runs).items()) if len(recipes) > 2}
     figure = Figure(figsize=(14, 4.5 * len(groups)), layout="constrained")
     for row, ((base, task), recipes) in zip(figure.subplots(len(groups), 2, squeeze=False), groups.items(), strict=True):
-        trained = [loss for found in recipes.values() for *_, loss in found[0]["curve"][1:]]
-        room = 0.05 * (max(trained) - min(trained))
+        firsts = {recipe: found[0] for recipe, found in recipes.items()}
+        late = [loss for run in firsts.values() for *_, loss in run["curve"][len(run["curve"]) // 2 :]]
+        room = 0.1 * (max(late) - min(late))
+        usual = mode(map(_where, firsts.values()))
         for axes, label, index in zip(row, ("steps", "seconds of training"), (0, 1), strict=True):
-            for number, (recipe, found) in enumerate(recipes.items()):
+            for number, (recipe, run) in enumerate(firsts.items()):
                 line = "--" if number >= COLOURS else "-"
-                axes.plot([point[index] for point in found[0]["curve"]], [point[2] for point in found[0]["curve"]], line, label=recipe)
-            axes.set(xlabel=label, ylabel="held-out loss", title=f"{task}, {base}", ylim=(min(trained) - room, max(trained) + room))
+                points = run["curve"] if label == "steps" or _where(run) == usual else []
+                axes.plot([point[index] for point in points], [point[2] for point in points], line, label=recipe)
+            axes.set(xlabel=label, ylabel="held-out loss", title=f"{task}, {base}", ylim=(min(late) - room, max(late) + room))
             axes.grid(alpha=0.3)
         row[1].legend(fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.savefig(path, dpi=80)

@@ -16,7 +16,9 @@ from torch import Tensor
 
 from softprompt.encode import Encoded
 
-MICRO_BATCH_COST = 64  # tokens whose layers take as long as one more walk over the head's weights (LOG.md)
+# How many tokens' layers take as long as one more micro-batch (LOG.md): on a CPU that is a walk over the head's weights, on a GPU the
+# launching of every kernel.
+CPU_BATCH_COST, GPU_BATCH_COST = 64, 4096
 
 
 @dataclass(frozen=True)
@@ -64,18 +66,18 @@ def _epoch(labels: tuple[str | None, ...], seed: str) -> list[int]:
     return sorted(place, key=place.__getitem__)
 
 
-def cut_by_length(lengths: Sequence[int], tokens_per_batch: int) -> list[list[int]]:
+def cut_by_length(lengths: Sequence[int], tokens_per_batch: int, batch_cost: int) -> list[list[int]]:
     """Cuts indices, longest row first, into the micro-batches that compute the fewest tokens, padding included.
 
-    The padded size of each stays within the budget; one row always fits. A micro-batch counts as MICRO_BATCH_COST tokens
-    more, so that small ones come about only where they save more than that.
+    The padded size of each stays within the budget; one row always fits. A micro-batch counts as `batch_cost`
+    tokens more, so that small ones come about only where they save more than that.
     """
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     cost, start = [0] + [math.inf] * len(order), [0] * (len(order) + 1)  # of the best cut of the first rows; its last beginning
     for first, index in enumerate(order):
         widest = lengths[index]
         for end in range(first + 1, min(len(order), first + max(1, tokens_per_batch // widest)) + 1):
-            total = cost[first] + widest * (end - first) + MICRO_BATCH_COST
+            total = cost[first] + widest * (end - first) + batch_cost
             if total < cost[end]:
                 cost[end], start[end] = total, first
     groups, end = [], len(order)
@@ -111,5 +113,6 @@ def _sent(tensor: Tensor, device: torch.device) -> Tensor:
 
 def batches(rows: Sequence[Encoded], which: Sequence[int], tokens_per_batch: int, device: torch.device) -> Iterator[Batch]:
     """The micro-batches of rows, longest first; row i continues from prefix `which[i]`."""
-    for group in cut_by_length([len(row) for row in rows], tokens_per_batch):
+    batch_cost = CPU_BATCH_COST if device.type == "cpu" else GPU_BATCH_COST
+    for group in cut_by_length([len(row) for row in rows], tokens_per_batch, batch_cost):
         yield collate(rows, group, [which[index] for index in group], device)

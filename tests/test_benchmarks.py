@@ -29,6 +29,7 @@ KEYS = {
     "memory_ratio", "loss_difference", "gradient_cosine", "pairs", "machine", "peft_setting", "steps", "examples_per_step",
     "virtual_tokens", "mean_tokens", "mean_supervised",
 }  # fmt: skip
+CPU = {"dtype": "torch.float32", "machine": {"cpu": "Some CPU", "gpu": None}}
 
 
 @pytest.mark.parametrize("name", workloads.WORKLOADS)
@@ -151,7 +152,7 @@ def test_a_grid_is_searched_on_the_first_seed_alone():
     import quality
 
     def run(loss):
-        return {"curve": [(0, 0.0, 3.0), (4, 1.0, loss)], "test_loss": loss, "accuracy": None, "num_trainable": 5}
+        return {"curve": [(0, 0.0, 3.0), (4, 1.0, loss)], "test_loss": loss, "accuracy": None, "num_trainable": 5, **CPU}
 
     runs = {}
     asked = []
@@ -160,7 +161,7 @@ def test_a_grid_is_searched_on_the_first_seed_alone():
         runs[f"a/b/c/{rate}/{seed}"] = run({0.1: 2.0, 0.2: 1.0, 0.3: 1.5}[rate])
     assert asked == [(0.2, 0), (0.3, 0), (0.1, 0), (0.2, 1), (0.2, 2)]
     table = quality.report(runs)
-    assert "| c | 0.2 | 5 | 3.0000 | 1.0000 ± 0.0000 |  | 3 |" in table
+    assert "| c | 0.2 | 5 | 3.0000 | 1.0000 ± 0.0000 |  | 3 | Some CPU |" in table
 
 
 def test_what_one_process_has_begun_the_others_leave_to_it(tmp_path):
@@ -182,7 +183,7 @@ def test_the_table_begins_with_what_is_asked_first():
     import quality
 
     def run(loss, accuracy):
-        return {"curve": [(0, 0.0, 3.0), (4, 1.0, loss)], "test_loss": loss, "accuracy": accuracy, "num_trainable": 5}
+        return {"curve": [(0, 0.0, 3.0), (4, 1.0, loss)], "test_loss": loss, "accuracy": accuracy, "num_trainable": 5, **CPU}
 
     ours = {"base/task/softprompt/None/0": run(0.25, 0.8), "base/task/softprompt/None/1": run(0.35, 0.9)}
     page = quality.report(ours | {"base/task/LoRA r = 8, best rate/0.001/0": run(0.125, None)})

@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 
 from softprompt import head as head_module
 from softprompt import step as step_module
-from softprompt.batch import MICRO_BATCH_COST, cut_by_length
+from softprompt.batch import CPU_BATCH_COST, GPU_BATCH_COST, cut_by_length
 from softprompt.config import ModelConfig
 from softprompt.errors import ModelError, RunError
 from softprompt.head import Head
@@ -213,9 +213,10 @@ def test_products_in_float32_have_the_gradient_of_float32():
 
 @pytest.mark.parametrize("lengths", [[9, 8, 7], [200, 10, 9, 190, 11], [30] * 5, [250, 120, 119, 60, 3], [7]])
 @pytest.mark.parametrize("budget", [1, 100, 400])
-def test_no_other_cut_computes_fewer_tokens(lengths, budget):
+@pytest.mark.parametrize("batch_cost", [CPU_BATCH_COST, GPU_BATCH_COST])
+def test_no_other_cut_computes_fewer_tokens(lengths, budget, batch_cost):
     def cost(groups):
-        return sum(max(lengths[i] for i in group) * len(group) + MICRO_BATCH_COST for group in groups)
+        return sum(max(lengths[i] for i in group) * len(group) + batch_cost for group in groups)
 
     longest_first = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     cuts = []
@@ -223,7 +224,7 @@ def test_no_other_cut_computes_fewer_tokens(lengths, budget):
         ends = [0, *(index + 1 for index, mark in enumerate(marks) if mark), len(lengths)]
         cuts.append([longest_first[first:end] for first, end in itertools.pairwise(ends)])
     allowed = [cut for cut in cuts if all(len(g) == 1 or max(lengths[i] for i in g) * len(g) <= budget for g in cut)]
-    found = cut_by_length(lengths, budget)
+    found = cut_by_length(lengths, budget, batch_cost)
     assert sorted(map(sorted, found)) in [sorted(map(sorted, cut)) for cut in allowed]
     assert cost(found) == min(cost(cut) for cut in allowed)
 

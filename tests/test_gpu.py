@@ -73,6 +73,12 @@ def test_the_head_walks_the_vocabulary_in_blocks(monkeypatch, how):
         torch.testing.assert_close(own.cpu(), other, rtol=1e-3, atol=1e-4)
 
 
+def test_products_of_less_precision_still_share_the_prefix(bases, monkeypatch):
+    """With TF32 on, a base of ordinary attention is none that keeps a recurrent state."""
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
+    assert on_gpu(bases("gemma3_text", hidden_size=256, num_hidden_layers=8)).shares_prefix
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_half_precision_turns_the_gradient_little(bases, family):
     soft, rows = some_prompt(bases(family)), encoded_rows()
@@ -86,7 +92,7 @@ def test_a_micro_batch_that_does_not_fit_is_cut(bases):
     """Memory really runs out: the process may have no more than the model and a few rows need."""
     small = bases("llama", hidden_size=256, intermediate_size=4096, num_hidden_layers=8)
     base, rows = on_gpu(small), encoded_rows() * 600
-    soft = sent(some_prompt(base), base)
+    soft = sent(some_prompt(small), base)
     loss, gradient = loss_and_gradient(base, soft, rows, 500)
     torch.cuda.empty_cache()
     total = torch.cuda.mem_get_info()[1]

@@ -236,11 +236,11 @@ def log_lines(config: Config) -> object:
 
 def batch_shapes(config: Config) -> object:
     from softprompt import load_base
-    from softprompt.batch import cut_by_length
+    from softprompt.batch import CPU_BATCH_COST, cut_by_length
     from softprompt.memory import token_budget
 
     base = load_base(config.model)
-    return cut_by_length([9, 8, 7], token_budget(base.model.base_model, base.device, config.train.tokens_per_batch))
+    return cut_by_length([9, 8, 7], token_budget(base.model.base_model, base.device, config.train.tokens_per_batch), CPU_BATCH_COST)
 
 
 def numbers_kept(config: Config) -> object:
