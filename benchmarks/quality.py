@@ -75,7 +75,7 @@ def train_all(given: argparse.Namespace) -> None:
 
     torch.backends.cuda.matmul.allow_tf32 = given.tf32
     tasks = make_tasks(given.task or list(MAKERS), CACHE, given.alpaca)
-    with (Path(tempfile.gettempdir()) / "softprompt-quality.lock").open("w") as begun:
+    with (Path(tempfile.gettempdir()) / f"softprompt-{zlib.crc32(str(given.results.absolute()).encode())}.lock").open("w") as begun:
         for name, folder in (base.split("=", 1) for base in given.base):
             base = load_base(ModelConfig(name=folder, dtype=given.dtype))
             for recipe, task in product(given.recipe or RECIPES, tasks):

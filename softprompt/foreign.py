@@ -23,7 +23,7 @@ from softprompt.atomic import new_folder
 from softprompt.config import Config, load_config
 from softprompt.encode import Encoder, make_encoder
 from softprompt.errors import ArtifactError, ConfigError
-from softprompt.job import resolve_position, with_absolute_paths
+from softprompt.job import check_position, with_absolute_paths
 from softprompt.model import FrozenBase, load_base
 from softprompt.prompt import DeepPrompt, SoftPrompt, shapes_of
 
@@ -102,7 +102,7 @@ def import_prompt(path: str | Path, out: Path, overrides: Sequence[str] = (), ta
 
 def _config(path: str | Path, foreign: Foreign, overrides: Sequence[str]) -> Config:
     method = "prefix" if foreign.deep else "prompt"
-    tree: dict[str, Any] = {"data": {"template": AS_IT_IS}, "prompt": {"position": "start", "method": method}}
+    tree: dict[str, Any] = {"data": {"template": AS_IT_IS}, "prompt": {"method": method}}
     if not any(override.startswith(("model.name=", "model.gguf_file=")) for override in overrides):
         if not foreign.base:
             raise ConfigError(f"{path} does not say which base it was trained for: give model.name=FOLDER or a hub id")
@@ -119,7 +119,8 @@ def _on_base(path: str | Path, foreign: Foreign, config: Config, base: FrozenBas
     if not foreign.deep:
         if rows.shape[1] != base.hidden_size:
             raise ArtifactError(f"{path} has rows of {rows.shape[1]} numbers, {base.name} needs {base.hidden_size}: it is for another base")
-        return SoftPrompt(rows, resolve_position(config, encoder), encoder.bos_id)
+        check_position(config.prompt.position, encoder)
+        return SoftPrompt(rows, config.prompt.position, encoder.bos_id)
     shapes = shapes_of(base.prefill([base.embed_ids([0])]).layers) if base.shares_prefix else ()
     if sum(heads * size for heads, size in shapes) != rows.shape[1]:
         raise ArtifactError(f"{path} holds keys and values of other shapes than those of {base.name}: it is for another base")

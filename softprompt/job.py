@@ -119,10 +119,11 @@ def prepare(config: Config, base: FrozenBase | None) -> Setup:
 
 def _entrant(own: Config, base: FrozenBase, encoder: Encoder, rows: Rows) -> Entrant:
     start = start_rows(Material(own.prompt, base, rows.encoded, rows.labels, own.train.seed))
-    position = resolve_position(own, encoder)
+    check_position(own.prompt.position, encoder)
     if own.prompt.method == "prefix":
-        return Entrant(own, deepened(base, start.rows_PH, encoder.bos_id), f"{start.note}; as keys and values of every layer")
-    return Entrant(own, SoftPrompt(start.rows_PH, position, encoder.bos_id), start.note)
+        deep = deepened(base, start.rows_PH, own.prompt.position, encoder.bos_id)
+        return Entrant(own, deep, f"{start.note}; as keys and values of every layer")
+    return Entrant(own, SoftPrompt(start.rows_PH, own.prompt.position, encoder.bos_id), start.note)
 
 
 def start_job(setup: Setup, run: RunFolder) -> tuple[Job, Progress]:
@@ -174,15 +175,10 @@ def count_examples(config: Config, num_rows: int) -> int:
     return num_rows * (config.train.epochs or min(max(1, usual), MOST_EPOCHS))
 
 
-def resolve_position(config: Config, encoder: Encoder) -> str:
-    """ "after_bos" or "start". Raises ConfigError for "after_bos" without a BOS token, and for a deep prompt before one."""
-    if config.prompt.method == "prefix" and config.prompt.position == "start" and encoder.bos_id is not None:
-        raise ConfigError('prompt.method = "prefix" stands behind BOS: prompt.position must be "after_bos" or "auto"')
-    if config.prompt.position == "auto":
-        return "after_bos" if config.prompt.method == "prefix" and encoder.bos_id is not None else "start"
-    if config.prompt.position == "after_bos" and encoder.bos_id is None:
-        raise ConfigError('prompt.position = "after_bos": this tokenizer adds no BOS token; use "start" or "auto"')
-    return config.prompt.position
+def check_position(position: str, encoder: Encoder) -> None:
+    """Raises ConfigError for "after_bos" without a BOS token."""
+    if position == "after_bos" and encoder.bos_id is None:
+        raise ConfigError('prompt.position = "after_bos": this tokenizer adds no BOS token; use "start"')
 
 
 def check_context(context_length: int | None, num_virtual_tokens: int, max_length: int) -> None:

@@ -104,20 +104,22 @@ def _followed(base: FrozenBase, layers: Layers, ids: Sequence[int]) -> Layers:
     return tuple(zip(states[::2], states[1::2], strict=True))
 
 
-def deepened(base: FrozenBase, rows_PH: Tensor, bos_id: int | None) -> DeepPrompt:
-    """The keys and values of rows that stand behind BOS: the same function as the rows, before it is trained.
+def deepened(base: FrozenBase, rows_PH: Tensor, position: str, bos_id: int | None) -> DeepPrompt:
+    """The keys and values of rows: the same function as the rows, before it is trained.
 
+    The scale of a part is the RMS of its numbers, and at most the median of all parts': where a layer's are large (the values of
+    Gemma's first are ten times the usual ones) a step in proportion keeps the others from learning (LOG.md).
     Raises ModelError for a base whose prefix is no keys and values.
     """
     if not base.shares_prefix:
         raise ModelError(f'{base.name} keeps a recurrent state, no keys and values: prompt.method = "prefix" cannot be used with it')
     with torch.no_grad():
-        layers = base.prefill([SoftPrompt(rows_PH, "after_bos", bos_id).embeds(base)]).layers
-    rows_PD = flat(layers)[-len(rows_PH) :]
-    shapes = shapes_of(layers)
+        layers = base.prefill([SoftPrompt(rows_PH, position, bos_id if position == "after_bos" else None).embeds(base)]).layers
+    rows_PD, shapes = flat(layers)[-len(rows_PH) :], shapes_of(layers)
     parts = rows_PD.split([heads * size for heads, size in shapes], dim=1)
-    scale_D = torch.cat([part.square().mean().sqrt().expand(part.shape[1]) for part in parts])
-    return DeepPrompt(rows_PD / scale_D, "after_bos", bos_id, scale_D, shapes)
+    rms = torch.stack([part.square().mean().sqrt() for part in parts])
+    scale_D = torch.cat([size.expand(part.shape[1]) for size, part in zip(rms.clamp(max=rms.median()), parts, strict=True)])
+    return DeepPrompt(rows_PD / scale_D, position, bos_id, scale_D, shapes)
 
 
 def shapes_of(layers: Layers) -> tuple[tuple[int, int], ...]:

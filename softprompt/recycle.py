@@ -80,14 +80,14 @@ class Moved:
 
         Raises ConfigError where there are no rows to train on.
         """
-        card, position = self.prompt.card, "auto" if self.prompt.card.position == "after_bos" else "start"
+        card, soft = self.prompt.card, self.prompt.soft
         tree = self._settings_of_run()
         tree["model"] = self.model.model_dump(exclude_none=True)
         tree["prompt"] = {
             **tree["prompt"],
             "init": ["file"],
             "file": str(self.path.absolute()),
-            "position": position,
+            "position": "start" if soft.bos_id is None else soft.position,  # the new base may have no BOS
             "method": card.method,
         }
         tree["train"] = {**tree["train"], "out": str(out)}

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from softprompt.artifact import load_prompt, read_card
 from softprompt.decode import Sampling
-from softprompt.errors import ArtifactError, ConfigError, ModelError
+from softprompt.errors import ArtifactError, ModelError
 from softprompt.generation import generate
 from softprompt.plan import make_plan
 from softprompt.prompt import deepened, prefix_of
@@ -30,30 +30,45 @@ def hidden(base, soft, rows):
     return states[batch.mask_BT.bool()]
 
 
-@pytest.mark.parametrize("bos", [None, tiny.BOS])
+PLACES = [("after_bos", None), ("after_bos", tiny.BOS), ("start", tiny.BOS)]
+
+
+@pytest.mark.parametrize(("position", "bos"), PLACES)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_before_training_it_is_the_function_of_its_rows(bases, family, bos):
+def test_before_training_it_is_the_function_of_its_rows(bases, family, position, bos):
     base, rows = bases(family), encoded_rows()
-    soft = replace(some_prompt(base), position="after_bos", bos_id=bos)
-    deep = deepened(base, soft.rows_PH, bos)
-    assert deep.rows_PH.square().mean().sqrt().item() == pytest.approx(1, rel=1e-3)
+    soft = replace(some_prompt(base), position=position, bos_id=bos)
+    deep = deepened(base, soft.rows_PH, position, bos)
     torch.testing.assert_close(hidden(base, deep, rows), hidden(base, soft, rows), rtol=1e-4, atol=1e-5)
 
 
-def moved(base, bos=None, length=6):
+def test_no_part_is_led_by_longer_steps_than_the_usual_one(bases):
+    base = bases()
+    deep = deepened(base, some_prompt(base).rows_PH, "start", None)
+    widths = [heads * size for heads, size in deep.shapes]
+    rms = [part.square().mean().sqrt().item() for part in (deep.rows_PH * deep.scale_D).split(widths, dim=1)]
+    usual = sorted(rms)[(len(rms) - 1) // 2]
+    assert max(rms) > 1.05 * usual > 1.1 * min(rms), "the parts are alike: nothing is tested"
+    scales = [part[0].item() for part in deep.scale_D.split(widths)]
+    assert scales == pytest.approx([min(one, usual) for one in rms])
+
+
+def moved(base, position="after_bos", bos=None, length=6):
     """A deep prompt that is no longer what any rows give."""
-    deep = deepened(base, some_prompt(base, length).rows_PH, bos)
+    deep = deepened(base, some_prompt(base, length).rows_PH, position, bos)
     noise = torch.randn(deep.rows_PH.shape, generator=torch.Generator().manual_seed(2))
     return replace(deep, rows_PH=deep.rows_PH + 0.3 * noise)
 
 
 @pytest.mark.parametrize("make_rows", [encoded_rows, rows_alike])
-@pytest.mark.parametrize("bos", [None, tiny.BOS])
+@pytest.mark.parametrize(("position", "bos"), PLACES)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_loss_and_gradient_equal_peft(bases, family, bos, make_rows):
+def test_loss_and_gradient_equal_peft(bases, family, position, bos, make_rows):
     base, rows = bases(family), make_rows()
-    deep = moved(base, bos)
+    deep = moved(base, position, bos)
     loss, gradient = loss_and_gradient(base, deep, rows, tokens_per_batch=20)
+    if position == "start":  # in PEFT it is a token of the text
+        rows = [replace(row, ids=(bos, *row.ids), supervised=(False, *row.supervised)) for row in rows]
 
     stored = deep.stored(base)
     heads, size = deep.shapes[0]
@@ -76,10 +91,11 @@ def test_loss_and_gradient_equal_peft(bases, family, bos, make_rows):
     torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-5 * expected.abs().max().item() + 1e-8)
 
 
+@pytest.mark.parametrize("position", ["start", "after_bos"])
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "bloom", "gpt2"])
-def test_a_trained_one_loads_in_peft_with_the_same_logits(bases, make_config, family):
+def test_a_trained_one_loads_in_peft_with_the_same_logits(bases, make_config, family, position):
     base = bases(family, **({"sliding_window": 512} if family == "gemma3_text" else {}))  # else no answer looks back to the prompt
-    config = make_config(f"model.name={base.name}", PREFIX, "train.steps=6")
+    config = make_config(f"model.name={base.name}", PREFIX, "train.steps=6", f"prompt.position={position}")
     *_, finished = train(config, base=base)
     assert finished.result["eval_loss_after"] < finished.result["eval_loss_before"]
     prompt = load_prompt(config.train.out, base)
@@ -90,8 +106,9 @@ def test_a_trained_one_loads_in_peft_with_the_same_logits(bases, make_config, fa
         states = base.continue_from(
             prefix, torch.zeros(1, dtype=torch.long), torch.tensor([ids]), torch.ones(1, len(ids), dtype=torch.long)
         )
-        ours, theirs = base.logits(states.hidden_BTH), model(input_ids=torch.tensor([ids]), attention_mask=torch.ones(1, len(ids))).logits
-    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+        given = torch.tensor([[tiny.BOS, *ids] if position == "start" else ids])
+        ours, theirs = base.logits(states.hidden_BTH), model(input_ids=given, attention_mask=torch.ones_like(given)).logits
+    torch.testing.assert_close(ours, theirs[:, -len(ids) :], rtol=1e-3, atol=1e-4)
 
 
 def test_only_its_own_numbers_move_and_all_of_them_do(bases, make_config, fresh):
@@ -99,7 +116,7 @@ def test_only_its_own_numbers_move_and_all_of_them_do(bases, make_config, fresh)
     config = make_config(PREFIX, "train.steps=3", fresh)
     *_, finished = train(config, base=base)
     after = load_prompt(config.train.out, base).soft
-    start = deepened(base, base.embed_ids(base.tokenizer("Repeat the drink.", add_special_tokens=False)["input_ids"]), tiny.BOS)
+    start = deepened(base, base.embed_ids(base.tokenizer("Repeat the drink.", add_special_tokens=False)["input_ids"]), "start", tiny.BOS)
     assert ((after.rows_like(start) - start.rows_PH).abs() > 1e-6).float().mean() > 0.99
     assert finished.result["findings"] == []
 
@@ -149,7 +166,7 @@ def test_the_card_says_what_it_is(make_config):
     config = make_config(PREFIX, "train.steps=1")
     list(train(config))
     card = read_card(config.train.out)
-    assert (card.method, card.position, card.shapes) == ("prefix", "after_bos", ((2, 8),) * 4)
+    assert (card.method, card.position, card.shapes) == ("prefix", "start", ((2, 8),) * 4)
     assert "as keys and values of every layer" in card.init
 
 
@@ -157,18 +174,11 @@ def test_the_plan_counts_its_numbers(make_config):
     assert make_plan(make_config(PREFIX, "prompt.length=7")).num_trainable == 7 * 4 * 2 * 8
 
 
-@pytest.mark.parametrize(
-    ("settings", "error", "message"),
-    [
-        (("prompt.position=start",), ConfigError, "stands behind BOS"),
-        (("prompt.file={deep}",), ArtifactError, "no rows for another prompt"),
-    ],
-)
-def test_what_cannot_be_is_refused(make_config, tmp_path, settings, error, message):
+def test_a_deep_prompt_is_no_start_for_another(make_config, tmp_path):
     deep = tmp_path / "deep"
     list(train(make_config(PREFIX, "train.steps=1", f"train.out={deep}")))
-    with pytest.raises(error, match=message):
-        list(train(make_config(PREFIX, *(setting.format(deep=deep) for setting in settings))))
+    with pytest.raises(ArtifactError, match="no rows for another prompt"):
+        list(train(make_config(PREFIX, f"prompt.file={deep}")))
 
 
 def test_a_recurrent_base_has_no_keys_and_values(bases, make_config):

@@ -26,6 +26,13 @@ def trained(tmp_path_factory, bases) -> Path:
     return learn(home, tiny.tiny_folder(home / "base"))
 
 
+@pytest.fixture(scope="module")
+def behind(tmp_path_factory) -> Path:
+    """The same with the prompt behind BOS."""
+    home = tmp_path_factory.mktemp("behind")
+    return learn(home, tiny.tiny_folder(home / "base"), "prompt.position=after_bos")
+
+
 def learn(home: Path, base: Path, *overrides: str) -> Path:
     tiny.write_rows(home / "train.jsonl", tiny.some_rows(24))
     tiny.write_rows(home / "eval.jsonl", tiny.some_rows(7))
@@ -86,6 +93,14 @@ def test_a_prompt_that_has_lost_is_trained_back(trained, recycled, tmp_path):
     result = json.loads((tmp_path / "recycled" / "result.json").read_text())
     assert result["eval_loss_before"] == pytest.approx(found["loss_new_base"], rel=1e-5)  # it began as the prompt that it was
     assert load_prompt(tmp_path / "recycled", load_base(ModelConfig(name=str(other), device="cpu"))).soft.length == 6
+
+
+def test_what_is_trained_back_stands_where_it_stood(behind, recycled, tmp_path):
+    found, _ = recycled(behind, f"model.name={variant(behind, tmp_path / 'other', 0.3)}")
+    card = read_card(tmp_path / "recycled")
+    assert (card.position, card.bos_id) == ("after_bos", tiny.BOS)
+    assert found["steps"] == 20, "it was trained"
+
 
 
 def test_a_prompt_that_has_lost_little_stays_and_is_bound_to_the_new_base(trained, recycled, tmp_path):
