@@ -87,6 +87,9 @@ RECIPES = {
     "softprompt, labels then text": Recipe(('prompt.init=["labels", "text", "vocab"]',)),
     "softprompt, prefix": Recipe(("prompt.method=prefix",)),
     "softprompt, prefix, 32 rows": Recipe(("prompt.method=prefix", "prompt.length=32", 'prompt.init=["text", "vocab"]')),
+    "softprompt, prefix, 32 rows, after BOS": Recipe(
+        ("prompt.method=prefix", "prompt.length=32", 'prompt.init=["text", "vocab"]', "prompt.position=after_bos")
+    ),
     "softprompt, 32 rows": Recipe(("prompt.length=32", 'prompt.init=["text", "vocab"]')),
     "softprompt, moving average": Recipe(("optim.ema=0.9",)),
     "softprompt, rate 0.05": Recipe(("optim.relative_lr=0.05",)),

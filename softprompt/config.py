@@ -84,7 +84,7 @@ class DataConfig(Section):
         return self
 
 
-USUAL_RATE = {"prompt": 0.2, "prefix": 0.1}  # optim.relative_lr by prompt.method: measured (LOG.md)
+USUAL_RATE = {"prompt": 0.2, "prefix": 0.05}  # optim.relative_lr by prompt.method: measured (LOG.md)
 
 
 class Member(Section):
@@ -145,7 +145,7 @@ class OptimConfig(Section):
 
     relative_lr: Annotated[float, Field(gt=0, allow_inf_nan=False)] | Literal["find"] | None = None
     """Peak learning rate as a share of the RMS of the base's embedding rows (of the start's keys and values for method = "prefix"):
-    one value fits every base. Left out: 0.2, and 0.1 for "prefix". "find": five rates are tried for 20 steps, all at once, and the
+    one value fits every base. Left out: 0.2, and 0.05 for "prefix". "find": five rates are tried for 20 steps, all at once, and the
     best is taken."""
     lr: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     """Peak learning rate as a plain number, in place of `relative_lr`."""

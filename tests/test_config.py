@@ -174,6 +174,6 @@ def test_an_examples_folder_with_files_has_a_configuration():
 def test_a_rate_that_is_left_out_is_that_of_the_method():
     bank = [{"name": "rows"}, {"name": "deep", "prompt": {"method": "prefix"}}, {"name": "own", "optim": {"relative_lr": 0.03}}]
     members = load_config({"prompt": {"bank": bank}}).members()
-    assert {name: member.optim.relative_lr for name, member in members.items()} == {"rows": 0.2, "deep": 0.1, "own": 0.03}
+    assert {name: member.optim.relative_lr for name, member in members.items()} == {"rows": 0.2, "deep": 0.05, "own": 0.03}
     (alone,) = load_config({"prompt": {"method": "prefix"}}).members().values()
-    assert alone.optim.relative_lr == 0.1
+    assert alone.optim.relative_lr == 0.05
