@@ -102,7 +102,6 @@ def test_what_is_trained_back_stands_where_it_stood(behind, recycled, tmp_path):
     assert found["steps"] == 20, "it was trained"
 
 
-
 def test_a_prompt_that_has_lost_little_stays_and_is_bound_to_the_new_base(trained, recycled, tmp_path):
     other = variant(trained, tmp_path / "other", 1e-3)
     found, shown = recycled(trained, f"model.name={other}")
