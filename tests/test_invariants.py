@@ -104,7 +104,7 @@ def test_loss_and_gradient_equal_peft(bases, family, position, make_rows):
 def test_what_enough_rows_begin_with_is_read_once(bases, deep):
     base, rows = bases(), rows_alike()
     soft = some_prompt(base)
-    prompts = [deepened(base, soft.rows_PH, None) if deep else soft]
+    prompts = [deepened(base, soft.rows_PH, soft.position, None) if deep else soft]
     prefix, rests = read_together(base, prompts, rows)
     assert prefix.lengths == (soft.length + len(BEGINNING),)
     assert [BEGINNING + rest.ids for rest in rests] == [row.ids for row in rows]
