@@ -132,14 +132,14 @@ def best_rate(runs: Runs, prefix: str) -> float:
 
 
 def grouped(runs: Runs) -> dict[tuple[str, str], dict[str, list[dict[str, Any]]]]:
-    """By (base, task) and recipe: the runs of the recipe's best rate, a seed each."""
+    """By (base, task), sorted, and recipe: the runs of the recipe's best rate, a seed each."""
     found: dict[tuple[str, str], dict[str, list[dict[str, Any]]]] = {}
     for key in runs:
         base, task, recipe, rate, _ = key.split("/")
         prefix = f"{base}/{task}/{recipe}"
         if rate == "None" or float(rate) == best_rate(runs, prefix):
             found.setdefault((base, task), {}).setdefault(recipe, []).append({**runs[key], "rate": rate})
-    return found
+    return dict(sorted(found.items()))
 
 
 def report(runs_by_key: Runs) -> str:
@@ -154,7 +154,7 @@ def report(runs_by_key: Runs) -> str:
         "![held-out loss against steps and against seconds](results.png)",
         "",
     ]
-    groups = dict(sorted(grouped(runs_by_key).items()))
+    groups = grouped(runs_by_key)
     lines += [*_glance(groups), ""]
     for (base, task), recipes in groups.items():
         lines += [f"## {task}, {base}", "", "| recipe | rate | trainable | held-out loss before | test loss | accuracy | seeds | on |"]
@@ -199,7 +199,7 @@ def draw(runs: Runs, path: Path) -> None:
     training (right), a line of pictures for each base and task with three recipes or more. Their height is that of the second half."""
     from matplotlib.figure import Figure
 
-    groups = {where: recipes for where, recipes in sorted(grouped(runs).items()) if len(recipes) > 2}
+    groups = {where: recipes for where, recipes in grouped(runs).items() if len(recipes) > 2}
     figure = Figure(figsize=(14, 4.5 * len(groups)), layout="constrained")
     for row, ((base, task), recipes) in zip(figure.subplots(len(groups), 2, squeeze=False), groups.items(), strict=True):
         firsts = {recipe: found[0] for recipe, found in recipes.items()}

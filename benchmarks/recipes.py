@@ -76,6 +76,7 @@ def peft_vocabulary(material: init.Material, room: int) -> init.Start:
     return init.Start(material.base.drawn_rows(room, material.seed), "any tokens of the vocabulary")
 
 
+LONG = ("prompt.length=32", 'prompt.init=["text", "vocab"]')
 GRID = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 RECIPES = {
     "softprompt": Recipe(),
@@ -86,11 +87,9 @@ RECIPES = {
     "softprompt, vocab init": Recipe(("prompt.init=vocab",)),
     "softprompt, labels then text": Recipe(('prompt.init=["labels", "text", "vocab"]',)),
     "softprompt, prefix": Recipe(("prompt.method=prefix",)),
-    "softprompt, prefix, 32 rows": Recipe(("prompt.method=prefix", "prompt.length=32", 'prompt.init=["text", "vocab"]')),
-    "softprompt, prefix, 32 rows, after BOS": Recipe(
-        ("prompt.method=prefix", "prompt.length=32", 'prompt.init=["text", "vocab"]', "prompt.position=after_bos")
-    ),
-    "softprompt, 32 rows": Recipe(("prompt.length=32", 'prompt.init=["text", "vocab"]')),
+    "softprompt, prefix, 32 rows": Recipe(("prompt.method=prefix", *LONG)),
+    "softprompt, prefix, 32 rows, after BOS": Recipe(("prompt.method=prefix", *LONG, "prompt.position=after_bos")),
+    "softprompt, 32 rows": Recipe(LONG),
     "softprompt, moving average": Recipe(("optim.ema=0.9",)),
     "softprompt, rate 0.05": Recipe(("optim.relative_lr=0.05",)),
     "softprompt, rate 0.1": Recipe(("optim.relative_lr=0.1",)),

@@ -7,12 +7,12 @@ from itertools import pairwise
 import pytest
 import tiny
 import torch
+from test_cli import run  # noqa: F401 - a fixture
 from test_deep import moved
 from test_invariants import FAMILIES, encoded_rows, loss_and_gradient, rows_alike, some_prompt
 
 from softprompt import head as head_module
 from softprompt.artifact import load_prompt
-from softprompt.cli import main
 from softprompt.config import ModelConfig
 from softprompt.decode import Sampling
 from softprompt.events import Finished, Step
@@ -139,28 +139,13 @@ def test_answers_are_the_same_alone_and_in_a_batch(make_config, bases, how):
         assert together == generate(bases(), load_prompt(finished.result["prompt"], bases()), TEXTS, sampling)
 
 
-@pytest.fixture
-def run(monkeypatch):
-    """run("train", ...) -> exit code."""
-
-    def call(*words: str) -> int:
-        monkeypatch.setattr("sys.argv", ["softprompt", *words])
-        try:
-            main()
-        except SystemExit as end:
-            return int(end.code or 0)
-        return 0
-
-    return call
-
-
-def test_the_commands_take_the_gpu_by_themselves(run, make_config, bases, tmp_path):
+def test_the_commands_take_the_gpu_by_themselves(run, make_config, bases, tmp_path):  # noqa: F811
     """As a newcomer types them: no device, no precision."""
     rows, folder, result = str(make_config().data.train), str(tmp_path / "mine"), tmp_path / "eval.json"
     settings = [f"model.name={bases().name}", f"data.train={rows}", "data.eval_fraction=0.25", "prompt.text=Repeat.", "train.steps=4"]
-    assert run("train", *settings, f"train.out={folder}") == 0
-    assert run("eval", folder, "--data", rows, "--json", str(result)) == 0
+    assert run("train", *settings, f"train.out={folder}")[0] == 0
+    assert run("eval", folder, "--data", rows, "--json", str(result))[0] == 0
     assert json.loads(result.read_text())["contestants"]["prompt"]["loss"] > 0
-    assert run("generate", folder, "bring tea", "--max-new-tokens", "5") == 0
+    assert run("generate", folder, "bring tea", "--max-new-tokens", "5")[0] == 0
     for verb in ("inspect", "doctor", "report"):
-        assert run(verb, folder) == 0
+        assert run(verb, folder)[0] == 0
