@@ -14,13 +14,15 @@ from statistics import median
 import torch
 from rows import WORDS
 
-from softprompt import prompt
 from softprompt.config import ModelConfig
 from softprompt.data import Example, Message
-from softprompt.encode import Encoded, make_encoder, shared_beginning
-from softprompt.memory import token_budget
-from softprompt.model import FrozenBase, load_base
-from softprompt.step import Engine, step_gradients
+from softprompt.encode import make_encoder
+from softprompt.engine import prompt
+from softprompt.engine.memory import token_budget
+from softprompt.engine.loading import load_base
+from softprompt.engine.model import FrozenBase
+from softprompt.engine.step import Engine, step_gradients
+from softprompt.engine.tokens import Encoded, shared_beginning
 
 NEVER = 10**9  # no step has so many rows
 
@@ -64,7 +66,7 @@ def both_ways(base: FrozenBase, rows: list[Encoded], once_first: bool) -> tuple[
     for prompt.ENOUGH in order:
         soft = prompt.SoftPrompt(base.drawn_rows(16, 0).requires_grad_(), "start", make_encoder(base.tokenizer, "human-assistant").bos_id)
         began = time.process_time()
-        step_gradients(base, [soft], [rows], Engine(token_budget(base.model.base_model, base.device, None)))
+        step_gradients(base, [soft], [rows], Engine(base.budget(None)))
         assert soft.rows_PH.grad is not None
         found[prompt.ENOUGH] = (time.process_time() - began, soft.rows_PH.grad.flatten())
     prompt.ENOUGH = enough

@@ -49,7 +49,7 @@ def try_all(name: str, folder: str, tasks: list[Task], steps: int, results: Path
     from meters import machine
 
     from softprompt.config import ModelConfig
-    from softprompt.model import load_base
+    from softprompt.engine.loading import load_base
 
     base = load_base(ModelConfig(name=folder))
     for task in tasks:

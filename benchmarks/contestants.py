@@ -56,7 +56,7 @@ def main() -> None:
 
 def measure_all(given: argparse.Namespace) -> None:
     from softprompt.config import ModelConfig
-    from softprompt.model import load_base
+    from softprompt.engine.loading import load_base
 
     name, folder = given.base.split("=", 1)
     base = load_base(ModelConfig(name=folder))

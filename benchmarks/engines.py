@@ -59,7 +59,7 @@ def ours(prompts: Sequence[Path]) -> Answers:
     from softprompt.artifact import read_card
     from softprompt.export import named
     from softprompt.export.chat import frame
-    from softprompt.export.entries import Carried
+    from softprompt.export.carried import Carried
 
     config = read_card(prompts[0]).model_config_of_base.model_copy(update={"dtype": "float32", "device": "cpu"})
     base, answers = load_base(config), {}

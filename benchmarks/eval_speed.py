@@ -29,11 +29,12 @@ from softprompt.atomic import write_text
 from softprompt.config import ModelConfig
 from softprompt.contestants import Entry
 from softprompt.data import Example, Message, load_examples
-from softprompt.encode import Encoded
-from softprompt.likelihood import candidate_losses, row_losses
-from softprompt.memory import token_budget
-from softprompt.model import FrozenBase, load_base
-from softprompt.prompt import prefix_of
+from softprompt.engine.likelihood import candidate_losses, row_losses
+from softprompt.engine.memory import token_budget
+from softprompt.engine.loading import load_base
+from softprompt.engine.model import FrozenBase
+from softprompt.engine.prompt import prefix_of
+from softprompt.engine.tokens import Encoded
 
 BLOCK = 100  # labelled rows of one turn
 LABELS = ("delivery problem", "wrong article", "praise")
@@ -109,7 +110,7 @@ def labels(base: FrozenBase, stored: StoredPrompt, texts: Sequence[str]) -> dict
     """Three labels of every text: one reading of it for all, against each pair of text and label alone."""
     rows = [[Example((Message("user", text), Message("assistant", label)), "") for label in LABELS] for text in texts]
     candidates = [[stored.encoder.encode(one) for one in own] for own in rows]
-    budget = token_budget(base.model.base_model, base.device, None)
+    budget = base.budget(None)
     with torch.no_grad():
         prefix = prefix_of(base, [stored.soft])
 

@@ -15,11 +15,11 @@ from scene import POSITION, Scene, measured, run_config, set_scene, start_of, wr
 from torch import Tensor
 
 from softprompt.encode import Encoder
+from softprompt.engine.prompt import SoftPrompt
+from softprompt.engine.step import step_gradients
 from softprompt.events import Step
 from softprompt.job import make_engine
 from softprompt.plan import make_plan
-from softprompt.prompt import SoftPrompt
-from softprompt.step import step_gradients
 from softprompt.training import train
 
 

@@ -33,15 +33,16 @@ from torch.utils._pytree import tree_map
 from transformers import DynamicCache
 from workloads import PROMPT_TEXT, WORKLOADS
 
-from softprompt import prefix
-from softprompt.batch import order_of_rows
 from softprompt.config import Config, ModelConfig, OptimConfig
 from softprompt.encode import make_encoder
-from softprompt.model import FrozenBase, load_base
-from softprompt.optim import RowOptimizer
-from softprompt.precise import wide
-from softprompt.prompt import SoftPrompt
-from softprompt.step import Engine, step_gradients
+from softprompt.engine import prefix
+from softprompt.engine.batch import order_of_rows
+from softprompt.engine.loading import load_base
+from softprompt.engine.model import FrozenBase
+from softprompt.engine.optim import PromptOptimizer
+from softprompt.engine.precise import wide
+from softprompt.engine.prompt import SoftPrompt
+from softprompt.engine.step import Engine, step_gradients
 
 TOKENS_PER_BATCH = 512
 TOLERANCE = Config().train.head_tolerance
@@ -105,7 +106,7 @@ def follow(full: FrozenBase, half: FrozenBase, given: argparse.Namespace) -> Ite
     rows = encoded_rows(given, encoder)
     ids = full.tokenizer(PROMPT_TEXT, add_special_tokens=False)["input_ids"]
     soft = SoftPrompt(full.embed_ids(ids), "after_bos" if encoder.bos_id is not None else "start", encoder.bos_id)
-    optimizer = RowOptimizer(soft.rows_PH, OptimConfig(relative_lr=0.1), given.steps, full.rms)
+    optimizer = PromptOptimizer(soft.rows_PH, OptimConfig(relative_lr=0.1), given.steps, full.rms)
     for number in range(given.steps):
         own = [rows[index] for index in order_of_rows([None] * len(rows), number * given.rows, given.rows, 0)]
 

@@ -71,7 +71,7 @@ def train_all(given: argparse.Namespace) -> None:
     from tasks import MAKERS, make_tasks
 
     from softprompt.config import ModelConfig
-    from softprompt.model import load_base
+    from softprompt.engine.loading import load_base
 
     torch.backends.cuda.matmul.allow_tf32 = given.tf32
     tasks = make_tasks(given.task or list(MAKERS), CACHE, given.alpaca)

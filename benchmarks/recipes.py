@@ -21,18 +21,20 @@ from torch import Tensor
 from softprompt import init
 from softprompt.answers import first_answer, limit_of, stops_of
 from softprompt.artifact import load_prompt
-from softprompt.batch import batches, order_of_rows
 from softprompt.config import Config, load_config
 from softprompt.data import Example
-from softprompt.decode import Question, Sampling, decode_whole
-from softprompt.encode import Encoded, Rows, load_rows, make_encoder
+from softprompt.rows import Rows, load_rows
+from softprompt.encode import make_encoder
+from softprompt.engine.batch import batches, order_of_rows
+from softprompt.engine.decode import Question, Sampling, decode_whole
+from softprompt.engine.likelihood import candidate_losses, row_losses
+from softprompt.engine.loss import token_losses
+from softprompt.engine.model import FrozenBase, head_of
+from softprompt.engine.prefix import Prefix
+from softprompt.engine.prompt import DeepPrompt, SoftPrompt, no_prompt, prefix_of, shapes_of
+from softprompt.engine.tokens import Encoded
 from softprompt.events import Evaluated, Finished, Started, Step
-from softprompt.job import with_absolute_paths
-from softprompt.likelihood import candidate_losses, row_losses
-from softprompt.loss import token_losses
-from softprompt.model import FrozenBase, head_of
-from softprompt.prefix import Prefix
-from softprompt.prompt import DeepPrompt, SoftPrompt, no_prompt, prefix_of, shapes_of
+from softprompt.config import with_absolute_paths
 from softprompt.training import train
 
 EVALUATIONS = 4

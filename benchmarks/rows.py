@@ -12,7 +12,8 @@ from statistics import NormalDist
 from workloads import Profile, Workload
 
 from softprompt.data import load_examples
-from softprompt.encode import Encoded, Encoder
+from softprompt.encode import Encoder
+from softprompt.engine.tokens import Encoded
 from softprompt.errors import DataError
 
 ATTEMPTS = 50  # texts tried until one has exactly the wanted number of tokens

@@ -12,11 +12,13 @@ from jobs import Job, Measured
 from rows import read_rows
 from torch import Tensor
 
-from softprompt.batch import order_of_rows
 from softprompt.config import Config, ModelConfig, load_config
-from softprompt.encode import Encoded, Encoder, make_encoder
+from softprompt.encode import Encoder, make_encoder
+from softprompt.engine.batch import order_of_rows
+from softprompt.engine.loading import load_base
+from softprompt.engine.model import FrozenBase
+from softprompt.engine.tokens import Encoded
 from softprompt.init import Material, start_rows
-from softprompt.model import FrozenBase, load_base
 
 POSITION = "start"  # PEFT's own layout: soft prompt, BOS, text
 

@@ -21,7 +21,7 @@ from torch.nn.functional import cross_entropy
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from softprompt.encode import Encoded
+from softprompt.engine.tokens import Encoded
 
 IGNORED = -100
 

@@ -130,7 +130,7 @@ def prepare_rows(workload: Workload, job: Job, data: str | None) -> dict[str, fl
 
     from softprompt.config import Config, ModelConfig
     from softprompt.encode import make_encoder
-    from softprompt.model import load_tokenizer
+    from softprompt.engine.loading import load_tokenizer
 
     encoder = make_encoder(load_tokenizer(ModelConfig(name=job.model, dtype=job.dtype)), Config().data.template)  # type: ignore[arg-type]
     rows = make_rows(workload, (job.steps + 1) * job.examples_per_step, encoder, data, job.seed)

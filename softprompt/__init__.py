@@ -8,22 +8,44 @@ if TYPE_CHECKING:
     from softprompt.config import Config as Config
     from softprompt.config import load_config as load_config
     from softprompt.data import load_examples as load_examples
-    from softprompt.decode import Sampling as Sampling
+    from softprompt.engine.decode import Sampling as Sampling
+    from softprompt.engine.loading import load_base as load_base
     from softprompt.errors import Error as Error
     from softprompt.evaluation import Contest as Contest
     from softprompt.evaluation import evaluate as evaluate
+    from softprompt.events import Evaluated as Evaluated
+    from softprompt.events import Event as Event
+    from softprompt.events import Finished as Finished
+    from softprompt.events import Found as Found
+    from softprompt.events import Sampled as Sampled
+    from softprompt.events import Saved as Saved
+    from softprompt.events import Searching as Searching
+    from softprompt.events import Started as Started
+    from softprompt.events import Step as Step
+    from softprompt.events import Warned as Warned
+    from softprompt.generation import Ensemble as Ensemble
     from softprompt.generation import generate as generate
-    from softprompt.model import load_base as load_base
     from softprompt.training import train as train
 
 _HOMES = {
     "Config": "config",
     "Contest": "evaluation",
+    "Ensemble": "generation",
     "Error": "errors",
-    "Sampling": "decode",
+    "Evaluated": "events",
+    "Event": "events",
+    "Finished": "events",
+    "Found": "events",
+    "Sampled": "events",
+    "Sampling": "engine.decode",
+    "Saved": "events",
+    "Searching": "events",
+    "Started": "events",
+    "Step": "events",
+    "Warned": "events",
     "evaluate": "evaluation",
     "generate": "generation",
-    "load_base": "model",
+    "load_base": "engine.loading",
     "load_config": "config",
     "load_examples": "data",
     "load_prompt": "artifact",

@@ -1,19 +1,17 @@
-"""Answers of many contestants to many rows: mixed in one batch, the longest first."""
+"""Answers of many contestants to many rows, mixed in one batch, and where they end."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-import torch
-
-from softprompt.contestants import Entry
+from softprompt.contestants import Reading
 from softprompt.data import Example
-from softprompt.decode import Question, Sampling, decode_whole
-from softprompt.encode import Encoded, Encoder
+from softprompt.encode import Encoder
+from softprompt.engine.decode import Ends, Question, Sampling, decode_whole
+from softprompt.engine.model import FrozenBase
+from softprompt.engine.tokens import Encoded
 from softprompt.errors import DataError
-from softprompt.model import FrozenBase
-from softprompt.prompt import SoftPrompt, prefix_of
-
-POSITIONS, ROWS = 16384, 64  # of a batch at most: positions that the cache holds, questions
+from softprompt.generation import Spelled
 
 
 @dataclass(frozen=True)
@@ -28,53 +26,39 @@ class Answer:
 
 
 def answer(
-    base: FrozenBase, entries: Mapping[str, Sequence[Entry]], wanted: Sequence[tuple[str, int]], limit: int, stops: Sequence[str] = ()
+    base: FrozenBase, readings: Mapping[str, Sequence[Reading]], wanted: Sequence[tuple[str, int]], limit: int, stops: Sequence[str] = ()
 ) -> Iterator[Answer]:
     """Greedy answers of at most `limit` tokens to the wanted (contestant, row) pairs, as they are complete; `stops` end them too.
 
     Raises DataError for a row that leaves no room for an answer.
     """
-    softs: list[SoftPrompt] = []
-    places: dict[str, list[int]] = {}
-    for name, members in entries.items():
-        places[name] = [len(softs) + index for index in range(len(members))]
-        softs += [member.asked for member in members]
-    with torch.inference_mode():
-        prefix = prefix_of(base, softs)
-    questions = {
-        (name, row): Question(tuple(places[name]), tuple(member.questions[row] for member in entries[name])) for name, row in wanted
-    }
-    lengths = {pair: question.length(prefix) for pair, question in questions.items()}
-    for (name, row), length in lengths.items():
-        if base.context_length is not None and length >= base.context_length:
-            raise DataError(f"row {row + 1} takes {length} tokens with {name}, the base's context is {base.context_length}")
-    sampling = Sampling(max_new_tokens=limit)
-
-    def said(ids: Sequence[int]) -> tuple[str, bool]:
-        return first_answer(base.tokenizer.decode(ids, skip_special_tokens=True), stops)
-
-    for group in _groups(lengths, questions, limit):
-        for number, ids, ended in decode_whole(base, prefix, [questions[pair] for pair in group], sampling, lambda ids: said(ids)[1]):
-            text, stopped = said(ids)
-            yield Answer(*group[number], text, len(ids), ended or stopped)
+    sampling, questions = Sampling(max_new_tokens=limit), []
+    for name, row in wanted:
+        members = readings[name]
+        starts, texts = tuple(member.start for member in members), tuple(member.questions[row] for member in members)
+        question = Question(starts, texts, sampling, until(base.tokenizer, stops))
+        if base.context_length is not None and question.length >= base.context_length:
+            raise DataError(f"row {row + 1} takes {question.length} tokens with {name}, the base's context is {base.context_length}")
+        questions.append(question)
+    for number, ids, ended in decode_whole(base, questions):
+        text, stopped = first_answer(base.tokenizer.decode(ids, skip_special_tokens=True), stops)
+        yield Answer(*wanted[number], text, len(ids), ended or stopped)
 
 
-def _groups(
-    lengths: Mapping[tuple[str, int], int], questions: Mapping[tuple[str, int], Question], limit: int
-) -> Iterator[list[tuple[str, int]]]:
-    """The longest questions first, so that those of a batch are about as long as each other."""
-    group: list[tuple[str, int]] = []
-    rows = 0
-    for pair in sorted(lengths, key=lambda pair: -lengths[pair]):
-        more = len(questions[pair].which)
-        widest = lengths[group[0]] if group else 0
-        if group and (rows + more > ROWS or (rows + more) * (widest + limit) > POSITIONS):
-            yield group
-            group, rows = [], 0
-        group.append(pair)
-        rows += more
-    if group:
-        yield group
+def until(tokenizer: Any, stops: Sequence[str]) -> Ends:
+    """For one question: its answer ends with the token with which the first of the stop texts is there."""
+    spelled = Spelled(tokenizer)
+
+    def ends(token: int) -> bool:
+        spelled.add(token)
+        return any(stop in spelled.text.lstrip() for stop in stops)
+
+    return ends
+
+
+def cut_at(text: str, stops: Sequence[str]) -> str:
+    """The text before the first of the stop texts."""
+    return text[: min((at for stop in stops if (at := text.find(stop)) >= 0), default=None)]
 
 
 def limit_of(rows: Iterable[Encoded]) -> int:
@@ -97,5 +81,4 @@ def stops_of(encoders: Iterable[Encoder], examples: Sequence[Example]) -> tuple[
 def first_answer(text: str, stops: Sequence[str]) -> tuple[str, bool]:
     """(What was said before the first stop text, whether there was one); blanks and line breaks before and after it are left out."""
     text = text.lstrip()
-    found = [at for stop in stops if (at := text.find(stop)) >= 0]
-    return text[: min(found, default=None)].rstrip(), bool(found)
+    return cut_at(text, stops).rstrip(), any(stop in text for stop in stops)

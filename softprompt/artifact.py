@@ -23,9 +23,9 @@ from safetensors.torch import load_file, save_file
 
 from softprompt.config import Config, ModelConfig
 from softprompt.encode import Encoder, make_encoder
+from softprompt.engine.model import FrozenBase
+from softprompt.engine.prompt import DeepPrompt, Prompt, SoftPrompt, shapes_of
 from softprompt.errors import ArtifactError
-from softprompt.model import FrozenBase
-from softprompt.prompt import DeepPrompt, SoftPrompt, shapes_of
 from softprompt.runlog import package_versions
 
 TENSOR, WEIGHTS = "prompt_embeddings", "adapter_model.safetensors"
@@ -99,7 +99,7 @@ class Card(CardModel):
 class StoredPrompt:
     """A prompt with the card that came with it and the encoder that its texts need."""
 
-    soft: SoftPrompt
+    soft: Prompt
     card: Card
     encoder: Encoder
 
@@ -109,7 +109,7 @@ def chat_template_hash(tokenizer: Any) -> str | None:
     return hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest() if tokenizer.chat_template else None
 
 
-def write_prompt(folder: Path, soft: SoftPrompt, card: Card, base: FrozenBase) -> None:
+def write_prompt(folder: Path, soft: Prompt, card: Card, base: FrozenBase) -> None:
     """Writes the four files into a folder, which is made where it is missing."""
     folder.mkdir(exist_ok=True)
     rows = soft.stored(base).float().cpu()
@@ -121,7 +121,7 @@ def write_prompt(folder: Path, soft: SoftPrompt, card: Card, base: FrozenBase) -
     (folder / "README.md").write_text(model_card(card), encoding="utf-8")
 
 
-def _peft_config(soft: SoftPrompt, card: Card, base: FrozenBase, rows: torch.Tensor) -> Any:
+def _peft_config(soft: Prompt, card: Card, base: FrozenBase, rows: torch.Tensor) -> Any:
     """What makes the folder a PEFT adapter, or None for a deep prompt whose layers differ in shape: PEFT has no such format."""
     from peft import PrefixTuningConfig, PromptTuningConfig
 
@@ -134,7 +134,7 @@ def _peft_config(soft: SoftPrompt, card: Card, base: FrozenBase, rows: torch.Ten
         "num_layers": text.num_hidden_layers,
         "inference_mode": True,
     }
-    if isinstance(soft, DeepPrompt):
+    if soft.shapes:
         if len(set(soft.shapes)) > 1:
             return None
         heads, size = soft.shapes[0]
@@ -289,18 +289,16 @@ def base_card(model: ModelConfig, base: FrozenBase) -> BaseCard:
     )
 
 
-def make_card(
-    config: Config, base: FrozenBase, soft: SoftPrompt, encoder: Encoder, data: DataCard, note: str, metrics: dict[str, Any]
-) -> Card:
+def make_card(config: Config, base: FrozenBase, soft: Prompt, encoder: Encoder, data: DataCard, note: str, metrics: dict[str, Any]) -> Card:
     """The card of a prompt as it is now."""
     return Card(
         base=base_card(config.model, base),
         method=config.prompt.method,
         num_virtual_tokens=soft.length,
-        shapes=soft.shapes if isinstance(soft, DeepPrompt) else (),
+        shapes=soft.shapes,
         position=soft.position,  # type: ignore[arg-type]
         bos_id=soft.bos_id,
-        template=encoder.template,
+        template=encoder.template.name,
         max_length=config.data.max_length,
         init=note,
         text=config.prompt.text,

@@ -9,13 +9,14 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from softprompt.artifact import Card, write_prompt
 from softprompt.atomic import new_folder
-from softprompt.model import FrozenBase
-from softprompt.prompt import SoftPrompt
+from softprompt.engine.model import FrozenBase
+from softprompt.engine.prompt import Prompt
 
 BEST = "best"  # the rows with the lowest held-out loss
 
@@ -51,8 +52,9 @@ class Scores:
 
 
 @dataclass(frozen=True)
-class Progress:
-    """Counters of a run after `step` optimizer steps; `num_examples` counts a row once for every prompt that saw it."""
+class Counters:
+    """A run after `step` optimizer steps; `num_examples` counts a row once for every prompt that saw it. `tokens_per_batch`: what
+    memory allowed of the budget of a micro-batch so far, or None where all of it."""
 
     step: int = 0
     num_examples: int = 0
@@ -61,31 +63,31 @@ class Progress:
     data_fingerprint: str = ""
     base_fingerprint: str = ""
     scores: dict[str, Scores] = field(default_factory=dict)
+    tokens_per_batch: int | None = None
 
 
 @dataclass(frozen=True)
 class Checkpoint:
     """A checkpoint read back: counters, and by name what each prompt needs to go on (BEST and the optimizer's tensors)."""
 
-    progress: Progress
+    counters: Counters
     states: dict[str, dict[str, Tensor]]
 
 
 def save_checkpoint(
-    folder: Path, progress: Progress, prompts: Mapping[str, tuple[SoftPrompt, dict[str, Tensor], Card]], base: FrozenBase
-) -> Path:
-    """Writes `folder/step-000123` with (prompt to show, state to go on from, card) of every name, whole or not at all; one
-    that is there already holds the same bits and is kept."""
-    path = folder / f"step-{progress.step:06d}"
-    if not path.exists():
-        with new_folder(path) as draft:
-            state: dict[str, Tensor] = {}
-            for name, (soft, own, card) in prompts.items():
-                write_prompt(prompt_folder(draft, name, len(prompts)), soft, card, base)
-                state |= {f"{name}/{key}": tensor.cpu().contiguous() for key, tensor in own.items()}
-            save_file(state, draft / "state.safetensors")
-            (draft / "progress.json").write_text(json.dumps(asdict(progress), indent=2) + "\n", encoding="utf-8")
-    return path
+    path: Path, counters: Counters, prompts: Mapping[str, tuple[Prompt, dict[str, Tensor], Card]], base: FrozenBase
+) -> None:
+    """Writes the folder `path` with (prompt to show, state to go on from, card) of every name, whole or not at all; one that is there
+    already holds the same bits and is kept."""
+    if path.exists():
+        return
+    with new_folder(path) as draft:
+        state: dict[str, Tensor] = {}
+        for name, (prompt, own, card) in prompts.items():
+            write_prompt(prompt_folder(draft, name, len(prompts)), prompt, card, base)
+            state |= _under(name, own)
+        save_file(state, draft / "state.safetensors")
+        (draft / "progress.json").write_text(json.dumps(asdict(counters), indent=2) + "\n", encoding="utf-8")
 
 
 def prompt_folder(folder: Path, name: str, count: int) -> Path:
@@ -95,13 +97,40 @@ def prompt_folder(folder: Path, name: str, count: int) -> Path:
 
 def latest_checkpoint(folder: Path) -> Checkpoint | None:
     """The furthest checkpoint of a run, or None before the first."""
-    steps = sorted(folder.glob("step-*"))
+    steps = sorted(folder.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
     if not steps:
         return None
     values = json.loads((steps[-1] / "progress.json").read_text(encoding="utf-8"))
-    progress = Progress(**{**values, "scores": {name: Scores(**scores) for name, scores in values["scores"].items()}})
-    states: dict[str, dict[str, Tensor]] = {name: {} for name in progress.scores}
-    for key, tensor in load_file(steps[-1] / "state.safetensors").items():
+    counters = Counters(**{**values, "scores": {name: Scores(**scores) for name, scores in values["scores"].items()}})
+    states = _by_name(load_file(steps[-1] / "state.safetensors"))
+    return Checkpoint(counters, {name: states.get(name, {}) for name in counters.scores})
+
+
+def save_start(file: Path, prompts: Mapping[str, Prompt]) -> None:
+    """Writes what the prompts of a run start from, by name."""
+    state: dict[str, Tensor] = {}
+    for name, prompt in prompts.items():
+        state |= _under(name, prompt.tensors)
+    save_file(state, file)
+
+
+def load_start(file: Path, name: str | None, prompt: Prompt) -> Prompt | None:
+    """What a prompt of a run started from; `name` may be left out for the only one. None where that was not kept."""
+    try:
+        states = _by_name(load_file(file))
+    except (OSError, SafetensorError):
+        return None
+    own = states.get(name or "") or (next(iter(states.values())) if len(states) == 1 else None)
+    return None if own is None else prompt.with_tensors(own)
+
+
+def _under(name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {f"{name}/{key}": tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+
+
+def _by_name(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    found: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
         name, _, part = key.rpartition("/")
-        states[name][part] = tensor
-    return Checkpoint(progress, states)
+        found.setdefault(name, {})[part] = tensor
+    return found

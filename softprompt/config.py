@@ -5,6 +5,7 @@ An unknown key is an error that names the nearest known one. This module does no
 """
 
 import difflib
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from softprompt.errors import ConfigError
 
+RANGE = re.compile(r"^(?P<source>.*?)\[(?P<start>\d*):(?P<stop>\d*)\]$")  # behind the name of a data source
 Source = Literal["text", "labels", "vocab", "examples", "random", "file"]
 Positive = Annotated[int, Field(ge=1)]
 
@@ -295,3 +297,23 @@ def _explain(item: Any, where: str) -> str:
         return f"{where}: unknown key {key}: {hint}"
     message = item["msg"].removeprefix("Value error, ")
     return f"{where}: {key}: {message[0].lower()}{message[1:]} (got {item['input']!r})" if key.count(".") else f"{where}: {key}: {message}"
+
+
+def with_absolute_paths(config: Config) -> Config:
+    """Local paths made absolute, so that the run can be resumed and the prompt used from any folder."""
+
+    def absolute(source: str | None) -> str | None:
+        match = RANGE.match(source or "")
+        path, rest = (match["source"], (source or "")[len(match["source"]) :]) if match else (source, "")
+        return f"{Path(path).absolute()}{rest}" if path and Path(path.partition(":")[0]).exists() else source
+
+    def moved(prompt: dict[str, Any]) -> dict[str, Any]:
+        return {**prompt, "file": absolute(prompt["file"])} if prompt.get("file") else prompt
+
+    name, gguf_file = config.model.location
+    bank = tuple(member.model_copy(update={"prompt": moved(member.prompt)}) for member in config.prompt.bank)
+    prompt = config.prompt.model_copy(update={"bank": bank, "file": absolute(config.prompt.file)})
+    model = config.model.model_copy(update={"name": absolute(name), "gguf_file": gguf_file})
+    template = absolute(config.data.template) if config.data.template.endswith(".jinja") else config.data.template
+    data = config.data.model_copy(update={"train": absolute(config.data.train), "eval": absolute(config.data.eval), "template": template})
+    return config.model_copy(update={"model": model, "data": data, "prompt": prompt})

@@ -1,9 +1,9 @@
 """Who competes in an evaluation: the bare base, a text prompt, a few examples, soft prompts, an ensemble, a PEFT adapter.
 
-Whatever stands before the rows as text is the same for all of them, so it is read once; before questions its embeddings are the
-rows of a prompt that nobody trained.
+Whatever stands before the rows as text is the same for all of them, so it is read once.
 """
 
+import copy
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,11 +12,14 @@ from pathlib import Path
 
 from softprompt.artifact import StoredPrompt
 from softprompt.data import Example, Message
-from softprompt.encode import Encoded, Encoder, Segment, joined, num_shared
-from softprompt.errors import ArtifactError, DataError
+from softprompt.encode import Encoder, Segment, joined
+from softprompt.engine.head import Head
+from softprompt.engine.model import FrozenBase, check
+from softprompt.engine.prompt import Prompt
+from softprompt.engine.shelf import Start
+from softprompt.engine.tokens import Encoded, num_shared
+from softprompt.errors import ArtifactError, DataError, ModelError
 from softprompt.generation import without_prompt
-from softprompt.model import FrozenBase
-from softprompt.prompt import SoftPrompt
 
 MAX_SHOTS, SHOT_TOKENS = 16, 1024  # a few-shot context has at most so many examples, and at most so many tokens
 
@@ -72,22 +75,20 @@ class Contestant:
 
 
 @dataclass(frozen=True)
-class Entry:
-    """One member of a contestant at the start: its rows, [rows][candidates], continue from `soft`, its questions from `asked`.
+class Reading:
+    """How one member of a contestant reads the rows: their [rows][candidates] continue from `soft`, their questions from `start`.
 
     `tokens`: how many each request has more than the bare base's.
     """
 
-    soft: SoftPrompt
+    soft: Prompt
     rows: list[list[Encoded]]
-    asked: SoftPrompt
+    start: Start
     questions: list[tuple[int, ...]]
     tokens: float
 
 
-def enter(
-    base: FrozenBase, contestant: Contestant, member: int, examples: Sequence[Sequence[Example]], plain: Sequence[Sequence[Encoded]]
-) -> Entry:
+def read_rows(contestant: Contestant, member: int, examples: Sequence[Sequence[Example]], plain: Sequence[Sequence[Encoded]]) -> Reading:
     """`examples[r]`: row r, then its other candidates; `plain`: these as the bare base reads them."""
     prompt = contestant.members[member]
     rows = [
@@ -98,10 +99,9 @@ def enter(
     longer = sum(len(own[0]) - len(read[0]) for own, read in zip(rows, plain, strict=True))
     tokens = longer / len(rows) + prompt.soft.length
     if contestant.wish is None and not contestant.shots:
-        return Entry(prompt.soft, rows, prompt.soft, questions, tokens)
+        return Reading(prompt.soft, rows, (prompt.soft, ()), questions, tokens)
     count = num_shared(ids[:-1] for ids in questions)  # the last one predicts
-    asked = SoftPrompt(base.embed_ids(questions[0][:count]), "after_bos", prompt.soft.bos_id)
-    return Entry(prompt.soft, rows, asked, [ids[count:] for ids in questions], tokens)
+    return Reading(prompt.soft, rows, (prompt.soft, questions[0][:count]), [ids[count:] for ids in questions], tokens)
 
 
 # ---- text before the rows ------------------------------------------------------------------------------------------
@@ -122,7 +122,7 @@ def _told(encoder: Encoder, example: Example, wish: str) -> list[Segment]:
 
 def _shown(encoder: Encoder, example: Example, shots: Sequence[Example]) -> list[Segment]:
     """The row as the last turns of a conversation that the examples begin; row behind row where a template knows one turn only."""
-    if not encoder.knows_turns:
+    if not encoder.template.knows_turns:
         return [segment for one in (*shots, example) for segment in encoder.segments(one)]
     turns = [message for one in (*shots, example) for message in one.messages]
     system = [message for message in example.messages if message.role == "system"]
@@ -152,24 +152,51 @@ def choose_shots(encoder: Encoder, examples: Sequence[Example], held: Sequence[E
 
 
 @contextmanager
-def competing(base: FrozenBase, contestant: Contestant) -> Iterator[None]:
-    """Inside, the layers of the contestant's adapter are in the base. Raises ArtifactError for an adapter that does not fit."""
+def competing(base: FrozenBase, contestant: Contestant) -> Iterator[FrozenBase]:
+    """Yields the base that the contestant answers with: with an adapter's layers and head inside while it competes.
+
+    Raises ArtifactError for an adapter that does not fit, or changes the base in a way that the head does not show.
+    """
     if contestant.adapter is None:
-        yield
+        yield base
         return
     from peft import PeftModel
 
+    wrong = f"{contestant.adapter} cannot be put on {base.name}"
+    before = [(parent, name, child) for parent in base.model.modules() for name, child in parent.named_children()]
     try:
         model = PeftModel.from_pretrained(base.model, str(contestant.adapter))
     except (ValueError, RuntimeError, KeyError, OSError) as error:
-        raise ArtifactError(f"{contestant.adapter} cannot be put on {base.name}: {str(error).splitlines()[0]}") from None
+        raise ArtifactError(f"{wrong}: {str(error).splitlines()[0]}") from None
     try:
-        yield
+        head = adapted_head(base)
+        try:
+            shares_prefix = check(base.model, head, wrong)
+        except ModelError as error:
+            raise ArtifactError(str(error)) from None
+        yield replace(base, head=head, shares_prefix=shares_prefix)
     finally:
         model.unload()
+        for parent, name, child in before:  # PEFT leaves what an adapter has trained as a whole in the place of the base's own
+            setattr(parent, name, child)
 
 
-def line_up(
+def adapted_head(base: FrozenBase) -> Head:
+    """The head of a base with an adapter in it: trained itself, or with the adapter's share added to its weights."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import ModulesToSaveWrapper
+
+    module = base.model.get_output_embeddings()
+    if isinstance(module, ModulesToSaveWrapper):
+        module = module.modules_to_save[module.active_adapters[0]]
+    elif isinstance(module, BaseTunerLayer):
+        module = copy.deepcopy(module)
+        module.merge()
+        module = module.get_base_layer()
+    return replace(base.head, weight_VH=module.weight.detach(), bias_V=getattr(module, "bias", None))
+
+
+def all_contestants(
     base: FrozenBase,
     prompts: Sequence[tuple[str, StoredPrompt]],
     *,

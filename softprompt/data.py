@@ -9,16 +9,14 @@ import hashlib
 import io
 import json
 import random
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from softprompt.config import RANGE
 from softprompt.errors import DataError
-from softprompt.hub import endpoint
-
-RANGE = re.compile(r"^(?P<source>.*?)\[(?P<start>\d*):(?P<stop>\d*)\]$")
+from softprompt.hub import hub
 
 
 @dataclass(frozen=True)
@@ -109,13 +107,15 @@ def load_examples(source: str, *, limit: int | None = None, label_words: Mapping
 
 
 def hold_out(loaded: Loaded, fraction: float, seed: int) -> tuple[Loaded, Loaded]:
-    """Splits off `fraction` of the examples (at least one), chosen by `seed`; both parts keep the file's order."""
-    num_held = max(1, round(fraction * len(loaded.examples)))
-    if num_held >= len(loaded.examples):
-        raise DataError(f"data.eval_fraction = {fraction} of {len(loaded.examples)} rows leaves nothing to train on")
-    held = set(random.Random(seed).sample(range(len(loaded.examples)), num_held))
-    train = tuple(example for index, example in enumerate(loaded.examples) if index not in held)
-    evaluation = tuple(example for index, example in enumerate(loaded.examples) if index in held)
+    """Splits off `fraction` of the different examples (at least one), chosen by `seed`; both parts keep the file's order. Copies of a
+    row, up to white space, stay on one side."""
+    different = list(dict.fromkeys(example.turns for example in loaded.examples))
+    num_held = max(1, round(fraction * len(different)))
+    if num_held >= len(different):
+        raise DataError(f"data.eval_fraction = {fraction} of {len(different)} different rows leaves nothing to train on")
+    held = {different[index] for index in random.Random(seed).sample(range(len(different)), num_held)}
+    train = tuple(example for example in loaded.examples if example.turns not in held)
+    evaluation = tuple(example for example in loaded.examples if example.turns in held)
     return Loaded(train, loaded.rejected), Loaded(evaluation, ())
 
 
@@ -313,17 +313,17 @@ def _saved_dataset(path: Path, split: str | None) -> Iterator[tuple[str, Any]]:
 
 
 def _hub_dataset(source: str) -> Iterator[tuple[str, Any]]:
-    address = endpoint()
     import datasets
 
     name, _, split = source.partition(":")
-    try:
-        loaded = datasets.load_dataset(name, split=split or "train")
-    except Exception as error:  # datasets raises many kinds; each means that the rows are not to be had
-        raise DataError(
-            f"{source}: no such file or folder here, and as a hub data set it cannot be loaded from "
-            f"{address} ({_first_line(error)}); set HF_ENDPOINT to use a mirror"
-        ) from None
+    with hub() as address:
+        try:
+            loaded = datasets.load_dataset(name, split=split or "train")
+        except Exception as error:  # datasets raises many kinds; each means that the rows are not to be had
+            raise DataError(
+                f"{source}: no such file or folder here, and as a hub data set it cannot be loaded from "
+                f"{address} ({_first_line(error)}); set HF_ENDPOINT to use a mirror"
+            ) from None
     yield from _numbered(name, loaded)
 
 

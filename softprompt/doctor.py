@@ -10,20 +10,24 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from softprompt.artifact import load_prompt
-from softprompt.config import USUAL_RATE
-from softprompt.encode import Rows
+from softprompt.checkpoint import load_start
+from softprompt.config import USUAL_RATE, Config, OptimConfig
+from softprompt.encode import Encoder, make_encoder
+from softprompt.engine.loading import load_base
+from softprompt.engine.model import FrozenBase
+from softprompt.engine.optim import relative_rate
+from softprompt.engine.prompt import Prompt, no_prompt
+from softprompt.errors import RunError
 from softprompt.evaluation import held_out_loss, text_loss
-from softprompt.job import Entrant, Setup, prepare
-from softprompt.model import FrozenBase, load_base
-from softprompt.optim import relative_rate
-from softprompt.prompt import DeepPrompt, SoftPrompt, no_prompt
+from softprompt.events import Evaluated, Event, Step, Warned
+from softprompt.rows import Rows, encode_rows, load_held
 from softprompt.runlog import RunFolder
 
 LEARNED = 0.005  # share of the loss before that must be gone
@@ -40,28 +44,29 @@ REVERSED, NOISE = "the same rows in reverse order", "random rows of the same siz
 
 @dataclass(frozen=True)
 class Case:
-    """One prompt of a run. `losses`: of its training steps; `held_out`: by step, 0 is before training; `others`: held-out loss of
-    what it has to beat, by name, where that was measured; `held_rows`: the held-out rows, where there are any."""
+    """One prompt of a run. `learned_PD` and `start_PD`: its numbers in the same units, `unit`: what movements are relative to.
+    `losses`: of its training steps; `held_out`: by step, 0 is before training; `others`: held-out loss of what it has to beat, by
+    name, where that was measured; `rows` and `held`: the training and the held-out rows, where they are at hand."""
 
-    rows_PH: Tensor
-    start_PH: Tensor
-    rms: float
-    rows: Rows
+    learned_PD: Tensor
+    start_PD: Tensor
+    unit: float
+    method: Literal["prompt", "prefix"]
     relative_lr: float
-    deep: bool
     losses: Sequence[float]
     held_out: Mapping[int, float]
     others: Mapping[str, float] = field(default_factory=dict)
-    held_rows: Rows | None = None
+    rows: Rows | None = None
+    held: Rows | None = None
 
     @property
     def usual_rate(self) -> float:
-        return USUAL_RATE["prefix" if self.deep else "prompt"]
+        return USUAL_RATE[self.method]
 
     @property
     def movement(self) -> float:
-        """RMS distance from the start, as a share of the RMS of the base's embedding rows."""
-        return (self.rows_PH - self.start_PH).square().mean().sqrt().item() / self.rms
+        """RMS distance from the start, as a share of `unit`."""
+        return (self.learned_PD - self.start_PD).square().mean().sqrt().item() / self.unit
 
     @property
     def best(self) -> float | None:
@@ -69,14 +74,9 @@ class Case:
         return min((loss for step, loss in self.held_out.items() if step), default=None)
 
 
-def examine(case: Case) -> list[str]:
-    """The findings, the causes before what they cause. Empty for a sound run."""
-    return [finding for check in CHECKS for finding in check(case)]
-
-
-def same_to_the_model(case: Case) -> Iterator[str]:
-    questions = {tuple(zip(row.ids, row.supervised, strict=True))[: row.supervised.index(True)] for row in case.rows.encoded}
-    asked = {example.messages[:-1] for example in case.rows.examples}
+def same_to_the_model(rows: Rows, held: Rows | None) -> Iterator[str]:
+    questions = {tuple(zip(row.ids, row.supervised, strict=True))[: row.supervised.index(True)] for row in rows.encoded}
+    asked = {example.messages[:-1] for example in rows.examples}
     if len(asked) > 1 and len(questions) < len(asked) / 2:
         yield (
             f"{len(asked)} different questions look like {len(questions)} to the model: data.template leaves out what they ask; "
@@ -84,25 +84,25 @@ def same_to_the_model(case: Case) -> Iterator[str]:
         )
 
 
-def cut_answers(case: Case) -> Iterator[str]:
-    cut = sum(row.num_cut for row in case.rows.encoded)  # rows are cut at their end, where the answer is
-    share = cut / (cut + case.rows.num_supervised)
+def cut_answers(rows: Rows, held: Rows | None) -> Iterator[str]:
+    cut = sum(row.num_cut for row in rows.encoded)  # rows are cut at their end, where the answer is
+    share = cut / (cut + rows.num_supervised)
     if share > CUT:
         yield f"{share:.0%} of the answers' tokens lie beyond data.max_length and are cut away: raise data.max_length"
 
 
-def unusable_rows(case: Case) -> Iterator[str]:
-    rejected, used = len(case.rows.rejected), len(case.rows.encoded)
+def unusable_rows(rows: Rows, held: Rows | None) -> Iterator[str]:
+    rejected, used = len(rows.rejected), len(rows.encoded)
     if rejected > CUT * (rejected + used):
-        yield f"{rejected} of {rejected + used} rows were rejected: {case.rows.rejected[0].reason}"
+        yield f"{rejected} of {rejected + used} rows were rejected: {rows.rejected[0].reason}"
 
 
-def in_both_splits(case: Case) -> Iterator[str]:
-    trained, held = {example.turns for example in case.rows.examples}, case.held_rows.examples if case.held_rows else ()
-    known = sum(example.turns in trained for example in held)
+def in_both_splits(rows: Rows, held: Rows | None) -> Iterator[str]:
+    trained, held_out = {example.turns for example in rows.examples}, held.examples if held else ()
+    known = sum(example.turns in trained for example in held_out)
     if known:
         yield (
-            f"{known} of {len(held)} held-out rows are training rows too: the held-out loss flatters the prompt; "
+            f"{known} of {len(held_out)} held-out rows are training rows too: the held-out loss flatters the prompt; "
             "softprompt show names them, take them out of one of the two"
         )
 
@@ -139,7 +139,7 @@ def no_better_than_before(case: Case) -> Iterator[str]:
 
 def guesses(case: Case) -> Iterator[str]:
     """The loss of whoever knows the labels and their shares, and has not read the text: prompts rest there for a while (LOG.md)."""
-    held = case.held_rows
+    held = case.held
     labels = [example.label for example in held.examples] if held else []
     if held is None or case.best is None or None in labels:
         return
@@ -173,7 +173,7 @@ def beaten(case: Case) -> Iterator[str]:
 def says_nothing(case: Case) -> Iterator[str]:
     for name in (REVERSED, NOISE):
         loss = case.others.get(name)
-        if len(case.rows_PH) > 1 and loss is not None and case.best is not None and loss <= (1 + SAME) * case.best:
+        if len(case.learned_PD) > 1 and loss is not None and case.best is not None and loss <= (1 + SAME) * case.best:
             yield (
                 f"{name} give a held-out loss of {loss:.4f}, the prompt {case.best:.4f}: what the rows say hardly matters; "
                 "a shorter prompt may do as well, or nothing was learned"
@@ -181,75 +181,108 @@ def says_nothing(case: Case) -> Iterator[str]:
 
 
 def alike(case: Case) -> Iterator[str]:
-    if len(case.rows_PH) < 2 or case.deep:  # keys have a direction in common
+    if len(case.learned_PD) < 2 or case.method == "prefix":  # keys have a direction in common
         return
-    cosine_PP = cosine_similarity(case.rows_PH[:, None], case.rows_PH[None], dim=-1)
-    mean = ((cosine_PP.sum() - len(case.rows_PH)) / (len(case.rows_PH) * (len(case.rows_PH) - 1))).item()
+    cosine_PP = cosine_similarity(case.learned_PD[:, None], case.learned_PD[None], dim=-1)
+    mean = ((cosine_PP.sum() - len(case.learned_PD)) / (len(case.learned_PD) * (len(case.learned_PD) - 1))).item()
     if mean > ALIKE:
         yield f"the rows have collapsed: the mean cosine of two rows is {mean:.2f}; start from text or vocab, or lower optim.relative_lr"
 
 
 def dead_rows(case: Case) -> Iterator[str]:
-    moved_P = (case.rows_PH - case.start_PH).square().mean(dim=1).sqrt()
+    moved_P = (case.learned_PD - case.start_PD).square().mean(dim=1).sqrt()
     dead = int((moved_P <= DEAD * moved_P.max()).sum())
     if dead:
         yield f"{dead} of {len(moved_P)} rows hardly moved: no text looks back that far (a sliding window); shorten prompt.length"
 
 
-Check = Callable[[Case], Iterator[str]]
-OF_THE_DATA: tuple[Check, ...] = (same_to_the_model, cut_answers, unusable_rows, in_both_splits)
-UNDERWAY: tuple[Check, ...] = (hardly_moved, ran_away, spikes, no_better_than_before, alike)
-CHECKS: tuple[Check, ...] = (*OF_THE_DATA, *UNDERWAY, guesses, overfitted, beaten, says_nothing, dead_rows)
+OF_THE_DATA: tuple[Callable[[Rows, Rows | None], Iterator[str]], ...] = (same_to_the_model, cut_answers, unusable_rows, in_both_splits)
+UNDERWAY: tuple[Callable[[Case], Iterator[str]], ...] = (hardly_moved, ran_away, spikes, no_better_than_before, alike)
+AT_THE_END = (*UNDERWAY, guesses, overfitted, beaten, says_nothing, dead_rows)
+
+
+def examine(case: Case) -> list[str]:
+    """The findings, the causes before what they cause. Empty for a sound run."""
+    return [*_of_the_data(case).values(), *(finding for check in AT_THE_END for finding in check(case))]
 
 
 def warnings(case: Case) -> dict[str, str]:
     """What can be said before the run is over, by check: of its data before the first step, and of the training from then on."""
-    checks = UNDERWAY if case.losses else OF_THE_DATA
-    return {check.__name__: finding for check in checks for finding in check(case)}
+    if not case.losses:
+        return _of_the_data(case)
+    return {check.__name__: finding for check in UNDERWAY for finding in check(case)}
+
+
+def _of_the_data(case: Case) -> dict[str, str]:
+    if case.rows is None:
+        return {}
+    return {check.__name__: finding for check in OF_THE_DATA for finding in check(case.rows, case.held)}
+
+
+def case_of(
+    events: Sequence[Event],
+    index: int,
+    optim: OptimConfig,
+    start: Prompt,
+    prompt: Prompt,
+    base: FrozenBase,
+    rows: Rows | None,
+    held: Rows | None,
+) -> Case:
+    """The case of a prompt, as it is now, that started as `start`: number `index` in a run's stream."""
+    return Case(
+        learned_PD=prompt.learned_like(start),
+        start_PD=start.learned_PD,
+        unit=start.unit(base),
+        method=start.method,
+        relative_lr=relative_rate(optim, start.unit(base)),
+        losses=[event.losses[index] for event in events if isinstance(event, Step)],
+        held_out={event.step: event.losses[index] for event in events if isinstance(event, Evaluated)},
+        rows=rows,
+        held=held,
+    )
 
 
 # ---- a finished run, with what its prompts have to beat ------------------------------------------------------------
 
 
 def diagnose(run: str | Path, base: FrozenBase | None = None) -> dict[str, list[str]]:
-    """Findings of every prompt of a finished run, by name, with everything measured. Raises an Error for what is none."""
+    """Findings of every prompt of a finished run, by name, with everything measured. Raises an Error for what is none.
+
+    What the run said of its training rows before its first step still holds: they are not read again.
+    """
     folder = RunFolder.reopen(Path(run))
     config = folder.config()
-    setup = prepare(config, base or load_base(config.model))
-    events, findings = folder.events(), {}
-    for index, (name, entrant) in enumerate(setup.entrants.items()):
-        prompt = load_prompt(folder.prompt if len(setup.entrants) == 1 else folder.prompts / name, setup.base)
-        case = case_of(events, index, entrant, setup, prompt.soft.rows_like(entrant.start))
-        findings[name] = examine(replace(case, others=_others(setup, prompt.soft, entrant.config.prompt.text)))
+    base = base or load_base(config.model)
+    encoder, loaded = make_encoder(base.tokenizer, config.data.template), load_held(config)
+    held = None if loaded is None else encode_rows(encoder, loaded, config.data.max_length)
+    events, members, findings = folder.events(), config.members(), {}
+    for index, (name, own) in enumerate(members.items()):
+        prompt = load_prompt(folder.prompt if len(members) == 1 else folder.prompts / name, base).soft
+        start = load_start(folder.start, name, prompt)
+        if start is None:
+            raise RunError(f"{folder.start} is missing: the run was made by an earlier version, or the file was lost")
+        case = case_of(events, index, own.optim, start, prompt, base, None, held)
+        measured = {} if held is None else _others(base, encoder, prompt, held, own)
+        findings[name] = [*_said_before(events, name), *examine(replace(case, others=measured))]
     return findings
 
 
-def case_of(events: Sequence[Mapping[str, Any]], index: int, entrant: Entrant, setup: Setup, rows_PH: Tensor) -> Case:
-    """The case of a run's prompt number `index`, from the run's log."""
-    rms = entrant.start.rms(setup.base)
-    return Case(
-        rows_PH=rows_PH,
-        start_PH=entrant.start.rows_PH,
-        rms=rms,
-        rows=setup.rows,
-        relative_lr=relative_rate(entrant.config.optim, rms),
-        deep=isinstance(entrant.start, DeepPrompt),
-        losses=[event["losses"][index] for event in events if event["event"] == "step"],
-        held_out={event["step"]: event["losses"][index] for event in events if event["event"] == "evaluated"},
-        held_rows=setup.held,
-    )
+def _said_before(events: Sequence[Event], name: str) -> list[str]:
+    """What the run said of its data."""
+    checks = {check.__name__ for check in OF_THE_DATA}
+    return [event.finding for event in events if isinstance(event, Warned) and event.check in checks and name in event.prompts]
 
 
-def _others(setup: Setup, soft: SoftPrompt, text: str | None) -> dict[str, float]:
-    base, held, budget = setup.base, setup.held, setup.engine.tokens_per_batch
-    if held is None:
-        return {}
-    noise_PH = torch.randn(soft.rows_PH.shape, generator=torch.Generator().manual_seed(0)).to(base.device)
-    rivals = {
-        BARE: no_prompt(base, soft.bos_id),
-        NOISE: replace(soft, rows_PH=noise_PH * soft.rows_PH.square().mean().sqrt()),
+def _others(base: FrozenBase, encoder: Encoder, prompt: Prompt, held: Rows, config: Config) -> dict[str, float]:
+    budget, learned_PD = base.budget(config.train.tokens_per_batch), prompt.learned_PD
+    noise_PD = torch.randn(learned_PD.shape, generator=torch.Generator().manual_seed(0)).to(base.device)
+    rivals: dict[str, Prompt] = {
+        BARE: no_prompt(base, prompt.bos_id),
+        NOISE: prompt.with_learned(noise_PD * learned_PD.square().mean().sqrt()),
     }
-    if not isinstance(soft, DeepPrompt):  # keys know their positions, whatever their order
-        rivals[REVERSED] = replace(soft, rows_PH=soft.rows_PH.flip(0))
+    if prompt.method == "prompt":  # keys know their positions, whatever their order
+        rivals[REVERSED] = prompt.with_learned(learned_PD.flip(0))
     losses = {name: held_out_loss(base, rival, held, budget) for name, rival in rivals.items()}
-    return losses if not text else {**losses, TEXT: text_loss(base, setup.encoder, held, text, budget)}
+    text = config.prompt.text
+    return losses if not text else {**losses, TEXT: text_loss(base, encoder, held, text, budget)}

@@ -21,7 +21,11 @@ class ConfigError(Error, ValueError):
 
 
 class DataError(Error, ValueError):
-    """Rows that cannot be read or used."""
+    """Rows that cannot be read or used. `source`: the row, where it is one; `reason`: what is wrong with it."""
+
+    def __init__(self, reason: str, source: str = "") -> None:
+        super().__init__(f"{source}: {reason}" if source else reason)
+        self.reason, self.source = reason, source
 
 
 class ModelError(Error, ValueError):

@@ -18,12 +18,15 @@ import torch
 from softprompt.answers import answer, limit_of, stops_of
 from softprompt.artifact import StoredPrompt
 from softprompt.atomic import write_text
-from softprompt.contestants import Contestant, Entry, choose_shots, competing, enter, line_up
+from softprompt.contestants import Contestant, Reading, all_contestants, choose_shots, competing, read_rows
 from softprompt.data import Example, Loaded
-from softprompt.encode import Encoded, Encoder, Rows, encode_rows
+from softprompt.encode import Encoder
+from softprompt.engine.likelihood import Candidates, ensemble_losses, row_losses
+from softprompt.engine.model import FrozenBase
+from softprompt.engine.prefix import Prefix
+from softprompt.engine.prompt import Prompt, no_prompt, read_together
+from softprompt.engine.tokens import Encoded
 from softprompt.errors import ConfigError, DataError
-from softprompt.likelihood import Candidates, ensemble_losses, row_losses
-from softprompt.memory import token_budget
 from softprompt.metrics import (
     Estimate,
     Metric,
@@ -37,10 +40,8 @@ from softprompt.metrics import (
     suiting,
     verdict,
 )
-from softprompt.model import FrozenBase
 from softprompt.predictions import Predictions
-from softprompt.prefix import Prefix
-from softprompt.prompt import SoftPrompt, no_prompt, read_together
+from softprompt.rows import Rows, encode_rows
 from softprompt.trackers import Sheet
 
 NUM_SAMPLES = 8  # rows whose answers trackers are shown
@@ -61,7 +62,7 @@ class Contest:
 
 
 @dataclass(frozen=True)
-class Progress:
+class Advanced:
     """`done` of `total` rows of what is being done: "scoring" or "answering"."""
 
     doing: str
@@ -167,7 +168,7 @@ class _Work:
     max_length: int
     limit: int | None
     stops: tuple[str, ...]
-    entries: dict[str, list[Entry]] = field(default_factory=dict)
+    readings: dict[str, list[Reading]] = field(default_factory=dict)
     plain: dict[str, list[list[Encoded]]] = field(default_factory=dict)  # by template
 
     @cached_property
@@ -177,11 +178,11 @@ class _Work:
 
     def read(self, encoder: Encoder) -> list[list[Encoded]]:
         """These as the bare base reads them, encoded once; only the rows themselves are cut, never a label word."""
-        if encoder.template not in self.plain:
-            self.plain[encoder.template] = [
+        if encoder.template.name not in self.plain:
+            self.plain[encoder.template.name] = [
                 [encoder.encode(own, self.max_length), *(encoder.encode(other) for other in others)] for own, *others in self.examples
             ]
-        return self.plain[encoder.template]
+        return self.plain[encoder.template.name]
 
 
 @torch.no_grad()
@@ -193,7 +194,7 @@ def evaluating(
     *,
     out: Path | None = None,
     tokens_per_batch: int | None = None,
-) -> Iterator[Progress | Evaluation]:
+) -> Iterator[Advanced | Evaluation]:
     """Like `evaluate`, with its progress. `out`: where the evaluation gets a folder of its own, with predictions.jsonl and
     evaluation.json; the same evaluation goes on with what lies there.
 
@@ -207,14 +208,14 @@ def evaluating(
     predictions = Predictions(folder / "predictions.jsonl" if folder and work.limit else None, key)
     tables: dict[str, Table] = {}
     for contestant in work.line:
-        yield Progress("scoring", len(tables), len(work.line))
-        with competing(base, contestant):
-            work.entries[contestant.name] = _enter(work, contestant)
-            tables[contestant.name] = _likelihoods(work, contestant.name)
+        yield Advanced("scoring", len(tables), len(work.line))
+        with competing(base, contestant) as own:
+            work.readings[contestant.name] = _read(work, contestant)
+            tables[contestant.name] = _likelihoods(work, own, contestant.name)
             if contestant.adapter is not None and work.limit:
-                yield from _answers(work, [contestant.name], predictions)
+                yield from _answers(work, own, [contestant.name], predictions)
     if work.limit:
-        yield from _answers(work, [one.name for one in work.line if one.adapter is None], predictions)
+        yield from _answers(work, base, [one.name for one in work.line if one.adapter is None], predictions)
     evaluation = replace(_conclude(work, tables, predictions), folder=folder)
     if folder:
         folder.mkdir(parents=True, exist_ok=True)
@@ -248,38 +249,43 @@ def _prepare(
         room = (base.context_length or 10**9) - longest_row
         shots = choose_shots(first.encoder, contest.train.examples, rows.examples, room)
     text = contest.text if contest.text is not None else first.card.text
-    line = line_up(base, named, text=text, shots=shots, ensemble=contest.ensemble, adapters=contest.adapters)
+    line = all_contestants(base, named, text=text, shots=shots, ensemble=contest.ensemble, adapters=contest.adapters)
     if len({one.name for one in line}) < len(line):
         raise ConfigError("two contestants have the same name: rename a folder")
-    budget = token_budget(base.model.base_model, base.device, tokens_per_batch)
+    budget = base.budget(tokens_per_batch)
     stops = stops_of([prompt.encoder for _, prompt in named], rows.examples)
     return _Work(base, line, rows, labels, metrics, budget, first.card.max_length, limit, stops)
 
 
 def _key(work: _Work, named: Sequence[tuple[str, StoredPrompt]]) -> str:
-    """What makes an evaluation the same as another, as sha256."""
+    """What makes an evaluation the same as another, as sha256: all that its scores depend on, by content."""
+    base = work.base
     digest = hashlib.sha256(
-        f"{work.base.fingerprint} {work.rows.fingerprint} {work.limit} {work.stops} {[metric.name for metric in work.metrics]}".encode()
+        f"{base.fingerprint} {base.dtype} {getattr(base.model, 'is_quantized', False)} {work.rows.fingerprint} "
+        f"{work.limit} {work.stops} {[metric.name for metric in work.metrics]}".encode()
     )
     for name, prompt in named:
-        digest.update(f"{name} {prompt.card.template}".encode() + prompt.soft.rows_PH.float().cpu().numpy().tobytes())
+        digest.update(f"{name} {prompt.card.template}".encode() + prompt.soft.stored(base).float().cpu().numpy().tobytes())
     for one in work.line:
-        digest.update(repr((one.name, one.wish, one.shots, one.adapter)).encode())
+        digest.update(repr((one.name, one.wish, one.shots)).encode())
+        for file in sorted(one.adapter.iterdir()) if one.adapter else ():
+            if file.suffix in (".json", ".safetensors", ".bin"):
+                digest.update(file.name.encode() + hashlib.sha256(file.read_bytes()).digest())
     return digest.hexdigest()
 
 
-def _enter(work: _Work, contestant: Contestant) -> list[Entry]:
+def _read(work: _Work, contestant: Contestant) -> list[Reading]:
     encoders = [prompt.encoder for prompt in contestant.members]
-    return [enter(work.base, contestant, index, work.examples, work.read(encoder)) for index, encoder in enumerate(encoders)]
+    return [read_rows(contestant, index, work.examples, work.read(encoder)) for index, encoder in enumerate(encoders)]
 
 
-def _likelihoods(work: _Work, name: str) -> Table:
+def _likelihoods(work: _Work, base: FrozenBase, name: str) -> Table:
     """The losses of a contestant; an ensemble's are of what its members agree on."""
-    entries = work.entries[name]
-    members = [_member(work.base, entry) for entry in entries]
-    losses_RC = ensemble_losses(work.base, members, work.budget).numpy()
-    rows = [own[0] for own in entries[0].rows]
-    num_bytes = np.array([_num_bytes(work.base.tokenizer, row) for row in rows], float)
+    readings = work.readings[name]
+    members = [_member(base, reading) for reading in readings]
+    losses_RC = ensemble_losses(base, members, work.budget).numpy()
+    rows = [own[0] for own in readings[0].rows]
+    num_bytes = np.array([_num_bytes(base.tokenizer, row) for row in rows], float)
     tokens = np.array([row.num_supervised for row in rows], float)
     references = tuple(example.response for example in work.rows.examples)
     table = Table(references, losses=losses_RC[:, 0], tokens=tokens, num_bytes=num_bytes, labels=work.labels)
@@ -289,11 +295,11 @@ def _likelihoods(work: _Work, name: str) -> Table:
     return replace(table, truth=truth, label_losses=losses_RC[:, 1:])
 
 
-def _member(base: FrozenBase, entry: Entry) -> tuple[Prefix, Candidates]:
-    """What the rows of an entry continue from, and the rest of each."""
-    prefix, rests = read_together(base, [entry.soft], [candidate for own in entry.rows for candidate in own])
+def _member(base: FrozenBase, reading: Reading) -> tuple[Prefix, Candidates]:
+    """What the rows of a reading continue from, and the rest of each."""
+    prefix, rests = read_together(base, [reading.soft], [candidate for own in reading.rows for candidate in own])
     rest = iter(rests)
-    return prefix, [[next(rest) for _ in own] for own in entry.rows]
+    return prefix, [[next(rest) for _ in own] for own in reading.rows]
 
 
 def _num_bytes(tokenizer: Any, row: Encoded) -> int:
@@ -301,16 +307,16 @@ def _num_bytes(tokenizer: Any, row: Encoded) -> int:
     return len(tokenizer.decode(ids, skip_special_tokens=True).encode())
 
 
-def _answers(work: _Work, names: Sequence[str], predictions: Predictions) -> Iterator[Progress]:
+def _answers(work: _Work, base: FrozenBase, names: Sequence[str], predictions: Predictions) -> Iterator[Advanced]:
     wanted = [(name, row) for name in names for row in range(len(work.rows.examples))]
     missing = [pair for pair in wanted if pair not in predictions.answers]
-    yield Progress("answering", len(wanted) - len(missing), len(wanted))
+    yield Advanced("answering", len(wanted) - len(missing), len(wanted))
     assert work.limit is not None
-    for done, said in enumerate(answer(work.base, {name: work.entries[name] for name in names}, missing, work.limit, work.stops), 1):
+    for done, said in enumerate(answer(base, work.readings, missing, work.limit, work.stops), 1):
         example = work.rows.examples[said.row]
         question = example.messages[-2].content
         predictions.add({**asdict(said), "source": example.source, "question": question, "reference": example.response})
-        yield Progress("answering", len(wanted) - len(missing) + done, len(wanted))
+        yield Advanced("answering", len(wanted) - len(missing) + done, len(wanted))
 
 
 def _conclude(work: _Work, tables: dict[str, Table], predictions: Predictions) -> Evaluation:
@@ -325,7 +331,7 @@ def _conclude(work: _Work, tables: dict[str, Table], predictions: Predictions) -
             table, unended = replace(table, answers=tuple(one["text"] for one in said)), sum(not one["ended"] for one in said)
         measured = [metric for metric in work.metrics if getattr(table, metric.needs) is not None]
         scores = {metric.name: estimate(metric, table, weights_RN) for metric in measured}
-        results[name] = Result(scores, sum(entry.tokens for entry in work.entries[name]), table, shots[name], unended)
+        results[name] = Result(scores, sum(reading.tokens for reading in work.readings[name]), table, shots[name], unended)
     by = _deciding(work.metrics)
     rivals = [name for name, result in results.items() if by.name in result.scores]
     estimates = {name: results[name].scores[by.name] for name in rivals}
@@ -344,7 +350,7 @@ def _deciding(metrics: Sequence[Metric]) -> Metric:
 
 
 @torch.no_grad()
-def held_out_loss(base: FrozenBase, soft: SoftPrompt, rows: Rows, tokens_per_batch: int) -> float:
+def held_out_loss(base: FrozenBase, soft: Prompt, rows: Rows, tokens_per_batch: int) -> float:
     """Mean loss per supervised token over all rows."""
     return _mean(base, soft, rows.encoded, tokens_per_batch)
 
@@ -357,6 +363,6 @@ def text_loss(base: FrozenBase, encoder: Encoder, rows: Rows, text: str, tokens_
     return _mean(base, no_prompt(base, encoder.bos_id), encoded, tokens_per_batch)
 
 
-def _mean(base: FrozenBase, soft: SoftPrompt, rows: Sequence[Encoded], tokens_per_batch: int) -> float:
+def _mean(base: FrozenBase, soft: Prompt, rows: Sequence[Encoded], tokens_per_batch: int) -> float:
     sums = row_losses(base, *read_together(base, [soft], rows), tokens_per_batch)
     return sums.sum().item() / sum(row.num_supervised for row in rows)

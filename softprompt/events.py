@@ -1,11 +1,18 @@
-"""What a run reports while it goes on. Values only: whoever loops over `train` prints, plots or streams them."""
+"""What a run reports while it goes on: the wire between a run and whoever wants to see it.
 
+Every event is a JSON line, `{"event": "step", "step": 3, ...}`, and the run folder's metrics.jsonl is their stream: terminal,
+notebook, report, doctor and trackers read it, on this machine or another. Values only; torch is not imported.
+"""
+
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from softprompt.model import FrozenBase
+from pydantic import TypeAdapter, ValidationError
+
+Cell = str | int | float | None
 
 
 @dataclass(frozen=True)
@@ -26,10 +33,11 @@ class Found:
 
 @dataclass(frozen=True)
 class Started:
-    """The run is set up. `first_step` is not 0 when it goes on from a checkpoint. `notes`: by prompt, where it starts from."""
+    """The run is set up. `first_step` is not 0 when it goes on from a checkpoint. `base`: its name. `notes`: by prompt, where it
+    starts from. `row_rms`: RMS of the base's embedding rows."""
 
     run: Path
-    base: FrozenBase
+    base: str
     num_steps: int
     first_step: int
     num_train: int
@@ -83,10 +91,12 @@ class Evaluated:
 
 @dataclass(frozen=True)
 class Warned:
-    """The doctor found something of these prompts after `step` steps, before the run is over; it says so once for a prompt."""
+    """The doctor found something of these prompts after `step` steps, before the run is over; it says so once for a prompt. `check`:
+    which of its checks."""
 
     step: int
     prompts: tuple[str, ...]
+    check: str
     finding: str
 
 
@@ -99,10 +109,53 @@ class Saved:
 
 
 @dataclass(frozen=True)
+class Sampled:
+    """What the run's best prompt answers to the first held-out rows, (question, wanted, answer); where trackers want to show it."""
+
+    step: int
+    rows: tuple[tuple[str, str, str], ...]
+
+
+@dataclass(frozen=True)
 class Finished:
     """The run is done; `result` is what `softprompt train --json` writes."""
 
     result: dict[str, Any]
 
+    @property
+    def step(self) -> int:
+        return int(self.result["steps"])
 
-Event = Searching | Found | Started | Step | Evaluated | Warned | Saved | Finished
+
+Event = Searching | Found | Started | Step | Evaluated | Warned | Saved | Sampled | Finished
+
+KINDS: dict[str, type[Event]] = {
+    kind.__name__.lower(): kind for kind in (Searching, Found, Started, Step, Evaluated, Warned, Saved, Sampled, Finished)
+}
+_ADAPTERS: dict[str, TypeAdapter[Any]] = {name: TypeAdapter(kind) for name, kind in KINDS.items() if kind is not Finished}
+
+
+def to_line(event: Event) -> str:
+    """The event as one line of JSON, without its end."""
+    name = type(event).__name__.lower()
+    if isinstance(event, Finished):
+        return json.dumps({"event": name, "step": event.step, **event.result}, ensure_ascii=False)
+    return json.dumps({"event": name, **_ADAPTERS[name].dump_python(event, mode="json")}, ensure_ascii=False)
+
+
+def from_line(line: str) -> Event:
+    """The event of a line. Raises ValueError for what is none, with the reason where the line is JSON."""
+    values = json.loads(line)
+    if not isinstance(values, dict):
+        raise ValueError("no object")
+    name = values.pop("event", None)
+    if name == "finished" and "step" in values:
+        return Finished({key: value for key, value in values.items() if key != "step"})
+    if name not in _ADAPTERS:
+        raise ValueError(f"event: {name!r} is not known")
+    try:
+        event: Event = _ADAPTERS[name].validate_python(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    return event

@@ -20,12 +20,12 @@ from torch import Tensor
 
 from softprompt.artifact import TENSOR, WEIGHTS, Card, DataCard, load_prompt, make_card, write_prompt
 from softprompt.atomic import new_folder
-from softprompt.config import Config, load_config
-from softprompt.encode import Encoder, make_encoder
+from softprompt.config import Config, load_config, with_absolute_paths
+from softprompt.encode import Encoder, check_position, make_encoder
+from softprompt.engine.loading import load_base
+from softprompt.engine.model import FrozenBase
+from softprompt.engine.prompt import DeepPrompt, Prompt, SoftPrompt, shapes_of
 from softprompt.errors import ArtifactError, ConfigError
-from softprompt.job import check_position, with_absolute_paths
-from softprompt.model import FrozenBase, load_base
-from softprompt.prompt import DeepPrompt, SoftPrompt, shapes_of
 
 KINDS = {
     "PROMPT_TUNING": "prompt tuning",
@@ -114,7 +114,7 @@ def _config(path: str | Path, foreign: Foreign, overrides: Sequence[str]) -> Con
     return with_absolute_paths(config)
 
 
-def _on_base(path: str | Path, foreign: Foreign, config: Config, base: FrozenBase, encoder: Encoder) -> SoftPrompt:
+def _on_base(path: str | Path, foreign: Foreign, config: Config, base: FrozenBase, encoder: Encoder) -> Prompt:
     rows = foreign.rows.to(base.device)
     if not foreign.deep:
         if rows.shape[1] != base.hidden_size:

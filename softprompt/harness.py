@@ -12,16 +12,15 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
+from softprompt.answers import cut_at, until
 from softprompt.artifact import load_prompt, read_card
-from softprompt.batch import batches
-from softprompt.decode import Question, Sampling, decode_whole
-from softprompt.encode import Encoded
+from softprompt.engine.batch import batches
+from softprompt.engine.decode import Question, Sampling, decode_whole
+from softprompt.engine.loading import load_base
+from softprompt.engine.prompt import SoftPrompt
+from softprompt.engine.shelf import shelved
+from softprompt.engine.tokens import Encoded
 from softprompt.errors import ConfigError
-from softprompt.memory import token_budget
-from softprompt.model import load_base
-from softprompt.prompt import DeepPrompt, prefix_of
-
-QUESTIONS = 32  # answered at once
 
 
 @register_model("softprompt")
@@ -49,9 +48,8 @@ class SoftPromptLM(TemplateLM):  # type: ignore[misc]
         self.base = load_base(settings)
         self.stored = load_prompt(Path(prompt), self.base, allow_other_base=bool(allow_other_base))
         self.tokenizer, self.template, self.max_gen_toks = self.base.tokenizer, bool(template), int(max_gen_toks)
-        with torch.no_grad():
-            self.prefix = prefix_of(self.base, [self.stored.soft])
-        self.budget = token_budget(self.base.model.base_model, self.base.device, None)
+        self.start = (self.stored.soft, ())
+        self.budget = self.base.budget(None)
 
     @property
     def eot_token_id(self) -> int:
@@ -68,7 +66,7 @@ class SoftPromptLM(TemplateLM):  # type: ignore[misc]
     @property
     def max_length(self) -> int:
         """Tokens that a request may have beside the prompt."""
-        return (self.base.context_length or 2048) - self.prefix.lengths[0]
+        return (self.base.context_length or 2048) - self.stored.soft.num_positions
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         """Ids without BOS, which stands in the prefix."""
@@ -95,14 +93,15 @@ class SoftPromptLM(TemplateLM):  # type: ignore[misc]
         greedy = [same for _, same in first]
         longer = [number for number, row in enumerate(rows) if len(row) > 1]
         some = [rows[number] for number in longer]
+        prefix = shelved(self.base, [self.start])
         for batch in batches(some, [0] * len(some), self.budget, self.base.device):
-            continued = self.base.continue_from(self.prefix, batch.which_B, batch.ids_BT, batch.mask_BT)
-            logits_NV = self.base.logits(continued.hidden_BTH.flatten(0, 1)[batch.scored_N]).float()
-            said_N = logits_NV.log_softmax(dim=-1).gather(1, batch.targets_N[:, None])[:, 0].tolist()
-            same_N = (logits_NV.argmax(dim=-1) == batch.targets_N).tolist()
-            for row, said, same in zip(batch.row_N.tolist(), said_N, same_N, strict=True):
+            continued = self.base.continue_from(prefix, batch.which_B, batch.ids_BT, batch.mask_BT)
+            states_NH = continued.hidden_BTH.flatten(0, 1)[batch.scored_N]
+            every_N = torch.arange(len(states_NH), device=states_NH.device)
+            losses_N, likeliest_N = self.base.head.losses_after(states_NH[None], every_N, batch.targets_N)
+            for row, loss, same in zip(batch.row_N.tolist(), losses_N.tolist(), likeliest_N.tolist(), strict=True):
                 number = longer[batch.rows[row]]
-                scores[number] += said
+                scores[number] -= loss
                 greedy[number] = greedy[number] and same
         return list(zip(scores, greedy, strict=True))
 
@@ -115,10 +114,10 @@ class SoftPromptLM(TemplateLM):  # type: ignore[misc]
 
     def _first(self, row: Encoded) -> tuple[float, bool]:
         """Log-likelihood of a first token that nothing but the prompt stands before, and whether it is the likeliest."""
-        if isinstance(self.stored.soft, DeepPrompt):
+        if not isinstance(self.stored.soft, SoftPrompt):
             raise ConfigError("keys and values alone predict no first token: a task without a context needs a prompt of rows")
         start_SH = self.stored.soft.embeds(self.base).to(self.base.dtype)
-        hidden_H = self.base.model.base_model(inputs_embeds=start_SH[None], use_cache=False).last_hidden_state[0, -1]
+        hidden_H = self.base.backbone(inputs_embeds=start_SH[None], use_cache=False).last_hidden_state[0, -1]
         said_V = self.base.logits(hidden_H).float().log_softmax(dim=-1)
         return said_V[row.ids[0]].item(), said_V.argmax().item() == row.ids[0]
 
@@ -133,15 +132,13 @@ class SoftPromptLM(TemplateLM):  # type: ignore[misc]
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """Greedy or sampled answers, ended by their stop texts."""
-        answers = [""] * len(requests)
-        asked = [(self._question(context), self._sampling(how), self._stops(how)) for context, how in (one.args for one in requests)]
-        for sampling in dict.fromkeys(sampling for _, sampling, _ in asked):
-            numbers = sorted((n for n, one in enumerate(asked) if one[1] == sampling), key=lambda n: -len(asked[n][0]))
-            for first in range(0, len(numbers), QUESTIONS):
-                some = numbers[first : first + QUESTIONS]
-                questions = [Question((0,), (asked[n][0],)) for n in some]
-                for index, ids, _ in decode_whole(self.base, self.prefix, questions, sampling):
-                    answers[some[index]] = _cut(self.tokenizer.decode(ids, skip_special_tokens=True), asked[some[index]][2])
+        answers, stops, questions = [""] * len(requests), [], []
+        for context, how in (request.args for request in requests):
+            stops.append(self._stops(how))
+            ends = until(self.tokenizer, stops[-1])
+            questions.append(Question((self.start,), (self._question(context),), self._sampling(how), ends))
+        for number, ids, _ in decode_whole(self.base, questions):
+            answers[number] = cut_at(self.tokenizer.decode(ids, skip_special_tokens=True), stops[number])
         return answers
 
     def _question(self, context: str) -> tuple[int, ...]:
@@ -155,10 +152,5 @@ class SoftPromptLM(TemplateLM):  # type: ignore[misc]
         return Sampling(limit, float(how.get("temperature", 1.0)), float(how.get("top_p", 1.0)), int(how.get("top_k", 0)))
 
     def _stops(self, how: dict[str, Any]) -> tuple[str, ...]:
-        until = how.get("until") or ()
-        return (until,) if isinstance(until, str) else tuple(until)
-
-
-def _cut(text: str, stops: Sequence[str]) -> str:
-    """The text before the first of the stop texts."""
-    return text[: min((at for stop in stops if stop and (at := text.find(stop)) >= 0), default=len(text))]
+        stops = how.get("until") or ()
+        return (stops,) if isinstance(stops, str) else tuple(stop for stop in stops if stop)

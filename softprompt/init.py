@@ -6,7 +6,7 @@
 
 import random
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,9 +15,9 @@ from torch import Tensor
 
 from softprompt.artifact import read_card, stored_rows
 from softprompt.config import PromptConfig
-from softprompt.encode import Encoded
+from softprompt.engine.model import FrozenBase
+from softprompt.engine.tokens import Encoded
 from softprompt.errors import ConfigError
-from softprompt.model import FrozenBase
 
 LENGTH_WITHOUT_TEXT = 16
 COMMON_TOKENS = 5000  # as in Lester et al. (2021)
@@ -25,39 +25,41 @@ COMMON_TOKENS = 5000  # as in Lester et al. (2021)
 
 @dataclass(frozen=True)
 class Material:
-    """What a prompt may be made from: the base, the training rows, the label words of the data."""
+    """What a prompt may be made from: the base, the training rows, the label words of the data; `sources`: what names in `prompt.init`
+    mean."""
 
     config: PromptConfig
     base: FrozenBase
     rows: Sequence[Encoded]
     labels: Sequence[str]
     seed: int
+    sources: Mapping[str, "Source"]
 
 
 @dataclass(frozen=True)
-class Start:
+class Initial:
     """The rows to start from, [P, H] float32 on the base's device, and a sentence about where they come from."""
 
     rows_PH: Tensor
     note: str
 
 
-def start_rows(material: Material) -> Start:
+def initial_rows(material: Material) -> Initial:
     """Fills the prompt from the sources of `prompt.init`, one after another; repeats their rows when they are too few.
 
     Raises ConfigError for a source that has nothing to give.
     """
     config = material.config
     length = prompt_length(config, material.base.tokenizer, material.labels)
-    parts: list[Start] = []
+    parts: list[Initial] = []
     for name in config.sources:
         room = length - sum(len(part.rows_PH) for part in parts)
-        parts.append(SOURCES[name](material, room) if room else Start(_rows(material, []), f"no room for {name}"))
+        parts.append(material.sources[name](material, room) if room else Initial(_rows(material, []), f"no room for {name}"))
     rows_PH = torch.cat([part.rows_PH for part in parts])
     note = f"{length} virtual tokens: " + "; ".join(part.note for part in parts)
     if len(rows_PH) < length:
         note += f"; repeated in a cycle, {length / len(rows_PH):.1f} times"
-    return Start(rows_PH[torch.arange(length, device=rows_PH.device) % len(rows_PH)], note)
+    return Initial(rows_PH[torch.arange(length, device=rows_PH.device) % len(rows_PH)], note)
 
 
 def prompt_length(config: PromptConfig, tokenizer: object, labels: Sequence[str]) -> int:
@@ -68,25 +70,25 @@ def prompt_length(config: PromptConfig, tokenizer: object, labels: Sequence[str]
     return sum(own[name]() for name in config.sources if name in own) or LENGTH_WITHOUT_TEXT
 
 
-def from_text(material: Material, room: int) -> Start:
+def from_text(material: Material, room: int) -> Initial:
     """Embeddings of the text's tokens, without special tokens."""
     ids = _text_ids(material.config, material.base.tokenizer)
     note = f"{min(room, len(ids))} from the {len(ids)} tokens of prompt.text"
     if room < len(ids):
         note += f", the last {len(ids) - room} are cut: {material.base.tokenizer.decode(ids[room:])!r}"
-    return Start(_rows(material, ids[:room]), note)
+    return Initial(_rows(material, ids[:room]), note)
 
 
-def from_labels(material: Material, room: int) -> Start:
+def from_labels(material: Material, room: int) -> Initial:
     """One row for each label word, the mean of its tokens' embeddings."""
     labels = _labels(material.labels)
     words = [material.base.tokenizer(word, add_special_tokens=False)["input_ids"] for word in labels[:room]]
     cut = f", cut: {', '.join(labels[room:])}" if room < len(labels) else ""
     rows = [_rows(material, ids).mean(dim=0) for ids in words]
-    return Start(torch.stack(rows), f"{len(rows)} from the label words {', '.join(labels[:room])}{cut}")
+    return Initial(torch.stack(rows), f"{len(rows)} from the label words {', '.join(labels[:room])}{cut}")
 
 
-def from_vocabulary(material: Material, room: int) -> Start:
+def from_vocabulary(material: Material, room: int) -> Initial:
     """Embeddings of different tokens, drawn from the most frequent ones of the training rows, special tokens left out."""
     special = set(material.base.tokenizer.all_special_ids)
     counts = Counter(token for row in material.rows for token in row.ids if token not in special)
@@ -94,10 +96,10 @@ def from_vocabulary(material: Material, room: int) -> Start:
     if not common:
         raise ConfigError('prompt.init = "vocab": the training rows have no tokens to draw from')
     drawn = random.Random(material.seed).sample(common, min(room, len(common)))
-    return Start(_rows(material, drawn), f"{len(drawn)} drawn from the data's {len(common)} most frequent tokens (seed {material.seed})")
+    return Initial(_rows(material, drawn), f"{len(drawn)} drawn from the data's {len(common)} most frequent tokens (seed {material.seed})")
 
 
-def from_examples(material: Material, room: int) -> Start:
+def from_examples(material: Material, room: int) -> Initial:
     """Embeddings of training rows, whole and one after another, in an order drawn by the seed."""
     order = random.Random(material.seed).sample(range(len(material.rows)), len(material.rows))
     ids: list[int] = []
@@ -105,17 +107,17 @@ def from_examples(material: Material, room: int) -> Start:
     while len(ids) < room and used < len(order):
         ids += material.rows[order[used]].ids
         used += 1
-    return Start(_rows(material, ids[:room]), f"{min(room, len(ids))} from the tokens of {used} training rows (seed {material.seed})")
+    return Initial(_rows(material, ids[:room]), f"{min(room, len(ids))} from the tokens of {used} training rows (seed {material.seed})")
 
 
-def from_noise(material: Material, room: int) -> Start:
+def from_noise(material: Material, room: int) -> Initial:
     """Normal noise with the mean and spread of the base's embedding rows in every dimension."""
     base, generator = material.base, torch.Generator().manual_seed(material.seed)
     noise_PH = torch.randn(room, base.hidden_size, generator=generator).to(base.device)
-    return Start(base.row_mean_H + noise_PH * base.row_std_H, f"{room} from noise like the embedding rows (seed {material.seed})")
+    return Initial(base.row_mean_H + noise_PH * base.row_std_H, f"{room} from noise like the embedding rows (seed {material.seed})")
 
 
-def from_file(material: Material, room: int) -> Start:
+def from_file(material: Material, room: int) -> Initial:
     """The rows of another prompt, of this task or another."""
     path = _file(material.config)
     rows_PH = stored_rows(path).to(material.base.device)
@@ -124,10 +126,11 @@ def from_file(material: Material, room: int) -> Start:
             f"prompt.file = {path!r} has rows of {rows_PH.shape[1]} numbers, {material.base.name} needs {material.base.hidden_size}"
         )
     cut = f", the last {len(rows_PH) - room} are cut" if room < len(rows_PH) else ""
-    return Start(rows_PH[:room], f"{min(room, len(rows_PH))} from the {len(rows_PH)} rows of {_named(path)}{cut}")
+    return Initial(rows_PH[:room], f"{min(room, len(rows_PH))} from the {len(rows_PH)} rows of {_named(path)}{cut}")
 
 
-SOURCES: dict[str, Callable[[Material, int], Start]] = {
+Source = Callable[[Material, int], Initial]
+SOURCES: dict[str, Source] = {
     "text": from_text,
     "labels": from_labels,
     "vocab": from_vocabulary,

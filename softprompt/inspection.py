@@ -12,11 +12,11 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from softprompt.artifact import Card, StoredPrompt
-from softprompt.encode import Encoded
+from softprompt.engine.likelihood import row_losses
+from softprompt.engine.model import FrozenBase
+from softprompt.engine.prompt import Prompt, SoftPrompt, no_prompt, read_together
+from softprompt.engine.tokens import Encoded
 from softprompt.errors import ConfigError
-from softprompt.likelihood import row_losses
-from softprompt.model import FrozenBase
-from softprompt.prompt import DeepPrompt, SoftPrompt, no_prompt, read_together
 
 IDS, NEAR, PROMPTS = 8192, 3, 16  # vocabulary rows at a time, neighbours shown, prompts at a time
 DRAWN = 4096  # vocabulary rows whose sizes are measured
@@ -80,18 +80,17 @@ class Inspection:
 
 @torch.no_grad()
 def inspect(
-    base: FrozenBase, prompt: StoredPrompt, held: Sequence[Encoded] = (), start: SoftPrompt | None = None, tokens_per_batch: int = 256
+    base: FrozenBase, prompt: StoredPrompt, held: Sequence[Encoded] = (), start: Prompt | None = None, tokens_per_batch: int = 256
 ) -> Inspection:
     """The facts of a prompt; what its rows are worth is measured on `held`, how far they moved from `start`, where these are given."""
-    soft = prompt.soft
-    scale = _scale(soft, base)
-    sizes = (soft.rows_PH.square().mean(dim=1).sqrt() / scale).tolist()
+    soft, learned_PD = prompt.soft, prompt.soft.learned_PD
+    scale = base.rms if soft.method == "prompt" else learned_PD.square().mean().sqrt().item()  # layers have no scale in common
+    sizes = (learned_PD.square().mean(dim=1).sqrt() / scale).tolist()
     drifts: Sequence[float | None] = [None] * soft.length
-    if start is not None and start.rows_PH.shape == soft.rows_PH.shape:
-        moved_PH = soft.rows_like(start) - start.rows_PH.to(soft.rows_PH.device)
-        drifts = (moved_PH.square().mean(dim=1).sqrt() / start.rms(base)).tolist()
-    deep = isinstance(soft, DeepPrompt)
-    near = [[] for _ in sizes] if deep else nearest_tokens(base, soft.rows_PH)
+    if start is not None and start.learned_PD.shape == learned_PD.shape:
+        moved_PD = soft.learned_like(start) - start.learned_PD.to(learned_PD.device)
+        drifts = (moved_PD.square().mean(dim=1).sqrt() / start.unit(base)).tolist()
+    near = nearest_tokens(base, soft.rows_PH) if isinstance(soft, SoftPrompt) else [[] for _ in sizes]
     loss, bare_loss = None, None
     worth: Sequence[float | None] = [None] * soft.length
     if held:
@@ -99,15 +98,10 @@ def inspect(
         loss, *shortened = leave_out_losses(base, soft, held, [(), *((index,) for index in range(soft.length))], tokens_per_batch)
         worth = [one - loss for one in shortened]
     rows = [RowFacts(*facts) for facts in zip(sizes, near, drifts, worth, strict=True)]
-    unit_PH = normalize(soft.rows_PH, dim=1)
-    cosines_PP = unit_PH @ unit_PH.T
-    vocabulary = None if deep else _vocabulary_sizes(base)
+    unit_PD = normalize(learned_PD, dim=1)
+    cosines_PP = unit_PD @ unit_PD.T
+    vocabulary = _vocabulary_sizes(base) if soft.method == "prompt" else None
     return Inspection(prompt.card, rows, cosines_PP.tolist(), _alike(cosines_PP), vocabulary, loss, bare_loss, len(held))
-
-
-def _scale(soft: SoftPrompt, base: FrozenBase) -> float:
-    """Of a deep prompt its own size: keys and values of different layers have nothing in common."""
-    return soft.rows_PH.square().mean().sqrt().item() if isinstance(soft, DeepPrompt) else base.rms
 
 
 def _vocabulary_sizes(base: FrozenBase) -> tuple[float, float, float]:
@@ -140,13 +134,13 @@ def nearest_tokens(base: FrozenBase, rows_PH: Tensor) -> list[list[tuple[str, fl
     ]
 
 
-def without(soft: SoftPrompt, left_out: Sequence[int]) -> SoftPrompt:
+def without(soft: Prompt, left_out: Sequence[int]) -> Prompt:
     """The prompt without some of its rows."""
-    return replace(soft, rows_PH=soft.rows_PH[[index for index in range(soft.length) if index not in set(left_out)]])
+    return soft.with_learned(soft.learned_PD[[index for index in range(soft.length) if index not in set(left_out)]])
 
 
 def leave_out_losses(
-    base: FrozenBase, soft: SoftPrompt, held: Sequence[Encoded], choices: Sequence[Sequence[int]], tokens_per_batch: int
+    base: FrozenBase, soft: Prompt, held: Sequence[Encoded], choices: Sequence[Sequence[int]], tokens_per_batch: int
 ) -> list[float]:
     """Mean loss per supervised token without the rows of every choice; many shortened prompts share a forward."""
     losses = []

@@ -11,12 +11,13 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from softprompt.config import Config
-from softprompt.dryrun import prefix_width, step_peak
-from softprompt.encode import load_rows, make_encoder
+from softprompt.encode import make_encoder
+from softprompt.engine.dryrun import prefix_width, step_peak
+from softprompt.engine.loading import device_of, load_dtype, load_settings, load_tokenizer, refuse_unsupported
+from softprompt.engine.memory import activation_bytes, token_budget
+from softprompt.engine.model import check_context, context_length
 from softprompt.init import prompt_length
-from softprompt.job import check_context
-from softprompt.memory import activation_bytes, token_budget
-from softprompt.model import context_length, device_of, load_dtype, load_settings, load_tokenizer, refuse_unsupported
+from softprompt.rows import load_rows
 
 FRAGMENTATION = {"cpu": 1.4}  # what the allocator cannot use again: 1.3 to 1.55 measured on a CPU (LOG.md), next to nothing on a GPU
 QUANTIZED_BYTES = {"int8": 1.0, "nf4": 0.516}  # of a weight, scales included: one byte for 64, and four for 64 x 256

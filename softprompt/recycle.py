@@ -12,18 +12,18 @@ from typing import Any
 
 import torch
 
+from softprompt.arguments import Arguments, read_arguments
 from softprompt.artifact import StoredPrompt, base_card, find_prompt, load_prompt, read_card, write_prompt
 from softprompt.atomic import new_folder
-from softprompt.config import Config, ModelConfig, load_config
+from softprompt.config import Config, ModelConfig, load_config, with_absolute_paths
 from softprompt.data import Loaded
-from softprompt.encode import Rows, encode_rows
+from softprompt.engine.loading import load_base
+from softprompt.engine.model import FrozenBase
+from softprompt.engine.prompt import no_prompt
 from softprompt.errors import ConfigError, DataError, Error
 from softprompt.evaluation import held_out_loss
-from softprompt.job import count_steps, with_absolute_paths
-from softprompt.lineup import Entered, entered
-from softprompt.memory import token_budget
-from softprompt.model import FrozenBase, load_base
-from softprompt.prompt import no_prompt
+from softprompt.job import count_steps
+from softprompt.rows import Rows, encode_rows
 from softprompt.runlog import package_versions
 
 SHARE, FEWEST = 0.25, 20  # of the old run's steps
@@ -36,7 +36,7 @@ class Moved:
     trained on, None where that is unknown, with the reason in `unknown`; `loss_new_base`; `bare_loss` of the new base alone."""
 
     path: Path
-    given: Entered
+    given: Arguments
     overrides: tuple[str, ...]
     model: ModelConfig
     base: FrozenBase
@@ -119,7 +119,7 @@ def move(path: str | Path, overrides: Sequence[str], data: str | None = None) ->
     another width.
     """
     path = find_prompt(path)
-    given = entered(path, (), data, None, overrides)
+    given = read_arguments(path, (), data, None, overrides)
     card = read_card(path)
     old = given.of_run.model if given.of_run else card.model_config_of_base
     model = _other(old, overrides)
@@ -138,7 +138,7 @@ def move(path: str | Path, overrides: Sequence[str], data: str | None = None) ->
         loss = card.metrics.get("eval_loss")
     if card.base.tokenizer_fingerprint != base.tokenizer_fingerprint:
         loss, unknown = None, "another tokenizer makes other tokens, whose losses cannot be compared"
-    budget = token_budget(base.model.base_model, base.device, given.config.train.tokens_per_batch)
+    budget = base.budget(given.config.train.tokens_per_batch)
     losses = (held_out_loss(base, soft, held, budget) for soft in (prompt.soft, no_prompt(base, prompt.encoder.bos_id)))
     return Moved(path, given, tuple(overrides), model, base, prompt, held, loss, None if loss is not None else unknown, *losses)
 
@@ -152,7 +152,7 @@ def _other(old: ModelConfig, overrides: Sequence[str]) -> ModelConfig:
     return with_absolute_paths(named).model
 
 
-def _on_old_base(path: Path, old: ModelConfig, given: Entered, loaded: Loaded) -> tuple[float | None, str | None]:
+def _on_old_base(path: Path, old: ModelConfig, given: Arguments, loaded: Loaded) -> tuple[float | None, str | None]:
     """(the loss on the base it was trained on, None), or (None, why it cannot be had). The base is gone from memory afterwards."""
     try:
         base = load_base(old)
@@ -160,7 +160,7 @@ def _on_old_base(path: Path, old: ModelConfig, given: Entered, loaded: Loaded) -
     except Error as error:
         return None, str(error)
     held = encode_rows(prompt.encoder, loaded, prompt.card.max_length)
-    loss = held_out_loss(base, prompt.soft, held, token_budget(base.model.base_model, base.device, given.config.train.tokens_per_batch))
+    loss = held_out_loss(base, prompt.soft, held, base.budget(given.config.train.tokens_per_batch))
     del base, prompt
     gc.collect()
     if torch.cuda.is_available():

@@ -1,16 +1,18 @@
 """The run folder: what was asked for, what it ran with, and what happened.
 
-config.toml      the resolved configuration          rejected.jsonl   rows that were not used, with reasons
-run.json         versions and start time             checkpoints/     what the run needs to go on
-data.json        lengths and cuts of the rows        prompt/          the finished prompt; of a bank prompts/NAME/
-metrics.jsonl    one event a line                    inspection.json  what the rows of each prompt are
-evaluations/     what softprompt eval measured       result.json      the finished run in numbers
+config.toml      the resolved configuration          rejected.jsonl     rows that were not used, with reasons
+run.json         versions and start time             start.safetensors  what the prompts started from
+data.json        lengths and cuts of the rows        checkpoints/       what the run needs to go on
+metrics.jsonl    one event a line (events.py)        prompt/            the finished prompt; of a bank prompts/NAME/
+evaluations/     what softprompt eval measured       inspection.json    what the rows of each prompt are
+                                                     result.json        the finished run in numbers
 """
 
 import fcntl
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -23,7 +25,9 @@ from softprompt.atomic import new_folder, write_text
 from softprompt.config import Config, load_config
 from softprompt.data import Rejected
 from softprompt.errors import RunError
+from softprompt.events import Event, Finished, Found, Saved, Searching, Started, from_line, to_line
 
+POLL_SECONDS = 0.2
 PACKAGES = ("softprompt", "torch", "transformers", "peft", "tokenizers")
 
 
@@ -33,29 +37,35 @@ def package_versions() -> dict[str, str]:
 
 
 class RunFolder:
-    """One run's folder. `create` makes a new one, `reopen` goes on with an old one; neither overwrites anything."""
+    """One run's folder. `creating` makes a new one, `reopen` goes on with an old one; neither overwrites anything."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.prompt = path / "prompt"
         self.prompts = path / "prompts"
         self.checkpoints = path / "checkpoints"
+        self.events_file = path / "metrics.jsonl"
+        self.start = path / "start.safetensors"
 
     @classmethod
-    def create(cls, config: Config) -> "RunFolder":
-        """Raises RunError when the folder exists or cannot be written."""
+    @contextmanager
+    def creating(cls, config: Config) -> Iterator["RunFolder"]:
+        """Yields a draft of a new run's folder to fill; it takes its place when the block ends well.
+
+        Raises RunError when the folder exists or cannot be written.
+        """
         path = Path(config.train.out)
         try:
             with new_folder(path) as draft:
+                run = cls(draft)
                 (draft / "config.toml").write_text(config.to_toml(), encoding="utf-8")
-                started = {"started": datetime.now(UTC).isoformat(timespec="seconds"), "versions": package_versions()}
-                (draft / "run.json").write_text(json.dumps(started, indent=2) + "\n", encoding="utf-8")
-                (draft / "metrics.jsonl").touch()
+                run.write("run.json", {"started": datetime.now(UTC).isoformat(timespec="seconds"), "versions": package_versions()})
+                run.events_file.touch()
+                yield run
         except FileExistsError:
             raise RunError(_in_the_way(path)) from None
         except OSError as error:
             raise RunError(f"train.out = {path}: cannot write there: {error.strerror}") from None
-        return cls(path)
 
     @classmethod
     def check_free(cls, path: Path) -> None:
@@ -94,39 +104,78 @@ class RunFolder:
         lines = [json.dumps(asdict(item), ensure_ascii=False) + "\n" for item in rejected]
         write_text(self.path / "rejected.jsonl", "".join(lines))
 
-    def log(self, event: str, step: int, **values: Any) -> None:
-        """Adds one line to metrics.jsonl."""
-        with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps({"event": event, "step": step, **values}, ensure_ascii=False) + "\n")
+    def append(self, event: Event) -> None:
+        """Adds an event to the stream; with the last one, result.json."""
+        with open(self.events_file, "a", encoding="utf-8") as file:
+            file.write(to_line(event) + "\n")
+        if isinstance(event, Finished):
+            self.write("result.json", event.result)
 
-    def events(self) -> list[dict[str, Any]]:
-        """What happened so far, the lines of metrics.jsonl; a last one that was cut off by a kill is left out.
+    def events(self) -> list[Event]:
+        """What happened so far; a last line that was cut off by a kill is left out. Raises RunError for a damaged one before it."""
+        return [self._event(line, str(number)) for number, line in enumerate(self._lines(), 1)]
 
-        Raises RunError for a damaged one before it.
+    def follow(self, offset: int = 0) -> Iterator[tuple[int, Event]]:
+        """Events as they are appended, also while another process writes, each with the place in the stream behind it, where another
+        call goes on; to the end of the run. Where the run is resumed from an earlier step, its Started event says from which.
+
+        Raises RunError for a damaged line.
         """
-        file = self.path / "metrics.jsonl"
-        lines, events = file.read_bytes().split(b"\n")[:-1] if file.is_file() else [], []
-        for number, line in enumerate(lines, 1):
-            try:
-                event = json.loads(line)
-            except ValueError:
-                event = None
-            if not isinstance(event, dict):
-                raise RunError(f"{file}:{number}: the line is damaged")
-            events.append(event)
-        return events
+        begin, last = offset, b""
+        seen: list[int] = []  # a hash of every line that was read
+        while True:
+            with open(self.events_file, "rb") as stream:
+                stream.seek(offset - len(last))
+                new = stream.read()
+            if new.startswith(last):
+                lines = new[len(last) :].split(b"\n")[:-1]
+            else:
+                kept, lines = self._after_a_cut(begin, seen)
+                offset = kept if lines else offset
+            for line in lines:
+                event = self._event(line, f"byte {offset}")
+                last = line + b"\n"
+                offset += len(last)
+                seen.append(hash(line))
+                yield offset, event
+                if isinstance(event, Finished):
+                    return
+            time.sleep(POLL_SECONDS)
+
+    def _after_a_cut(self, begin: int, seen: list[int]) -> tuple[int, list[bytes]]:
+        """Where the stream goes on after it was cut back to a checkpoint, and the lines from there; none before it has grown again.
+        Leaves in `seen` what still stands."""
+        lines = self.events_file.read_bytes()[begin:].split(b"\n")[:-1]
+        kept = next((index for index, (line, old) in enumerate(zip(lines, seen, strict=False)) if hash(line) != old), len(lines))
+        if kept == len(lines):
+            return begin + sum(len(line) + 1 for line in lines), []
+        while kept and not lines[kept].startswith(b'{"event": "started"'):  # resumed from the beginning, which looks as it did
+            kept -= 1
+        del seen[kept:]
+        return begin + sum(len(line) + 1 for line in lines[:kept]), lines[kept:]
+
+    def _lines(self) -> list[bytes]:
+        return self.events_file.read_bytes().split(b"\n")[:-1] if self.events_file.is_file() else []
+
+    def _event(self, line: bytes, place: str) -> Event:
+        try:
+            return from_line(line.decode("utf-8"))
+        except (json.JSONDecodeError, UnicodeDecodeError):
+            raise RunError(f"{self.events_file}:{place}: the line is damaged") from None
+        except ValueError as error:
+            raise RunError(f"{self.events_file}:{place}: the line is damaged, or of another version of softprompt: {error}") from None
 
     def forget_after(self, step: int) -> None:
-        """Drops the lines of what will happen again, and a last line that was cut off by a kill."""
-        kept = []
-        for line in (self.path / "metrics.jsonl").read_text(encoding="utf-8").split("\n")[:-1]:
-            try:
-                event = json.loads(line)
-            except json.JSONDecodeError:
-                break
-            if event["step"] <= step and event["event"] != "finished":
-                kept.append(line + "\n")
-        write_text(self.path / "metrics.jsonl", "".join(kept))
+        """Drops what will happen again after a checkpoint of this step (-1: from the beginning), and a last line that was cut off."""
+        kept = [line.decode("utf-8") for line, event in zip(self._lines(), self.events(), strict=True) if _stays(event, step)]
+        saved = Saved(step, self.checkpoint(step))
+        if step >= 0 and to_line(saved) not in kept:
+            kept.append(to_line(saved))  # killed before it could say so
+        write_text(self.events_file, "".join(f"{line}\n" for line in kept))
+
+    def checkpoint(self, step: int) -> Path:
+        """Where the checkpoint after so many steps lies."""
+        return self.checkpoints / f"step-{step:06d}"
 
     def write(self, name: str, facts: dict[str, Any]) -> None:
         """Writes a JSON file of the folder."""
@@ -145,6 +194,15 @@ class RunFolder:
     def result(self) -> dict[str, Any] | None:
         """The numbers of a finished run, or None."""
         return self.read("result.json")
+
+
+def _stays(event: Event, step: int) -> bool:
+    """Whether an event was before a checkpoint of this step."""
+    if isinstance(event, Finished):
+        return False
+    if isinstance(event, Started):
+        return event.first_step <= step
+    return isinstance(event, Searching | Found) or event.step <= step
 
 
 def run_of(path: Path) -> RunFolder | None:

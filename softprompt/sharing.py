@@ -14,7 +14,7 @@ from pathlib import Path
 from softprompt.artifact import FILES, Card, check_prompt, find_prompt, model_card
 from softprompt.atomic import new_folder
 from softprompt.errors import ArtifactError, ConfigError, Error
-from softprompt.hub import endpoint
+from softprompt.hub import hub
 
 
 def push(path: str | Path, repo_id: str, *, private: bool = False, base_id: str | None = None) -> str:
@@ -99,21 +99,21 @@ def _asking(repo_id: str, what: str) -> Iterator[None]:
     from huggingface_hub.utils import disable_progress_bars
 
     disable_progress_bars()
-    address = endpoint()
-    failed = f"{repo_id} cannot {what} {address} (HF_ENDPOINT sets a mirror)"
     login = "log in with hf auth login, or set HF_TOKEN"
-    try:
-        yield
-    except Error:
-        raise
-    except RevisionNotFoundError:
-        raise ArtifactError(f"{failed}: it has no such revision") from None
-    except RepositoryNotFoundError:
-        raise ArtifactError(f"{failed}: there is no such repository, or it is not for you: {login}") from None
-    except Exception as error:  # the hub's libraries let errors of their own HTTP library through, which differs by version
-        if constants.HF_HUB_OFFLINE:
-            raise ArtifactError(f"{failed}: it does not answer, or HF_HUB_OFFLINE is set") from None
-        if isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403):
-            raise ArtifactError(f"{failed}: you may not: {login}") from None
-        cause = error.__cause__ or error
-        raise ArtifactError(f"{failed}: {(str(cause).strip().splitlines() or [type(cause).__name__])[0]}") from None
+    with hub() as address:
+        failed = f"{repo_id} cannot {what} {address} (HF_ENDPOINT sets a mirror)"
+        try:
+            yield
+        except Error:
+            raise
+        except RevisionNotFoundError:
+            raise ArtifactError(f"{failed}: it has no such revision") from None
+        except RepositoryNotFoundError:
+            raise ArtifactError(f"{failed}: there is no such repository, or it is not for you: {login}") from None
+        except Exception as error:  # the hub's libraries let errors of their own HTTP library through, which differs by version
+            if constants.HF_HUB_OFFLINE:
+                raise ArtifactError(f"{failed}: it does not answer, or HF_HUB_OFFLINE is set") from None
+            if isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403):
+                raise ArtifactError(f"{failed}: you may not: {login}") from None
+            cause = error.__cause__ or error
+            raise ArtifactError(f"{failed}: {(str(cause).strip().splitlines() or [type(cause).__name__])[0]}") from None

@@ -1,7 +1,7 @@
 """Experiment trackers, through accelerate: numbers by step, and tables by each tracker's own means."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -9,9 +9,9 @@ from typing import Any
 
 from softprompt.config import Config
 from softprompt.errors import MissingPackage
+from softprompt.events import Cell, Evaluated, Event, Finished, Sampled, Step
 
 PROJECT = "softprompt"  # what the trackers call a project or an experiment
-Cell = str | int | float | None
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,31 @@ def tracking(names: Sequence[str], config: Config, path: Path, called: str) -> I
         yield Tracking(accelerator.trackers)
     finally:
         accelerator.end_training()
+
+
+def tracked(events: Generator[Event, None, None], config: Config) -> Iterator[Event]:
+    """The events of a run as they are, told to the trackers that its configuration names."""
+    folder = Path(config.train.out)
+    with closing(events), tracking(config.train.trackers, config, folder, folder.name) as track:
+        for event in events:
+            match event:
+                case Step():
+                    numbers = {"loss": event.loss, "lr": event.lr, "grad_norm": event.grad_norm, "movement": event.movement}
+                    track.numbers(numbers, event.step)
+                case Evaluated():
+                    track.numbers({"eval_loss": event.loss}, event.step)
+                case Sampled():
+                    track.table(Sheet("samples", ("question", "wanted", "answer"), event.rows), event.step)
+                case Finished():
+                    track.table(_losses(event.result), event.step)
+            yield event
+
+
+def _losses(result: Mapping[str, Any]) -> Sheet:
+    """The losses of every prompt of a run."""
+    columns = ("train_loss", "eval_loss_before", "eval_loss_after", "best_step")
+    rows = tuple((name, *(found[key] for key in columns)) for name, found in result["prompts"].items())
+    return Sheet("prompts", ("prompt", *columns), rows)
 
 
 # ---- a table, tracker by tracker -----------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import tiny
 import torch
 
 from softprompt.config import Config, load_config
-from softprompt.model import FrozenBase
+from softprompt.engine.model import FrozenBase
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from softprompt.artifact import LICENCE_NOTE, load_prompt, read_card
 from softprompt.config import ModelConfig, load_config
+from softprompt.engine.loading import load_base
 from softprompt.errors import ArtifactError
-from softprompt.model import load_base
 from softprompt.training import train
 
 TEXT = "Repeat the drink."

@@ -12,8 +12,9 @@ import pytest
 import tiny
 import torch
 
-from softprompt import prompt
-from softprompt.encode import make_encoder, shared_beginning
+from softprompt.encode import make_encoder
+from softprompt.engine import prompt
+from softprompt.engine.tokens import shared_beginning
 from softprompt.training import train
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
@@ -136,9 +137,10 @@ def test_lora_starts_at_the_bare_base(bases, quality_task, tmp_path):
     """PEFT's forward and ours agree on the loss before any step: LoRA's B is zero then."""
     import recipes
 
-    from softprompt.encode import load_rows, make_encoder
+    from softprompt.encode import make_encoder
+    from softprompt.engine.prompt import no_prompt
     from softprompt.evaluation import held_out_loss
-    from softprompt.prompt import no_prompt
+    from softprompt.rows import load_rows
 
     base = bases()
     config = recipes.make_config(recipes.RECIPES["LoRA r = 8, best rate"], quality_task, base, 0.01, 0, str(tmp_path / "run"))

@@ -10,6 +10,7 @@ import pytest
 import tiny
 from transformers import Gemma3nTextConfig, T5Config
 
+import softprompt
 from softprompt import cli
 from softprompt.training import Saved, train
 
@@ -275,6 +276,12 @@ def test_a_folder_in_the_way_is_left_as_it_is(refused, make_config, tmp_path, ki
     expected = {"finished": "finished run", "unfinished": f"train --resume {folder}", "foreign": "is not a run"}
     assert expected[kind] in refused("train", file)
     assert contents(folder) == before != {}
+
+
+@pytest.mark.parametrize("program", [["-m", "softprompt"], ["-c", "from softprompt.cli import main; main()"]])
+def test_the_program_says_its_version(program):
+    done = subprocess.run([sys.executable, *program, "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout == f"softprompt {softprompt.__version__}\n"
 
 
 # ---- what a fresh process loads ------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import subprocess
 import sys
 
@@ -258,7 +259,7 @@ def test_a_hub_that_does_not_answer_is_one_line(tmp_path):
 
 
 def test_held_out_rows_are_seeded_disjoint_and_in_order(tmp_path):
-    loaded = load(write_rows(tmp_path / "a.jsonl", some_rows(40)))
+    loaded = load(write_rows(tmp_path / "a.jsonl", some_rows(40, lambda n: {"prompt": f"bring tea number {n}", "completion": "tea"})))
     train, held = hold_out(loaded, 0.25, seed=1)
     assert (len(train.examples), len(held.examples)) == (30, 10)
     for part in (train, held):
@@ -269,8 +270,23 @@ def test_held_out_rows_are_seeded_disjoint_and_in_order(tmp_path):
     assert hold_out(loaded, 0.25, seed=2) != (train, held)
 
 
+def test_copies_of_a_row_stay_on_one_side(tmp_path):
+    """Copies up to white space; without copies the same rows are held out as ever."""
+    rows = some_rows(40, lambda n: {"prompt": f"bring {'  ' * (n % 3)}tea number {n % 10}", "completion": "tea"})
+    for seed in range(5):
+        train, held = hold_out(load(write_rows(tmp_path / "a.jsonl", rows)), 0.2, seed)
+        assert len(held.examples) == 8, "two rows with their four copies each"
+        assert len(train.examples) == 32
+        assert not {example.turns for example in train.examples} & {example.turns for example in held.examples}
+    single = load(write_rows(tmp_path / "b.jsonl", rows[:10]))
+    chosen = random.Random(3).sample(range(10), 2)
+    assert [
+        int(example.response == "tea") and single.examples.index(example) for example in hold_out(single, 0.2, 3)[1].examples
+    ] == sorted(chosen)
+
+
 def test_at_least_one_row_is_held_out_and_one_stays(tmp_path):
     loaded = load(write_rows(tmp_path / "a.jsonl", PAIRS[:2]))
     assert [len(part.examples) for part in hold_out(loaded, 0.01, seed=0)] == [1, 1]
-    with pytest.raises(DataError, match=r"eval_fraction = 0\.9 of 2 rows leaves nothing to train on"):
+    with pytest.raises(DataError, match=r"eval_fraction = 0\.9 of 2 different rows leaves nothing to train on"):
         hold_out(loaded, 0.9, seed=0)

@@ -12,11 +12,11 @@ from test_run import rows_of
 from transformers import AutoModelForCausalLM
 
 from softprompt.artifact import load_prompt, read_card
-from softprompt.decode import Sampling
+from softprompt.engine.decode import Sampling
+from softprompt.engine.prompt import deepened
 from softprompt.errors import ArtifactError, ModelError
 from softprompt.generation import generate
 from softprompt.plan import make_plan
-from softprompt.prompt import deepened, prefix_of
 from softprompt.runlog import RunFolder
 from softprompt.training import train
 
@@ -26,7 +26,7 @@ PREFIX = "prompt.method=prefix"
 def hidden(base, soft, rows):
     batch = whole_batch(base, rows)
     with torch.no_grad():
-        states = base.continue_from(prefix_of(base, [soft]), batch.which_B, batch.ids_BT, batch.mask_BT).hidden_BTH
+        states = base.continue_from(soft.prefix(base), batch.which_B, batch.ids_BT, batch.mask_BT).hidden_BTH
     return states[batch.mask_BT.bool()]
 
 
@@ -46,7 +46,7 @@ def test_no_part_is_led_by_longer_steps_than_the_usual_one(bases):
     base = bases()
     deep = deepened(base, some_prompt(base).rows_PH, "start", None)
     widths = [heads * size for heads, size in deep.shapes]
-    rms = [part.square().mean().sqrt().item() for part in (deep.rows_PH * deep.scale_D).split(widths, dim=1)]
+    rms = [part.square().mean().sqrt().item() for part in (deep.scaled_PD * deep.scale_D).split(widths, dim=1)]
     usual = sorted(rms)[(len(rms) - 1) // 2]
     assert max(rms) > 1.05 * usual > 1.1 * min(rms), "the parts are alike: nothing is tested"
     scales = [part[0].item() for part in deep.scale_D.split(widths)]
@@ -56,8 +56,8 @@ def test_no_part_is_led_by_longer_steps_than_the_usual_one(bases):
 def moved(base, position="after_bos", bos=None, length=6):
     """A deep prompt that is no longer what any rows give."""
     deep = deepened(base, some_prompt(base, length).rows_PH, position, bos)
-    noise = torch.randn(deep.rows_PH.shape, generator=torch.Generator().manual_seed(2))
-    return replace(deep, rows_PH=deep.rows_PH + 0.3 * noise)
+    noise = torch.randn(deep.scaled_PD.shape, generator=torch.Generator().manual_seed(2))
+    return deep.with_learned(deep.scaled_PD + 0.3 * noise)
 
 
 @pytest.mark.parametrize("make_rows", [encoded_rows, rows_alike])
@@ -102,7 +102,7 @@ def test_a_trained_one_loads_in_peft_with_the_same_logits(bases, make_config, fa
     ids = list(prompt.encoder.question("bring tea"))
     model = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base.name), Path(config.train.out) / "prompt").eval()
     with torch.no_grad():
-        prefix = prefix_of(base, [prompt.soft])
+        prefix = prompt.soft.prefix(base)
         states = base.continue_from(
             prefix, torch.zeros(1, dtype=torch.long), torch.tensor([ids]), torch.ones(1, len(ids), dtype=torch.long)
         )
@@ -117,7 +117,7 @@ def test_only_its_own_numbers_move_and_all_of_them_do(bases, make_config, fresh)
     *_, finished = train(config, base=base)
     after = load_prompt(config.train.out, base).soft
     start = deepened(base, base.embed_ids(base.tokenizer("Repeat the drink.", add_special_tokens=False)["input_ids"]), "start", tiny.BOS)
-    assert ((after.rows_like(start) - start.rows_PH).abs() > 1e-6).float().mean() > 0.99
+    assert ((after.learned_like(start) - start.learned_PD).abs() > 1e-6).float().mean() > 0.99
     assert finished.result["findings"] == []
 
 

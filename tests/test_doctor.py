@@ -9,9 +9,10 @@ import torch
 
 from softprompt.data import Example, Message
 from softprompt.doctor import BARE, NOISE, REVERSED, TEXT, Case, diagnose, examine
-from softprompt.encode import Encoded, Rows
+from softprompt.engine.tokens import Encoded
 from softprompt.errors import DataError, RunError
 from softprompt.events import Warned
+from softprompt.rows import Rows
 from softprompt.runlog import RunFolder
 from softprompt.screen.console import console
 from softprompt.screen.run import draw_findings
@@ -100,7 +101,7 @@ def test_a_rate_that_is_too_low_is_said_once_and_while_there_is_time(make_config
     assert [step for step, _ in said] == [20, 20]  # it hardly moves, and it learns nothing
     assert "optim.relative_lr = 0.0005 is too low" in said[0][1]
     assert "nothing was learned" in said[1][1]
-    assert sum(event["event"] == "warned" for event in RunFolder.reopen(tmp_path / "run").events()) == 2
+    assert sum(isinstance(event, Warned) for event in RunFolder.reopen(tmp_path / "run").events()) == 2
 
 
 def test_a_resumed_run_is_not_warned_again(make_config, fresh, tmp_path):
@@ -108,7 +109,7 @@ def test_a_resumed_run_is_not_warned_again(make_config, fresh, tmp_path):
     tiny.stop_after(config, 25)
     said = [event for event in train(RunFolder.reopen(tmp_path / "run").config(), resume=True) if isinstance(event, Warned)]
     assert said == []
-    assert sum(event["event"] == "warned" for event in RunFolder.reopen(tmp_path / "run").events()) == 2
+    assert sum(isinstance(event, Warned) for event in RunFolder.reopen(tmp_path / "run").events()) == 2
 
 
 def test_a_bank_is_told_of_its_rows_once_and_of_a_prompt_by_name(make_config, fresh, tmp_path):
@@ -134,12 +135,12 @@ def sound():
     start = torch.randn(8, 16, generator=generator)
     row = Encoded((5, 6, 7, 8), (False, False, True, True), "row")
     return Case(
-        rows_PH=start + torch.randn(8, 16, generator=generator),
-        start_PH=start,
-        rms=1.0,
+        learned_PD=start + torch.randn(8, 16, generator=generator),
+        start_PD=start,
+        unit=1.0,
         rows=Rows((row,), (), (), "", ()),
         relative_lr=0.2,
-        deep=False,
+        method="prompt",
         losses=[3.0, 2.8, 2.5, 2.3, 2.2],
         held_out={0: 3.0, 3: 2.5, 5: 2.3},
         others={BARE: 3.5, TEXT: 3.1, REVERSED: 2.9, NOISE: 3.6},
@@ -174,15 +175,15 @@ def labelled(*labels):
 
 
 def test_a_prompt_that_guesses_among_the_labels_is_told_so(sound):
-    three_to_one = replace(sound, held_rows=labelled("good", "bad", "good", "good"), held_out={0: 3.0, 5: 0.27}, others={})
+    three_to_one = replace(sound, held=labelled("good", "bad", "good", "good"), held_out={0: 3.0, 5: 0.27}, others={})
     (finding,) = examine(three_to_one)  # -(0.75 log 0.75 + 0.25 log 0.25) / 2
     assert "the held-out loss is 0.2700, and 0.2812 is that of guessing among the 2 labels" in finding
     assert examine(replace(three_to_one, held_out={0: 3.0, 5: 0.25})) == []
-    assert examine(replace(three_to_one, held_rows=labelled("good", "good"))) == []
-    assert examine(replace(three_to_one, held_rows=labelled(None, None))) == []
+    assert examine(replace(three_to_one, held=labelled("good", "good"))) == []
+    assert examine(replace(three_to_one, held=labelled(None, None))) == []
 
 
 def test_without_held_out_rows_what_can_be_seen_is_said(sound):
     assert examine(replace(sound, held_out={}, others={})) == []
-    (finding,) = examine(replace(sound, held_out={}, others={}, rows_PH=sound.start_PH + 1e-3))
+    (finding,) = examine(replace(sound, held_out={}, others={}, learned_PD=sound.start_PD + 1e-3))
     assert "too low" in finding

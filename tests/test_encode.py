@@ -6,8 +6,9 @@ import pytest
 from tiny import BOS, EOS, tiny_tokenizer, write_rows
 
 from softprompt.data import Example, Loaded, Message, Rejected, load_examples
-from softprompt.encode import check_rejected, encode_rows, make_encoder
+from softprompt.encode import make_encoder
 from softprompt.errors import ConfigError, DataError
+from softprompt.rows import check_rejected, encode_rows
 from softprompt.show import Shown
 
 TEMPLATES = ["human-assistant", "chat", "Q: {{ prompt }}\nA:"]
@@ -161,7 +162,7 @@ def test_jinja_renders_fields_and_earlier_turns():
 def test_a_jinja_file_is_read(tmp_path):
     path = tmp_path / "own.jinja"
     path.write_text("问:{{ prompt }}\n答:", encoding="utf-8")
-    assert make_encoder(tiny_tokenizer(), str(path)).template == "问:{{ prompt }}\n答:"
+    assert make_encoder(tiny_tokenizer(), str(path)).template.name == "问:{{ prompt }}\n答:"
 
 
 @pytest.mark.parametrize(

@@ -14,18 +14,24 @@ import torch
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from softprompt import likelihood
+import softprompt
+from softprompt import cli, contestants
 from softprompt.answers import answer, first_answer, stops_of
 from softprompt.artifact import load_prompt
-from softprompt.contestants import Contestant, choose_shots, enter, line_up
+from softprompt.config import ModelConfig
+from softprompt.contestants import Contestant, all_contestants, choose_shots, read_rows
 from softprompt.data import Example, Message, load_examples
-from softprompt.decode import Question, Sampling, decode_whole
-from softprompt.encode import encode_rows, make_encoder
-from softprompt.errors import ConfigError, DataError
+from softprompt.encode import make_encoder
+from softprompt.engine import likelihood
+from softprompt.engine.decode import Question, Sampling, decode_whole
+from softprompt.engine.likelihood import candidate_losses, ensemble_losses, row_losses
+from softprompt.engine.loading import load_base
+from softprompt.engine.model import freeze
+from softprompt.engine.prompt import no_prompt, read_together
+from softprompt.errors import ArtifactError, ConfigError, DataError
 from softprompt.evaluation import Contest, evaluate, evaluating
-from softprompt.likelihood import candidate_losses, ensemble_losses, row_losses
-from softprompt.metrics import METRICS, Table, bootstrap_weights, confusion, estimate, metric_named, verdict
-from softprompt.prompt import no_prompt, prefix_of, read_together
+from softprompt.metrics import METRICS, Table, bootstrap_weights, confusion, estimate, verdict
+from softprompt.rows import encode_rows
 from softprompt.training import train
 
 FAMILIES = [family for family in tiny.FAMILIES if family != "mistral"]  # whose window of 12 reads nothing of long texts
@@ -73,7 +79,7 @@ def test_candidates_of_one_reading_score_as_whole_rows(bases, tmp_path, monkeypa
     candidates = [[encoder.encode(one.answered(word)) for word in words] for one in examples]
     candidates[1][2] = encoder.encode(examples[1].answered("bad"), len(candidates[1][2]) - 1)
     alone = torch.tensor([[loss_of(base, row) for row in own] for own in candidates], dtype=torch.float64)
-    together = candidate_losses(base, prefix_of(base, [no_prompt(base, tiny.BOS)]), candidates, 64)
+    together = candidate_losses(base, no_prompt(base, tiny.BOS).prefix(base), candidates, 64)
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4)
 
 
@@ -88,7 +94,7 @@ def test_candidates_read_their_text_once_and_take_what_they_share_to_the_head_on
         type(base), "continue_from", lambda self, *how, **more: read.append(how[3].sum().item()) or whole(self, *how, **more)
     )
     monkeypatch.setattr(type(base.head), "losses_after", lambda self, *how: states.append(how[0].shape[1]) or after(self, *how))
-    candidate_losses(base, prefix_of(base, [no_prompt(base, tiny.BOS)]), candidates, 10_000)
+    candidate_losses(base, no_prompt(base, tiny.BOS).prefix(base), candidates, 10_000)
     assert sum(read) == sum(len(own[0].question) for own in candidates) + 6 * len("xyz")
     assert states == [6 * (1 + len("xyz"))], "the first letters come after one state; then y, and an end for each"
 
@@ -112,7 +118,7 @@ def test_an_ensemble_has_the_loss_of_what_its_members_agree_on(bases, stored, he
         (both.contestants["one"].table.losses[3] + both.contestants["other"].table.losses[3]) / 2, rel=1e-3
     )
     said = [[[stored.encoder.encode(held.examples[0].answered(word))]] for word in "ab"]
-    members = [(prefix_of(base, [stored.soft]), rows) for rows in said]
+    members = [(stored.soft.prefix(base), rows) for rows in said]
     with pytest.raises(ConfigError, match="they must have the same template"):
         ensemble_losses(base, members, 64)
 
@@ -133,13 +139,13 @@ def test_shared_text_scores_as_if_every_row_held_it(bases, tmp_path, template):
 
     Stored.encoder = encoder
     for contestant in (Contestant("text", (Stored,), wish="Judge."), Contestant("few-shot", (Stored,), shots=shots)):
-        entry = enter(base, contestant, 0, [[one] for one in rows.examples], [[row] for row in rows.encoded])
+        reading = read_rows(contestant, 0, [[one] for one in rows.examples], [[row] for row in rows.encoded])
         full = [contestant.full(encoder, one, row) for one, row in zip(rows.examples, rows.encoded, strict=True)]
         assert [row.num_supervised for row in full] == [row.num_supervised for row in rows.encoded]
-        assert entry.tokens == pytest.approx(sum(map(len, full)) / 12 - sum(map(len, rows.encoded)) / 12)
+        assert reading.tokens == pytest.approx(sum(map(len, full)) / 12 - sum(map(len, rows.encoded)) / 12)
         with torch.no_grad():
-            whole = row_losses(base, prefix_of(base, [Stored.soft]), full, 10_000)
-            prefix, rests = read_together(base, [entry.soft], [own[0] for own in entry.rows])
+            whole = row_losses(base, Stored.soft.prefix(base), full, 10_000)
+            prefix, rests = read_together(base, [reading.soft], [own[0] for own in reading.rows])
             assert prefix.lengths[0] > 5
             shared = row_losses(base, prefix, rests, 10_000)
         torch.testing.assert_close(shared, whole, rtol=1e-4, atol=1e-4)
@@ -155,17 +161,24 @@ def test_examples_fit_take_the_labels_in_turn_and_leave_out_held_rows(bases, tmp
     assert choose_shots(encoder, examples, (), 10) == ()
 
 
+def lora(base, folder, size=0.5, **how):
+    """A LoRA adapter of PEFT's on another copy of the base, all that it adds drawn anew; its folder, and the model with it."""
+    torch.manual_seed(0)
+    again = load_base(ModelConfig(name=base.name, device="cpu")).model
+    model = peft.get_peft_model(again, peft.LoraConfig(task_type="CAUSAL_LM", r=2, **{"target_modules": ["q_proj"], **how}))
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name or "modules_to_save" in name:
+            parameter.data += size * torch.randn(parameter.shape, generator=generator)
+    model.save_pretrained(str(folder), save_embedding_layers=False)
+    return folder, model
+
+
 def test_a_lora_adapter_competes_and_leaves_the_base_as_it_was(bases, stored, held, tmp_path):
     base = bases()
-    model = peft.get_peft_model(
-        tiny.tiny_base(tmp_path / "again").model, peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"])
-    )
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            parameter.data.fill_(0.5)
-    model.save_pretrained(str(tmp_path / "lora"))
+    folder, model = lora(base, tmp_path / "lora")
     before = evaluate(base, stored, held)
-    both = evaluate(base, stored, held, Contest(adapters=(tmp_path / "lora",), answers=True, max_new_tokens=4))
+    both = evaluate(base, stored, held, Contest(adapters=(folder,), answers=True, max_new_tokens=4))
     after = evaluate(base, stored, held)
     assert list(both.contestants) == ["base", "text", "prompt", "lora"]
     losses = [one.contestants["base"].scores["loss"].value for one in (before, both, after)]
@@ -173,6 +186,35 @@ def test_a_lora_adapter_competes_and_leaves_the_base_as_it_was(bases, stored, he
     oracle = loss_of(SimpleNamespace(model=model), encode_rows(stored.encoder, held, 200).encoded[3])
     assert both.contestants["lora"].table.losses[3] == pytest.approx(oracle, rel=1e-4)
     assert oracle != pytest.approx(before.contestants["base"].table.losses[3], rel=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")  # what PEFT says of merging
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])  # with a head of its own, and one that is the embedding table
+@pytest.mark.parametrize("how", [{"target_modules": ["lm_head"]}, {"modules_to_save": ["lm_head"]}, {"modules_to_save": ["embed_tokens"]}])
+def test_an_adapter_that_trains_the_head_is_scored_with_its_head(bases, make_config, held, tmp_path, family, how):
+    base = bases(family)
+    list(train(make_config(f"model.name={base.name}", "train.steps=1"), base=base))
+    stored = load_prompt(tmp_path / "run", base)
+    folder, model = lora(base, tmp_path / "lora", **how)
+    both = evaluate(base, stored, held, Contest(adapters=(folder,), answers=True, max_new_tokens=4))
+    rows = encode_rows(stored.encoder, held, 200)
+    oracle = loss_of(SimpleNamespace(model=model), rows.encoded[3])
+    assert both.contestants["lora"].table.losses[3] == pytest.approx(oracle, rel=1e-4)
+    assert oracle != pytest.approx(both.contestants["base"].table.losses[3], rel=1e-3)
+    reading = read_rows(Contestant("lora", (stored,), adapter=folder), 0, [[rows.examples[3]]], [[rows.encoded[3]]])
+    asked = torch.tensor([[tiny.BOS, *reading.questions[0]]])
+    said = model.generate(input_ids=asked, max_new_tokens=4, do_sample=False, eos_token_id=sorted(base.stop_ids), pad_token_id=tiny.PAD)
+    text = base.tokenizer.decode(said[0, asked.shape[1] :], skip_special_tokens=True)
+    assert both.contestants["lora"].table.answers[3] == first_answer(text, stops_of([stored.encoder], rows.examples))[0]
+    assert evaluate(base, stored, held).contestants["base"].table.losses[3] == both.contestants["base"].table.losses[3]
+    assert freeze(base.model, base.tokenizer, "").fingerprint == base.fingerprint, "the base is as it was, to the last module"
+
+
+def test_an_adapter_whose_logits_are_not_its_heads_is_refused(bases, stored, held, tmp_path, monkeypatch):
+    folder, _ = lora(bases(), tmp_path / "lora", target_modules=["lm_head"])
+    monkeypatch.setattr(contestants, "adapted_head", lambda base: base.head)
+    with pytest.raises(ArtifactError, match=r"lora cannot be put on .*: the same text gives other logits"):
+        evaluate(bases(), stored, held, Contest(adapters=(folder,)))
 
 
 def glued_tokenizer():
@@ -207,13 +249,13 @@ def test_an_untrained_base_is_asked_with_text_as_text_is_tokenized(template):
 def test_what_was_trained_is_asked_as_it_was_trained(bases, stored, held):
     base = bases()
     rows = encode_rows(stored.encoder, held, 200)
-    line = line_up(base, [("prompt", stored)], text="Say it.", shots=held.examples[-2:], adapters=(Path("lora"),))
+    line = all_contestants(base, [("prompt", stored)], text="Say it.", shots=held.examples[-2:], adapters=(Path("lora"),))
     for one in line:
-        entry = enter(base, one, 0, [[example] for example in rows.examples], [[row] for row in rows.encoded])
-        for row, asked in zip(rows.encoded, entry.questions, strict=True):
+        reading = read_rows(one, 0, [[example] for example in rows.examples], [[row] for row in rows.encoded])
+        for row, asked in zip(rows.encoded, reading.questions, strict=True):
             ending = row.question if one.name in ("prompt", "lora") else row.question[:-1]
             assert asked[-6:] == ending[-len(asked) :][-6:]
-    alone = enter(base, line[1], 0, [rows.examples[:1]], [rows.encoded[:1]])
+    alone = read_rows(line[1], 0, [rows.examples[:1]], [rows.encoded[:1]])
     assert len(alone.questions[0]) == 1, "with one row all of the text is shared, but for what predicts"
 
 
@@ -222,14 +264,14 @@ def test_what_was_trained_is_asked_as_it_was_trained(bases, stored, held):
 
 def test_mixed_batches_answer_as_one_by_one(bases, stored, held):
     base = bases()
-    line = line_up(base, [("prompt", stored)], text="Say it.", ensemble=False)
+    line = all_contestants(base, [("prompt", stored)], text="Say it.", ensemble=False)
     rows = encode_rows(stored.encoder, held, 200)
-    entries = {one.name: [enter(base, one, 0, [[example] for example in rows.examples], [[row] for row in rows.encoded])] for one in line}
-    pairs = [(name, row) for name in entries for row in range(len(held.examples))]
-    mixed = {(said.contestant, said.row): said for said in answer(base, entries, pairs, 6)}
+    readings = {one.name: [read_rows(one, 0, [[example] for example in rows.examples], [[row] for row in rows.encoded])] for one in line}
+    pairs = [(name, row) for name in readings for row in range(len(held.examples))]
+    mixed = {(said.contestant, said.row): said for said in answer(base, readings, pairs, 6)}
     assert set(mixed) == set(pairs)
     for pair in pairs:
-        (alone,) = answer(base, entries, [pair], 6)
+        (alone,) = answer(base, readings, [pair], 6)
         assert alone == mixed[pair]
 
 
@@ -253,16 +295,16 @@ def test_answers_of_all_contestants_end_where_a_stop_text_does(bases, stored, he
     """A letter that they say somewhere stands for the end of a line: what is before it is left, and nothing more is computed."""
     base = bases()
     rows = encode_rows(stored.encoder, held, 200)
-    entries = {
-        one.name: [enter(base, one, 0, [[example] for example in rows.examples], [[row] for row in rows.encoded])]
-        for one in line_up(base, [("prompt", stored)])
+    readings = {
+        one.name: [read_rows(one, 0, [[example] for example in rows.examples], [[row] for row in rows.encoded])]
+        for one in all_contestants(base, [("prompt", stored)])
     }
-    pairs = [(name, row) for name in entries for row in range(len(rows.examples))]
-    whole = {(said.contestant, said.row): said for said in answer(base, entries, pairs, 12)}
-    for name in entries:
+    pairs = [(name, row) for name in readings for row in range(len(rows.examples))]
+    whole = {(said.contestant, said.row): said for said in answer(base, readings, pairs, 12)}
+    for name in readings:
         later = "".join(said.text[1:] for pair, said in whole.items() if pair[0] == name)
         stop = next(letter for letter in later if letter.isascii() and letter.isprintable() and letter != " ")
-        cut = {(one.contestant, one.row): one for one in answer(base, entries, pairs, 12, (stop,))}
+        cut = {(one.contestant, one.row): one for one in answer(base, readings, pairs, 12, (stop,))}
         stopped = [pair for pair in pairs if stop in whole[pair].text]
         assert {pair[0] for pair in stopped} >= {name}
         for pair in stopped:
@@ -276,10 +318,15 @@ def test_answers_of_all_contestants_end_where_a_stop_text_does(bases, stored, he
 @pytest.mark.parametrize("family", ["llama", *tiny.RECURRENT])
 def test_decoding_ends_where_it_is_told(bases, family):
     base = bases(family)
-    prefix = prefix_of(base, [no_prompt(base, tiny.BOS)])
-    questions = [Question((0,), (tuple(range(10, 10 + length)),)) for length in (2, 5, 3)]
-    whole = {number: ids for number, ids, _ in decode_whole(base, prefix, questions, Sampling(max_new_tokens=6))}
-    some = {number: ids for number, ids, _ in decode_whole(base, prefix, questions, Sampling(max_new_tokens=6), lambda ids: len(ids) == 2)}
+    texts, six = [tuple(range(10, 10 + length)) for length in (2, 5, 3)], Sampling(max_new_tokens=6)
+
+    def after_two():
+        said = []
+        return lambda token: said.append(token) or len(said) == 2
+
+    starts = ((no_prompt(base, tiny.BOS), ()),)
+    whole = {number: ids for number, ids, _ in decode_whole(base, [Question(starts, (text,), six) for text in texts])}
+    some = {number: ids for number, ids, _ in decode_whole(base, [Question(starts, (text,), six, after_two()) for text in texts])}
     assert min(map(len, whole.values())) > 2
     assert some == {number: ids[:2] for number, ids in whole.items()}
 
@@ -304,6 +351,27 @@ def test_an_interrupted_evaluation_goes_on(bases, stored, held, tmp_path):
     whole = evaluate(bases(), stored, held, Contest(answers=True, max_new_tokens=5))
     resumed = json.loads((file.parent / "evaluation.json").read_text(encoding="utf-8"))
     assert resumed == json.loads(json.dumps(whole.as_dict()))
+
+
+def test_an_adapter_that_was_trained_again_is_asked_again(bases, stored, held, tmp_path):
+    def answers(size):
+        folder, _ = lora(bases(), tmp_path / "lora", size, target_modules=["q_proj", "up_proj"])
+        contest = Contest(adapters=(folder,), answers=True, max_new_tokens=4)
+        found = evaluate(bases(), stored, held, contest, out=tmp_path / "out")
+        assert found.contestants["lora"].table.answers == evaluate(bases(), stored, held, contest).contestants["lora"].table.answers
+        return found.folder, found.contestants["lora"].table.answers
+
+    first, second, again = answers(0.1), answers(2.0), answers(0.1)
+    assert first == again != second
+    assert first[0] != second[0]
+
+
+def test_another_precision_of_the_base_is_another_evaluation(bases, stored, held, tmp_path):
+    half = load_base(ModelConfig(name=bases().name, device="cpu", dtype="bfloat16"))
+    contest = Contest(answers=True, max_new_tokens=4)
+    folders = [evaluate(base, stored, held, contest, out=tmp_path / "out").folder for base in (bases(), half, bases())]
+    assert half.fingerprint == bases().fingerprint
+    assert folders[0] == folders[2] != folders[1]
 
 
 def test_another_file_in_the_place_of_the_predictions_is_refused(bases, stored, held, tmp_path):
@@ -436,23 +504,30 @@ def test_a_prompt_without_effect_is_never_called_better(bases, stored, tmp_path)
     assert {one.outcome for one in evaluation.verdicts if one.first == "prompt"} <= {"cannot tell", "worse"}
 
 
-def test_unknown_metrics_are_found_before_the_base_is_loaded():
-    with pytest.raises(ConfigError, match="there are loss, perplexity"):
-        metric_named("los")
+def test_unknown_metrics_are_found_before_the_base_is_loaded(make_config, bases, monkeypatch, capsys):
+    config, loaded = make_config("train.steps=1"), []
+    list(train(config, base=bases()))
+    monkeypatch.setattr(softprompt, "load_base", lambda *how: loaded.append(how))
+    monkeypatch.setattr("sys.argv", ["softprompt", "eval", config.train.out, "--metric", "los"])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == 2
+    assert "no metric is called 'los': there are loss, perplexity" in capsys.readouterr().err
+    assert not loaded
 
 
 def test_a_run_is_evaluated_on_its_own_rows_whole_whatever_its_limit_and_without_its_training_file(make_config, tmp_path, monkeypatch):
     """data.limit is of training rows; a run whose training file has gone can still be evaluated on another."""
-    from softprompt.lineup import entered
+    from softprompt.arguments import read_arguments
 
     list(train(make_config("train.steps=1", "data.limit=3")))
-    held, examples = entered(tmp_path / "run", (), None, None, ()).rows()
+    held, examples = read_arguments(tmp_path / "run", (), None, None, ()).rows()
     assert (len(held.examples), len(examples.examples)) == (7, 3)
-    assert len(entered(tmp_path / "run", (), None, None, ("data.limit=2",)).rows()[0].examples) == 2
+    assert len(read_arguments(tmp_path / "run", (), None, None, ("data.limit=2",)).rows()[0].examples) == 2
     (tmp_path / "train.jsonl").unlink()
-    held, examples = entered(tmp_path / "run", (), str(tmp_path / "eval.jsonl"), None, ()).rows()
+    held, examples = read_arguments(tmp_path / "run", (), str(tmp_path / "eval.jsonl"), None, ()).rows()
     assert (len(held.examples), examples) == (7, None)
     split = make_config("train.steps=1", f"data.train={tmp_path / 'eval.jsonl'}", f"train.out={tmp_path / 'split'}")
     list(train(split.model_copy(update={"data": split.data.model_copy(update={"eval": None, "eval_fraction": 0.3})})))
-    held, examples = entered(tmp_path / "split", (), None, None, ()).rows()
+    held, examples = read_arguments(tmp_path / "split", (), None, None, ()).rows()
     assert (len(held.examples), len(examples.examples)) == (2, 5)

@@ -9,18 +9,19 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from engines import LENGTH, LlamaServer, our_answers, some_prompt, tiny_gguf
 from gguf import GGMLQuantizationType
+from other_engines import LENGTH, LlamaServer, our_answers, some_prompt, tiny_gguf
 from safetensors.torch import load_file
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer
 
 from softprompt import load_prompt
 from softprompt.cli import main
 from softprompt.config import ModelConfig, load_config
+from softprompt.engine.loading import load_base
+from softprompt.engine.model import FrozenBase
+from softprompt.engine.prompt import SoftPrompt
 from softprompt.errors import ArtifactError, ConfigError
 from softprompt.export import Wanted, export
-from softprompt.model import FrozenBase, load_base
-from softprompt.prompt import SoftPrompt, prefix_of
 
 JINJA = "{% for turn in messages %}{{ turn.role }}> {{ turn.content }} {% endfor %}Q: {{ prompt }} A:"
 
@@ -151,7 +152,7 @@ def test_the_same_base_with_its_layers_in_their_files(bases: Callable[..., Froze
     ids_BT = torch.arange(3, 19).reshape(2, 8)
     start = SoftPrompt(whole.drawn_rows(LENGTH, 0), "start", None)
     hidden = [
-        one.continue_from(prefix_of(one, [start]), torch.zeros(2, dtype=torch.long), ids_BT, torch.ones_like(ids_BT)).hidden_BTH
+        one.continue_from(start.prefix(one), torch.zeros(2, dtype=torch.long), ids_BT, torch.ones_like(ids_BT)).hidden_BTH
         for one in (base, whole)
     ]
     assert torch.equal(*hidden)

@@ -12,10 +12,11 @@ from transformers import AutoModelForCausalLM
 
 from softprompt.artifact import StoredPrompt, find_prompts, load_prompt
 from softprompt.config import ModelConfig, load_config
-from softprompt.decode import Sampling
+from softprompt.engine.decode import Sampling
+from softprompt.engine.loading import load_base
+from softprompt.engine.model import FrozenBase
 from softprompt.errors import ConfigError, DataError, ModelError
-from softprompt.generation import generate, stream, without_prompt
-from softprompt.model import FrozenBase, load_base
+from softprompt.generation import Ensemble, generate, stream, without_prompt
 from softprompt.training import train
 
 TEXTS = ["bring tea", "please please bring 咖啡", "x", "a longer question than the others, so that padding is needed"]
@@ -88,7 +89,8 @@ def test_the_seed_decides_about_sampling(bases, prompts):
 
 @pytest.mark.parametrize("sampling", [Sampling(8, temperature=1, seed=1), Sampling(8, temperature=2.0, top_p=1, seed=1)])
 def test_whole_numbers_are_taken_for_sampling(bases, prompts, sampling):
-    assert generate(bases(), prompts[0], ["bring tea"], sampling)
+    as_written = replace(sampling, temperature=float(sampling.temperature), top_p=float(sampling.top_p))
+    assert generate(bases(), prompts[0], TEXTS, sampling) == generate(bases(), prompts[0], TEXTS, as_written)
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
@@ -215,33 +217,33 @@ def expected(base: FrozenBase, bank: list[StoredPrompt], text: str, how: str) ->
 
 @pytest.mark.parametrize("how", ["mean", "vote"])
 def test_prompts_that_answer_together_agree_token_by_token(bases, bank, how):
-    answers = generate(bases(), tuple(bank), TEXTS, replace(GREEDY, ensemble=how))
+    answers = generate(bases(), Ensemble(tuple(bank), how), TEXTS, GREEDY)
     assert answers == [expected(bases(), bank, text, how) for text in TEXTS]
     assert answers != generate(bases(), bank[0], TEXTS, GREEDY)
 
 
 def test_mean_and_vote_differ_somewhere(bases, bank):
-    mean, vote = (generate(bases(), tuple(bank), TEXTS, replace(GREEDY, ensemble=how)) for how in ("mean", "vote"))
+    mean, vote = (generate(bases(), Ensemble(tuple(bank), how), TEXTS, GREEDY) for how in ("mean", "vote"))
     assert mean != vote
 
 
 def test_a_prompt_together_with_itself_is_itself(bases, bank):
-    assert generate(bases(), (bank[0], bank[0]), TEXTS, GREEDY) == generate(bases(), bank[0], TEXTS, GREEDY)
+    assert generate(bases(), Ensemble((bank[0], bank[0])), TEXTS, GREEDY) == generate(bases(), bank[0], TEXTS, GREEDY)
 
 
 def test_ensembles_and_single_prompts_share_a_batch(bases, bank, prompts):
-    mixed = generate(bases(), [tuple(bank), prompts[0], (bank[1], prompts[1]), bank[2]], TEXTS, GREEDY)
-    alone = [tuple(bank), prompts[0], (bank[1], prompts[1]), bank[2]]
+    mixed = generate(bases(), [Ensemble(tuple(bank)), prompts[0], Ensemble((bank[1], prompts[1])), bank[2]], TEXTS, GREEDY)
+    alone = [Ensemble(tuple(bank)), prompts[0], Ensemble((bank[1], prompts[1])), bank[2]]
     assert mixed == [generate(bases(), one, [text], GREEDY)[0] for one, text in zip(alone, TEXTS, strict=True)]
 
 
 def test_a_vote_cannot_be_sampled(bases, bank):
     with pytest.raises(ConfigError, match="a vote has no probabilities"):
-        generate(bases(), tuple(bank), TEXTS, replace(SAMPLED, ensemble="vote"))
+        generate(bases(), Ensemble(tuple(bank), "vote"), TEXTS, SAMPLED)
 
 
 def test_a_recurrent_base_has_no_ensembles(bases, tmp_path):
     base = bases("falcon_mamba")
     prompt = make_prompt(base, tmp_path, "Say it.")
     with pytest.raises(ModelError, match="cannot answer together"):
-        generate(base, (prompt, prompt), TEXTS, GREEDY)
+        generate(base, Ensemble((prompt, prompt)), TEXTS, GREEDY)

@@ -11,16 +11,18 @@ from test_cli import run  # noqa: F401 - a fixture
 from test_deep import moved
 from test_invariants import FAMILIES, encoded_rows, loss_and_gradient, rows_alike, some_prompt
 
-from softprompt import head as head_module
 from softprompt.artifact import load_prompt
 from softprompt.config import ModelConfig
-from softprompt.decode import Sampling
+from softprompt.engine import head as head_module
+from softprompt.engine.decode import Sampling
+from softprompt.engine.head import Head
+from softprompt.engine.loading import load_base
+from softprompt.engine.loss import TokenIds
+from softprompt.engine.model import FrozenBase
+from softprompt.engine.prompt import SoftPrompt
+from softprompt.engine.step import StepSettings, step_gradients
 from softprompt.events import Finished, Step
 from softprompt.generation import generate
-from softprompt.head import Head
-from softprompt.model import FrozenBase, load_base
-from softprompt.prompt import SoftPrompt
-from softprompt.step import Engine, step_gradients
 from softprompt.training import train
 
 pytestmark = pytest.mark.gpu
@@ -67,8 +69,8 @@ def test_the_head_walks_the_vocabulary_in_blocks(monkeypatch, how):
     generator = torch.Generator().manual_seed(0)
     weight, hidden = torch.randn(1000, 16, generator=generator), torch.randn(37, 16, generator=generator)
     targets = torch.randint(1000, (37,), generator=generator)
-    expected = Head(weight, **how).losses(hidden, targets, 0.0)
-    found = Head(weight.cuda(), **how).losses(hidden.cuda(), targets.cuda(), 0.5)  # a GPU leaves nothing out, whatever it may
+    expected = Head(weight, **how).losses(hidden, TokenIds(targets), 0.0)
+    found = Head(weight.cuda(), **how).losses(hidden.cuda(), TokenIds(targets.cuda()), 0.5)  # a GPU leaves nothing out, whatever it may
     for own, other in zip(found, expected, strict=True):
         torch.testing.assert_close(own.cpu(), other, rtol=1e-3, atol=1e-4)
 
@@ -96,14 +98,14 @@ def test_a_micro_batch_that_does_not_fit_is_cut(bases):
     loss, gradient = loss_and_gradient(base, soft, rows, 500)
     torch.cuda.empty_cache()
     total = torch.cuda.mem_get_info()[1]
-    engine, rows_PH = Engine(10**6), soft.rows_PH.clone().requires_grad_()
+    rows_PH = soft.rows_PH.clone().requires_grad_()
     torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 400 * 2**20) / total)
     try:
-        own = step_gradients(base, [replace(soft, rows_PH=rows_PH)], [rows], engine).item()
+        own, allowed = step_gradients(base, [replace(soft, rows_PH=rows_PH)], [rows], StepSettings(10**6))
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
-    assert engine.tokens_per_batch < 10**6, "everything fitted: nothing was tested"
-    assert own == pytest.approx(loss, rel=1e-4)
+    assert allowed < 10**6, "everything fitted: nothing was tested"
+    assert own.item() == pytest.approx(loss, rel=1e-4)
     torch.testing.assert_close(rows_PH.grad, gradient, rtol=1e-2, atol=1e-3 * gradient.abs().max().item())
 
 

@@ -83,6 +83,27 @@ def test_rolling_likelihood_scores_every_token_once(model, monkeypatch):
     assert [token for _, _, own in seen for token in own] == ids
 
 
+def test_no_logits_of_many_tokens_are_ever_held(model, monkeypatch):
+    """Rolling texts have thousands of scored tokens, and a vocabulary hundreds of thousands of entries."""
+    held, logits = [], type(model.base.head).logits
+
+    def counted(head, states):
+        held.append(states.shape[:-1].numel())
+        return logits(head, states)
+
+    monkeypatch.setattr(type(model.base.head), "logits", counted)
+    text = "some tea, some coffee, and more of both"
+    ids = model.tok_encode(text)
+    said = joined_logits(model, ids)[:-1].log_softmax(dim=-1)
+    held.clear()
+    scores = model._loglikelihood_tokens([(None, ids[:-count], ids[-count:]) for count in (1, 9, len(ids) - 1)])
+    assert not held
+    for count, (score, greedy) in zip((1, 9, len(ids) - 1), scores, strict=True):
+        own = torch.tensor(ids[-count:])
+        assert score == pytest.approx(said[-count:].gather(1, own[:, None]).sum().item(), rel=1e-4)
+        assert greedy == bool((said[-count:].argmax(dim=-1) == own).all())
+
+
 def test_a_task_from_the_command_line(model, tmp_path, monkeypatch, capsys):
     """Multiple choice: the accuracy is that of likelihoods over joined embeddings."""
     rows = [{"q": f"bring {word} {n}", "right": n % 2} for n, word in enumerate(["tea", "milk", "juice", "coffee"] * 3)]

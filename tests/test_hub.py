@@ -20,6 +20,7 @@ from huggingface_hub import close_session, constants
 from safetensors.torch import load_file, save_file
 
 from softprompt import cli
+from softprompt import hub as hub_module
 from softprompt.artifact import FILES, load_prompt, read_card
 from softprompt.config import load_config
 from softprompt.training import train
@@ -127,6 +128,50 @@ def test_being_offline_is_one_sentence(tmp_path):
     assert done.stderr == ""
 
 
+def test_a_network_that_comes_back_is_used_by_the_same_process(stocked, bases, tmp_path):
+    """One failed connection is not for ever: a process that lives long asks again."""
+    code = f"""
+import time, huggingface_hub.constants as constants
+from softprompt import hub
+real, clock = constants.ENDPOINT, [0.0]
+hub.time.monotonic = lambda: clock[0]
+constants.ENDPOINT = {NOBODY!r}
+{LOAD}
+print("offline", constants.HF_HUB_OFFLINE)
+constants.ENDPOINT = real
+{LOAD}
+"""
+    done = run(tmp_path, stocked.address, code)
+    first, offline, second = done.stdout.splitlines()
+    assert first.startswith(f"ModelError {REPOSITORY}: no such folder here"), done.stderr
+    assert offline == "offline False", "the libraries are as they were"
+    assert second == f"loaded {bases().fingerprint}"
+
+
+def test_a_failed_connection_is_asked_again_after_a_while(monkeypatch):
+    tries, clock = [], [0.0]
+
+    def refused(*args, **how):
+        tries.append(args)
+        raise OSError("refused")
+
+    monkeypatch.setattr(hub_module.socket, "create_connection", refused)
+    monkeypatch.setattr(hub_module.time, "monotonic", lambda: clock[0])
+    hub_module._answers.cache_clear()
+    for clock[0] in (0.0, 1.0, hub_module.ASKED_AGAIN_SECONDS + 1):
+        with hub_module.hub():
+            assert constants.HF_HUB_OFFLINE
+    assert len(tries) == 2
+    hub_module._answers.cache_clear()
+
+
+def test_a_revision_is_asked_for(stocked, tmp_path):
+    first = next(iter(stocked.repositories[REPOSITORY].commits))
+    for revision, found in ((first, "loaded"), ("no-such-branch", "ModelError")):
+        code = LOAD.replace('"model.device=cpu"', f'"model.device=cpu", "model.revision={revision}"')
+        assert run(tmp_path / revision[:5], stocked.address, code).stdout.startswith(found)
+
+
 def test_a_data_set_that_cannot_be_had_is_one_sentence(tmp_path):
     code = 'import softprompt\ntry:\n    softprompt.load_examples("someone/some-rows")\nexcept softprompt.Error as error:\n    print(error)'
     done = run(tmp_path, NOBODY, code)
@@ -188,7 +233,7 @@ def test_the_mirror_is_where_prompts_and_their_bases_are(stocked, prompt, tmp_pa
         ("pull", MINE, "--out", tmp_path / "pulled"),
         ("generate", tmp_path / "pulled", "bring tea", "--max-new-tokens", "3"),
     ):
-        command = [sys.executable, "-m", "softprompt.cli", *map(str, words)]
+        command = [sys.executable, "-m", "softprompt", *map(str, words)]
         done = subprocess.run(command, env=told, capture_output=True, text=True, timeout=120, check=False)
         assert (done.returncode, done.stderr) == (0, "")
     for asked in ("POST /api/repos/create", "PUT /lfs/", f"GET /{MINE}/resolve/", f"GET /{REPOSITORY}/resolve/"):
@@ -303,7 +348,7 @@ def test_an_interrupted_pull_leaves_nothing_and_can_be_done_again(hub, prompt, t
     hub.add(MINE, prompt / "prompt")
     hub.held = "adapter_model.safetensors"
     told = environment(tmp_path / "home", hub.address, HF_HUB_DISABLE_XET="1")
-    command = [sys.executable, "-m", "softprompt.cli", "pull", MINE, "--out", str(tmp_path / "here" / "pulled")]
+    command = [sys.executable, "-m", "softprompt", "pull", MINE, "--out", str(tmp_path / "here" / "pulled")]
     with subprocess.Popen(command, env=told, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert hub.holding.wait(60)
         process.send_signal(signal.SIGKILL)

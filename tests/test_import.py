@@ -16,11 +16,10 @@ from test_cli import refused, run  # noqa: F401 - fixtures
 from transformers import AutoModelForCausalLM, T5Config, T5ForConditionalGeneration
 
 from softprompt.artifact import load_prompt, read_card
-from softprompt.decode import Sampling
+from softprompt.engine.decode import Sampling
+from softprompt.engine.model import FrozenBase
 from softprompt.foreign import import_prompt
 from softprompt.generation import generate
-from softprompt.model import FrozenBase
-from softprompt.prompt import prefix_of
 
 TASKS = 3
 LENGTH = 5
@@ -80,7 +79,7 @@ def our_logits(base: FrozenBase, folder: Path, texts: list[str]) -> list[torch.T
     padded = torch.tensor([[*row, *[tiny.PAD] * (longest - len(row))] for row in ids])
     mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in ids])
     with torch.no_grad():
-        states = base.continue_from(prefix_of(base, [prompt.soft]), torch.zeros(len(ids), dtype=torch.long), padded, mask)
+        states = base.continue_from(prompt.soft.prefix(base), torch.zeros(len(ids), dtype=torch.long), padded, mask)
         return [base.logits(states.hidden_BTH[row, len(own) - 1]) for row, own in enumerate(ids)]
 
 

@@ -10,7 +10,7 @@ from softprompt.artifact import load_prompt
 from softprompt.config import PromptConfig
 from softprompt.encode import make_encoder
 from softprompt.errors import ArtifactError, ConfigError
-from softprompt.init import Material, prompt_length, start_rows
+from softprompt.init import SOURCES, Material, initial_rows, prompt_length
 from softprompt.training import train
 
 TEXT = "Say it"  # one token per byte
@@ -23,7 +23,7 @@ def material(bases):
     rows = [encoder.encode(example) for example in examples_of(tiny.some_rows(9))]
 
     def make(seed=0, labels=("good", "bad"), **prompt):
-        return Material(PromptConfig(**prompt), base, rows, labels, seed)
+        return Material(PromptConfig(**prompt), base, rows, labels, seed, SOURCES)
 
     return make
 
@@ -48,19 +48,19 @@ def text_ids(material, text=TEXT):
 
 def test_text_gives_its_tokens_and_its_length(material):
     made = material(text=TEXT)
-    start = start_rows(made)
+    start = initial_rows(made)
     assert ids_of(made, start.rows_PH) == text_ids(made)
     assert "6 from the 6 tokens of prompt.text" in start.note
 
 
 def test_without_a_text_frequent_tokens_of_the_data_are_drawn(material):
     made = material()
-    ids = ids_of(made, start_rows(made).rows_PH)
+    ids = ids_of(made, initial_rows(made).rows_PH)
     seen = {token for row in made.rows for token in row.ids}
     assert len(set(ids)) == len(ids) == 16
     assert set(ids) <= seen - {tiny.PAD, tiny.BOS, tiny.EOS}
-    assert ids == ids_of(made, start_rows(material()).rows_PH)
-    assert ids != ids_of(made, start_rows(material(seed=1)).rows_PH)
+    assert ids == ids_of(made, initial_rows(material()).rows_PH)
+    assert ids != ids_of(made, initial_rows(material(seed=1)).rows_PH)
 
 
 def test_only_the_most_frequent_tokens_are_drawn(material, monkeypatch):
@@ -71,12 +71,12 @@ def test_only_the_most_frequent_tokens_are_drawn(material, monkeypatch):
         for token in row.ids:
             counts[token] = counts.get(token, 0) + (token > tiny.EOS)
     best = sorted(counts.values(), reverse=True)[:3]
-    assert sorted((counts[token] for token in ids_of(made, start_rows(made).rows_PH)), reverse=True) == best
+    assert sorted((counts[token] for token in ids_of(made, initial_rows(made).rows_PH)), reverse=True) == best
 
 
 def test_a_label_word_gives_the_mean_of_its_tokens(material):
     made = material(init="labels")
-    rows_PH = start_rows(made).rows_PH
+    rows_PH = initial_rows(made).rows_PH
     assert len(rows_PH) == 2
     for row_H, word in zip(rows_PH, ("good", "bad"), strict=True):
         torch.testing.assert_close(row_H, made.base.embed_ids(text_ids(made, word)).mean(dim=0))
@@ -84,37 +84,37 @@ def test_a_label_word_gives_the_mean_of_its_tokens(material):
 
 def test_examples_give_whole_rows_in_turn(material):
     made = material(init="examples", length=30)
-    ids = ids_of(made, start_rows(made).rows_PH)
+    ids = ids_of(made, initial_rows(made).rows_PH)
     first = next(row for row in made.rows if list(row.ids[:30]) == ids[: len(row)])
     assert ids[len(first)] in {row.ids[0] for row in made.rows}
 
 
 def test_noise_is_like_the_embedding_rows(material):
     made = material(init="random", length=4000)
-    rows_PH = start_rows(made).rows_PH
+    rows_PH = initial_rows(made).rows_PH
     assert torch.allclose(rows_PH.mean(dim=0), made.base.row_mean_H, atol=5 * made.base.row_std_H.max() / 4000**0.5)
     assert torch.allclose(rows_PH.std(dim=0), made.base.row_std_H, rtol=0.1)
 
 
 def test_sources_fill_the_prompt_in_turn(material):
     made = material(init=("labels", "text", "vocab"), text=TEXT, length=12)
-    start = start_rows(made)
+    start = initial_rows(made)
     assert len(start.rows_PH) == 12
-    torch.testing.assert_close(start.rows_PH[:2], start_rows(material(init="labels")).rows_PH)
+    torch.testing.assert_close(start.rows_PH[:2], initial_rows(material(init="labels")).rows_PH)
     assert ids_of(made, start.rows_PH[2:8]) == text_ids(made)
     assert len(set(ids_of(made, start.rows_PH[8:]))) == 4
     assert "2 from the label words good, bad; 6 from the 6 tokens of prompt.text; 4 drawn" in start.note
 
 
 def test_what_has_no_room_is_said(material):
-    start = start_rows(material(init=("text", "vocab"), text=TEXT, length=4))
+    start = initial_rows(material(init=("text", "vocab"), text=TEXT, length=4))
     assert "4 from the 6 tokens of prompt.text, the last 2 are cut: 'it'" in start.note
     assert "no room for vocab" in start.note
 
 
 def test_too_few_rows_are_repeated(material):
     made = material(text=TEXT, length=15)
-    start = start_rows(made)
+    start = initial_rows(made)
     assert ids_of(made, start.rows_PH) == [*text_ids(made), *text_ids(made), *text_ids(made)[:3]]
     assert "repeated in a cycle, 2.5 times" in start.note
 
@@ -125,7 +125,7 @@ def test_too_few_rows_are_repeated(material):
 )
 def test_the_length_is_that_of_the_finite_sources(material, init, length):
     made = material(init=init, text=TEXT)
-    assert prompt_length(made.config, made.base.tokenizer, made.labels) == length == len(start_rows(made).rows_PH)
+    assert prompt_length(made.config, made.base.tokenizer, made.labels) == length == len(initial_rows(made).rows_PH)
 
 
 @pytest.mark.parametrize(
@@ -138,7 +138,7 @@ def test_the_length_is_that_of_the_finite_sources(material, init, length):
 )
 def test_a_source_with_nothing_to_give_is_refused(material, how, message):
     with pytest.raises(ConfigError, match=message):
-        start_rows(material(**how))
+        initial_rows(material(**how))
 
 
 @pytest.mark.parametrize(("length", "note"), [(None, "17 from the 17 rows"), (5, "the last 12 are cut"), (20, "3 drawn from")])

@@ -9,11 +9,11 @@ import torch
 
 from softprompt.artifact import load_prompt
 from softprompt.data import load_examples
-from softprompt.encode import encode_rows
+from softprompt.engine.prompt import SoftPrompt
 from softprompt.errors import ConfigError
 from softprompt.evaluation import held_out_loss
 from softprompt.inspection import inspect, leave_out_losses, nearest_tokens, prune, without
-from softprompt.prompt import SoftPrompt
+from softprompt.rows import encode_rows
 from softprompt.training import train
 
 
@@ -63,17 +63,21 @@ def test_size_drift_and_likeness(bases, stored):
     assert {row.worth for row in facts.rows} == {None}
 
 
+def loss_of_rows(base, stored, held, rows):
+    return held_out_loss(base, replace(stored.soft, rows_PH=stored.soft.rows_PH[rows]), held, 256)
+
+
 def test_pruning_keeps_what_is_missed_most(bases, stored, held):
-    """A row in two halves of which one does nothing: the useless rows go first."""
     base = bases()
     shorter, before, after = prune(base, stored, held.encoded, 4)
     assert shorter.soft.length == shorter.card.num_virtual_tokens == 4
     assert before == pytest.approx(held_out_loss(base, stored.soft, held, 256), rel=1e-5)
-    assert after == pytest.approx(held_out_loss(base, shorter.soft, held, 256), rel=1e-5)
-    pairs = [(first, second) for first in range(6) for second in range(first + 1, 6)]
-    first = min(range(6), key=lambda index: leave_out_losses(base, stored.soft, held.encoded, [(index,)], 256)[0])
-    with_first = [pair for pair in pairs if first in pair]
-    assert after == pytest.approx(min(leave_out_losses(base, stored.soft, held.encoded, with_first, 256)), rel=1e-5)
+    kept = list(range(6))
+    for _ in range(2):  # the shortened prompts one by one, each by an evaluation of its own
+        losses = {gone: loss_of_rows(base, stored, held, [row for row in kept if row != gone]) for gone in kept}
+        kept.remove(min(losses, key=losses.__getitem__))
+    assert torch.equal(shorter.soft.rows_PH, stored.soft.rows_PH[kept])
+    assert after == pytest.approx(loss_of_rows(base, stored, held, kept), rel=1e-5)
     assert torch.equal(without(stored.soft, (1, 3)).rows_PH, stored.soft.rows_PH[[0, 2, 4, 5]])
     for keep in (0, 6, 7):
         with pytest.raises(ConfigError, match="keep fewer"):

@@ -10,11 +10,11 @@ import tiny
 import torch
 
 from softprompt.artifact import load_prompt
-from softprompt.batch import batches, collate
-from softprompt.decode import Question, Sampling, decode
-from softprompt.encode import Encoded, shared_beginning
-from softprompt.prompt import SoftPrompt, deepened, prefix_of, read_together
-from softprompt.step import Engine, step_gradients
+from softprompt.engine.batch import batches, collate
+from softprompt.engine.decode import Question, Sampling, decode
+from softprompt.engine.prompt import Prompt, SoftPrompt, deepened, prefix_of, read_together
+from softprompt.engine.step import StepSettings, step_gradients
+from softprompt.engine.tokens import Encoded, shared_beginning
 from softprompt.training import train
 
 FAMILIES = sorted(tiny.FAMILIES)
@@ -51,12 +51,12 @@ def some_prompt(base, length: int = 6, position: str = "start", seed: int = 1) -
     return SoftPrompt(base.row_mean_H + noise * base.row_std_H, position, tiny.BOS if position == "after_bos" else None)
 
 
-def loss_and_gradient(base, soft: SoftPrompt, rows, tokens_per_batch: int, **how) -> tuple[float, torch.Tensor]:
+def loss_and_gradient(base, soft: Prompt, rows, tokens_per_batch: int, **how) -> tuple[float, torch.Tensor]:
     """As a training step does it: one prefix, micro-batches on its leaf, one backward through the prompt."""
-    rows_PH = soft.rows_PH.clone().requires_grad_()
-    (loss,) = step_gradients(base, [replace(soft, rows_PH=rows_PH)], [rows], Engine(tokens_per_batch, **how))
-    assert rows_PH.grad is not None
-    return loss.item(), rows_PH.grad
+    learned_PD = soft.learned_PD.clone().requires_grad_()
+    losses, _ = step_gradients(base, [soft.with_learned(learned_PD)], [rows], StepSettings(tokens_per_batch, **how))
+    assert learned_PD.grad is not None
+    return losses.item(), learned_PD.grad
 
 
 def whole_batch(base, rows, which=None):
@@ -122,10 +122,10 @@ def test_shared_prefix_equals_concatenation(bases, family):
     soft = some_prompt(base)
     batch = whole_batch(base, rows)
     with torch.no_grad():
-        shared = base.continue_from(prefix_of(base, [soft]), batch.which_B, batch.ids_BT, batch.mask_BT).hidden_BTH
+        shared = base.continue_from(soft.prefix(base), batch.which_B, batch.ids_BT, batch.mask_BT).hidden_BTH
         for index, row in enumerate(rows):
             joined = torch.cat([soft.rows_PH, base.embed_ids(row.ids)])
-            alone = base.model.base_model(inputs_embeds=joined[None]).last_hidden_state[0, soft.length :]
+            alone = base.backbone(inputs_embeds=joined[None]).last_hidden_state[0, soft.length :]
             torch.testing.assert_close(shared[index, : len(row)], alone, rtol=1e-4, atol=1e-5)
 
 
@@ -149,7 +149,7 @@ def test_any_cut_into_micro_batches_gives_the_same_gradient(bases, family):
 def test_left_padded_equals_right_padded_equals_alone(bases, family):
     # A window that both ends of a padded row fit into: index distance is what sliding windows measure.
     base, rows = bases(family, **WIDE.get(family, {})), encoded_rows()
-    prefix = prefix_of(base, [some_prompt(base)])
+    prefix = some_prompt(base).prefix(base)
     width = max(LENGTHS)
     with torch.no_grad():
         for row in rows:
@@ -170,10 +170,10 @@ def test_a_mixed_batch_of_prompts_equals_one_by_one(bases, family):
     with torch.no_grad():
         which = [2, 0, 1, 0]
         batch = whole_batch(base, rows, which)
-        mixed = base.continue_from(prefix_of(base, prompts), batch.which_B, batch.ids_BT, batch.mask_BT).hidden_BTH
+        mixed = base.continue_from(prefix_of(base, [(one, ()) for one in prompts]), batch.which_B, batch.ids_BT, batch.mask_BT).hidden_BTH
         for index, row in enumerate(rows):
             alone = whole_batch(base, [row])
-            prefix = prefix_of(base, [prompts[which[index]]])
+            prefix = prompts[which[index]].prefix(base)
             hidden = base.continue_from(prefix, alone.which_B, alone.ids_BT, alone.mask_BT).hidden_BTH[0]
             torch.testing.assert_close(mixed[index, : len(row)], hidden, rtol=1e-4, atol=1e-5)
 
@@ -183,19 +183,17 @@ def test_greedy_generation_equals_transformers(bases, family):
     base, rows = bases(family), encoded_rows()
     prompts = [some_prompt(base, 5), some_prompt(base, 9, "after_bos", seed=2)]
     which = [0, 1, 1, 0]
-    with torch.no_grad():
-        prefix = prefix_of(base, prompts)
-    questions = [Question((number,), (row.ids,)) for number, row in zip(which, rows, strict=True)]
+    questions = [Question(((prompts[number], ()),), (row.ids,), Sampling(20)) for number, row in zip(which, rows, strict=True)]
     said: list[list[int]] = [[] for _ in rows]
     ended = [False] * len(rows)
-    for token in decode(base, prefix, questions, Sampling(max_new_tokens=20)):
+    for token in decode(base, questions):
         assert not ended[token.row]
         ended[token.row] = token.last
         if token.id is not None:
             said[token.row].append(token.id)
     assert all(ended)
     for index, row in enumerate(rows):
-        embeds = torch.cat([prefix.embeds[which[index]], base.embed_ids(row.ids)])[None]
+        embeds = torch.cat([prompts[which[index]].embeds(base), base.embed_ids(row.ids)])[None]
         expected = base.model.generate(
             inputs_embeds=embeds, max_new_tokens=20, do_sample=False, eos_token_id=tiny.EOS, pad_token_id=tiny.PAD
         )
@@ -236,7 +234,7 @@ def test_plain_peft_loads_the_artifact_with_the_same_logits(bases, make_config, 
     prompt = load_prompt(folder, base)
     ids = torch.tensor([prompt.encoder.question("bring tea")])
     with torch.no_grad():
-        ours = base.logits(base.continue_from(prefix_of(base, [prompt.soft]), torch.tensor([0]), ids, torch.ones_like(ids)).hidden_BTH)
+        ours = base.logits(base.continue_from(prompt.soft.prefix(base), torch.tensor([0]), ids, torch.ones_like(ids)).hidden_BTH)
         theirs = peft.PeftModel.from_pretrained(base.model, folder).eval()
         bos = torch.tensor([[tiny.BOS]]) if position == "start" else torch.zeros(1, 0, dtype=torch.long)
         logits = theirs(input_ids=torch.cat([bos, ids], dim=1)).logits[:, -ids.shape[1] :]
@@ -252,7 +250,7 @@ def test_dropout_is_off(bases):
 
 def test_the_prompt_is_float32_on_a_half_precision_base(tmp_path, make_config):
     from softprompt.config import ModelConfig
-    from softprompt.model import load_base
+    from softprompt.engine.loading import load_base
 
     folder = tiny.tiny_folder(tmp_path / "base")
     base = load_base(ModelConfig(name=str(folder), dtype="bfloat16", device="cpu"))
@@ -267,7 +265,7 @@ def test_the_prompt_is_float32_on_a_half_precision_base(tmp_path, make_config):
 
 def test_one_fingerprint_in_any_precision(tmp_path):
     from softprompt.config import ModelConfig
-    from softprompt.model import load_base
+    from softprompt.engine.loading import load_base
 
     folder = tiny.tiny_folder(tmp_path / "base")
     full, half = (load_base(ModelConfig(name=str(folder), dtype=dtype, device="cpu")) for dtype in ("float32", "bfloat16"))

@@ -23,9 +23,9 @@ from transformers import (
     TrainingArguments,
 )
 
-from softprompt.batch import batches, collate
 from softprompt.data import Example, Message
 from softprompt.encode import make_encoder
+from softprompt.engine.batch import batches, collate
 from softprompt.errors import DataError
 
 PAIRS = (

@@ -2,16 +2,19 @@
 
 import pytest
 import tiny
+import torch
 from transformers import BloomConfig
 
-from softprompt.config import load_config
-from softprompt.dryrun import _Alive, step_peak
-from softprompt.encode import Encoded
+from softprompt.config import OptimConfig, load_config
+from softprompt.engine.dryrun import _Alive, step_peak
+from softprompt.engine.optim import PromptOptimizer
+from softprompt.engine.prompt import SoftPrompt
+from softprompt.engine.step import StepSettings, step_gradients
+from softprompt.engine.tokens import Encoded
 from softprompt.errors import ConfigError
+from softprompt.job import prepare
 from softprompt.plan import make_plan
-from softprompt.prompt import SoftPrompt
 from softprompt.screen.console import size
-from softprompt.step import Engine, step_gradients
 
 
 @pytest.fixture
@@ -32,11 +35,21 @@ def test_bloom_1b4_zh_has_the_numbers_of_the_tutorial(bloom):
     assert (plan.architecture, plan.num_layers, plan.hidden_size, plan.num_heads) == ("BloomForCausalLM", 24, 2048, 16)
 
 
-def test_the_parts_of_memory_add_up(bloom):
-    memory = plan_of(bloom).as_dict()["memory"]
-    total = memory.pop("total")
-    assert total == sum(memory.values())
-    assert all(part > 0 for part in memory.values())
+@pytest.mark.parametrize("method", ["prompt", "prefix"])
+def test_the_parts_of_memory_are_those_of_a_run(bases, make_config, method):
+    """Counted on the base that is loaded, and on a prompt and its optimizer after a step."""
+    config = make_config(f"prompt.method={method}", "train.steps=1")
+    memory = make_plan(config).memory
+    setup = prepare(config, bases())
+    prompt = next(iter(setup.untrained.values())).prompt
+    optimizer = PromptOptimizer(prompt.learned_PD, OptimConfig(relative_lr=0.1), 1, 1.0)
+    optimizer.learned_PD.grad = torch.ones_like(prompt.learned_PD)
+    held = [optimizer.learned_PD, optimizer.learned_PD.grad]
+    assert memory.prompt == sum(tensor.nbytes for tensor in held)
+    optimizer.step(0)
+    assert memory.optimizer == sum(tensor.nbytes for name, tensor in optimizer.state().items() if name.startswith("exp_avg"))
+    assert memory.weights == sum(parameter.nbytes for parameter in bases().model.parameters())
+    assert memory.total == memory.prompt + memory.optimizer + memory.weights + memory.activations
 
 
 def test_half_precision_halves_the_weights(bloom):
@@ -74,7 +87,7 @@ def test_a_dry_run_holds_what_a_real_step_holds(bases, family, checkpoint):
     prompts = [SoftPrompt(base.embed_ids([5] * length).requires_grad_(), "start", None) for length in (7, 3)]
     alive = _Alive([*base.model.parameters(), *base.model.buffers()])
     with alive:
-        step_gradients(base, prompts, [rows[:3], rows[3:]], Engine(10_000, checkpoint_activations=checkpoint))
+        step_gradients(base, prompts, [rows[:3], rows[3:]], StepSettings(10_000, checkpoint_activations=checkpoint))
     dry = step_peak(base.model.config, base.dtype, [7, 3], (6, 40), checkpoint)
     assert alive.now < alive.peak / 2
     assert dry == pytest.approx(alive.peak, rel=0.1)

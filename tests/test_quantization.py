@@ -7,11 +7,12 @@ import tiny
 import torch
 from test_invariants import encoded_rows, loss_and_gradient, some_prompt
 
-from softprompt import model as model_module
 from softprompt.artifact import load_prompt, read_card
 from softprompt.config import ModelConfig
+from softprompt.engine import loading
+from softprompt.engine.loading import load_base
+from softprompt.engine.model import freeze
 from softprompt.errors import ConfigError, MissingPackage
-from softprompt.model import freeze, load_base
 from softprompt.plan import make_plan
 from softprompt.training import train
 
@@ -61,10 +62,10 @@ def test_the_plan_knows_the_weights(folder, make_config, kind):
 
 def test_a_gguf_file_is_not_quantized_again():
     with pytest.raises(ConfigError, match="GGUF file is unpacked"):
-        model_module._quantization(ModelConfig(name="base.gguf", quantization="nf4"))
+        loading._quantization(ModelConfig(name="base.gguf", quantization="nf4"))
 
 
 def test_without_bitsandbytes_the_install_line_is_said(folder, monkeypatch):
-    monkeypatch.setattr(model_module, "find_spec", lambda package: None)
+    monkeypatch.setattr(loading, "find_spec", lambda package: None)
     with pytest.raises(MissingPackage, match=r"pip install 'softprompt\[quantization\]'"):
         quantized(folder, "nf4")

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM
 from softprompt.artifact import load_prompt, read_card
 from softprompt.config import ModelConfig, load_config
 from softprompt.data import load_examples
+from softprompt.engine.loading import load_base
 from softprompt.evaluation import evaluate
-from softprompt.model import load_base
 from softprompt.recycle import _other
 from softprompt.training import train
 

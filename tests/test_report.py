@@ -289,7 +289,7 @@ ODD = json.dumps(
         ("inspection.json", '{"seed-0": {"rows": 3}}', r"inspection\.json is damaged, or .*: base: Field required"),
         ("data.json", '{"steps": 3}', r"data\.json is damaged, or .*: train: Field required"),
         ("metrics.jsonl", '{"event"\n{"event": "step"}\n', r"metrics\.jsonl:1: the line is damaged"),
-        ("metrics.jsonl", '{"event": "step", "step": 1}\n', r"metrics\.jsonl is damaged, or .*: losses: Field required"),
+        ("metrics.jsonl", '{"event": "step", "step": 1}\n', r"metrics\.jsonl:1: the line is damaged, or .*: losses: Field required"),
         ("metrics.jsonl", '[]\n', r"metrics\.jsonl:1: the line is damaged"),
         ("evaluations/x/evaluation.json", "\xff", r"evaluation\.json is damaged"),
         ("evaluations/x/evaluation.json", ODD, r"evaluation\.json is damaged, or .*: the confusion has another size than the labels"),

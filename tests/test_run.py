@@ -15,12 +15,14 @@ import torch
 from safetensors.torch import load_file
 
 from softprompt import training
-from softprompt.batch import order_of_rows
 from softprompt.checkpoint import latest_checkpoint
 from softprompt.config import load_config
+from softprompt.engine import step as step_module
+from softprompt.engine.batch import order_of_rows
+from softprompt.engine.memory import CPU_TOKENS
 from softprompt.errors import ConfigError, DataError, MissingPackage, RunError
 from softprompt.events import Evaluated, Finished, Saved, Started, Step
-from softprompt.memory import CPU_TOKENS
+from softprompt.job import prepare
 from softprompt.runlog import RunFolder
 from softprompt.training import train
 
@@ -30,9 +32,10 @@ def rows_of(run: Path) -> torch.Tensor:
 
 
 def events_of(run: Path) -> list[dict]:
+    """The run's stream, without clocks and places, and without the starts of those that went on."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    clock = ("seconds", "samples_per_second", "peak_bytes", "prompt", "prompts")
-    return [{key: value for key, value in line.items() if key not in clock} for line in lines]
+    clock = ("seconds", "samples_per_second", "peak_bytes", "prompt", "prompts", "run", "path")
+    return [{key: value for key, value in line.items() if key not in clock} for line in lines if not line.get("first_step")]
 
 
 def test_events_come_in_order(make_config, fresh):
@@ -59,12 +62,16 @@ def test_every_step_has_labels_in_the_shares_of_all_rows(seed):
         assert all(abs(labels[label] - LABELS.count(label) / 10) <= 1.1 for label in "abc")
 
 
-def test_the_rows_of_a_run_are_ordered_by_their_labels(make_config, tmp_path, monkeypatch):
-    asked = []
-    monkeypatch.setattr(training, "order_of_rows", lambda labels, *how: asked.append(labels) or order_of_rows(labels, *how))
+def test_the_rows_of_a_step_are_a_function_of_configuration_and_step(make_config, bases, tmp_path):
     rows = [{"text": f"row {number}", "label": "good" if number % 3 else "bad"} for number in range(12)]
-    list(train(make_config(f"data.train={tiny.write_rows(tmp_path / 'labels.jsonl', rows)}", "train.steps=2")))
-    assert asked == [[row["label"] for row in rows]] * 2
+    config = make_config(f"data.train={tiny.write_rows(tmp_path / 'labels.jsonl', rows)}", "train.epochs=2", "prompt.count=2")
+    setup, again = (prepare(config, bases()) for _ in range(2))
+    assert [setup.rows_of(step) for step in (4, 0, 1)] == [again.rows_of(step) for step in (4, 0, 1)]
+    labels = [row["label"] for row in rows]
+    for step in range(setup.num_steps):
+        first, other = ([setup.rows.encoded.index(row) for row in own] for own in setup.rows_of(step))
+        assert first == order_of_rows(labels, 4 * step, 4, 0), "in the shares of the labels"
+        assert first != other == order_of_rows(labels, 4 * step, 4, 1)
 
 
 def test_epochs_make_steps(make_config):
@@ -128,9 +135,7 @@ def test_kill_9_at_any_moment_then_resume_gives_the_same_bits(make_config, tmp_p
     config = make_config(*settings, f"train.out={run}")
     file = tmp_path / "config.toml"
     file.write_text(config.to_toml())
-    process = subprocess.Popen(
-        [sys.executable, "-m", "softprompt.cli", "train", str(file)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-    )
+    process = subprocess.Popen([sys.executable, "-m", "softprompt", "train", str(file)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     deadline = time.monotonic() + 60
     while not (run / "config.toml").exists() and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -149,9 +154,7 @@ def test_ctrl_c_keeps_the_state_and_says_how_to_go_on(make_config, tmp_path):
     config = make_config("train.steps=100000", "train.save_every=100000")
     file = tmp_path / "config.toml"
     file.write_text(config.to_toml())
-    process = subprocess.Popen(
-        [sys.executable, "-m", "softprompt.cli", "train", str(file)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-    )
+    process = subprocess.Popen([sys.executable, "-m", "softprompt", "train", str(file)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     run = Path(config.train.out)
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and not (run / "metrics.jsonl").exists():
@@ -165,7 +168,7 @@ def test_ctrl_c_keeps_the_state_and_says_how_to_go_on(make_config, tmp_path):
     assert "Traceback" not in error
     checkpoint = latest_checkpoint(run / "checkpoints")
     assert checkpoint is not None
-    assert checkpoint.progress.step > 0
+    assert checkpoint.counters.step > 0
 
 
 def test_resuming_a_finished_run_returns_its_result_and_changes_nothing(make_config):
@@ -225,7 +228,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(make_config, tmp_path):
         list(events)
     checkpoint = latest_checkpoint(Path(config.train.out) / "checkpoints")
     assert checkpoint is not None, "the steps before are kept"
-    assert checkpoint.progress.step == saved.step
+    assert checkpoint.counters.step == saved.step
 
 
 def test_nothing_is_written_when_the_set_up_is_wrong(make_config, monkeypatch):
@@ -248,8 +251,9 @@ def test_the_run_folder_tells_what_ran(make_config, fresh):
     run = Path(config.train.out)
     assert load_config(run / "config.toml").train.steps == 2
     assert "torch" in json.loads((run / "run.json").read_text())["versions"]
-    assert [event["event"] for event in events_of(run)] == ["evaluated", "step", "step", "evaluated", "finished"]
+    assert [event["event"] for event in events_of(run)] == [*("started", "evaluated", "step", "step", "evaluated", "saved", "finished")]
     assert (run / "rejected.jsonl").read_text() == ""
+    assert load_file(run / "start.safetensors")["seed-0/learned"].shape == rows_of(run).shape
 
 
 def test_the_token_budget_that_was_found_is_part_of_the_run(make_config):
@@ -266,3 +270,70 @@ def test_paths_of_a_run_are_absolute(make_config, tmp_path, monkeypatch):
     kept = RunFolder.reopen(Path(config.train.out)).config()
     assert kept.data.train == f"{tmp_path / 'train.jsonl'}[0:9]"
     assert os.path.isabs(kept.model.name or "")
+
+
+def test_a_micro_batch_that_memory_cut_stays_cut_and_evaluation_does_not_change(make_config, tmp_path, monkeypatch):
+    """The run remembers it: a resumed one is cut alike, to the same bits; held-out rows are read as before."""
+    sizes, evaluated, whole, measure = [], [], step_module.batch_gradients, training.held_out_loss
+
+    def short_of_memory(base, leaf, batch, counts, settings):
+        if len(batch.rows) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        sizes.append(len(batch.rows))
+        return whole(base, leaf, batch, counts, settings)
+
+    monkeypatch.setattr(training, "held_out_loss", lambda *how: evaluated.append(how[-1]) or measure(*how))
+    settings = ("train.steps=4", "train.save_every=1", "train.eval_every=1", "train.tokens_per_batch=1000")
+    config = make_config(*settings, f"train.out={tmp_path / 'straight'}")
+    with monkeypatch.context() as patch:
+        patch.setattr(step_module, "batch_gradients", short_of_memory)
+        events = train(config)
+        next(event for event in events if isinstance(event, Saved))
+        events.close()
+        assert sizes == [2, 2], "the first step was cut"
+    checkpoint = latest_checkpoint(tmp_path / "straight" / "checkpoints")
+    cut = checkpoint.counters.tokens_per_batch
+    assert 0 < cut < 1000
+    asked = []
+    monkeypatch.setattr(training, "step_gradients", lambda *how: asked.append(how[3].tokens_per_batch) or step_module.step_gradients(*how))
+    for _ in train(RunFolder.reopen(tmp_path / "straight").config(), resume=True):
+        pass
+    assert asked == [cut] * 3
+    assert set(evaluated) == {1000}
+
+
+def test_the_furthest_checkpoint_is_found_after_a_million_steps(make_config, tmp_path):
+    config = make_config("train.steps=2", "train.save_every=1")
+    list(train(config))
+    folder = Path(config.train.out) / "checkpoints"
+    (folder / "step-000002").rename(folder / "step-1000000")
+    (folder / "step-000001").rename(folder / "step-999999")
+    assert latest_checkpoint(folder).counters.step == 2
+
+
+def test_a_run_resumes_from_any_folder(make_config, tmp_path, monkeypatch):
+    home, elsewhere = tmp_path / "home", tmp_path / "elsewhere"
+    home.mkdir()
+    elsewhere.mkdir()
+    (home / "mine.jinja").write_text("Q: {{ prompt }} A: ", encoding="utf-8")
+    monkeypatch.chdir(home)
+    config = make_config("data.template=mine.jinja", "train.steps=3", "train.save_every=1")
+    tiny.stop_after(config, 2)
+    monkeypatch.chdir(elsewhere)
+    *_, finished = train(RunFolder.reopen(Path(config.train.out)).config(), resume=True)
+    assert finished.result["steps"] == 3
+
+
+def test_a_folder_that_cannot_be_filled_leaves_nothing(make_config, monkeypatch):
+    """What is known before the first step is there whole, or not at all."""
+    config = make_config("train.steps=2")
+
+    def full(*how):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "save_start", full)
+        with pytest.raises(RunError, match="cannot write there: No space left on device"):
+            list(train(config))
+    assert not Path(config.train.out).exists()
+    assert list(train(config))

@@ -11,8 +11,9 @@ import tiny
 
 from softprompt import cli
 from softprompt.data import Example, Message
+from softprompt.scripts import script_of
 from softprompt.show import show
-from softprompt.show.findings import Findings, compare, script_of
+from softprompt.show.findings import Findings, compare
 from softprompt.show.page import page
 from softprompt.show.words import said_of
 

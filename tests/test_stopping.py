@@ -1,5 +1,6 @@
 """When a run stops and what it keeps: the best rows, patience, minutes; and the rate that fits every base."""
 
+import itertools
 import json
 from pathlib import Path
 
@@ -8,14 +9,15 @@ import tiny
 import torch
 from test_run import RESTLESS, rows_of
 
+from softprompt import training
 from softprompt.artifact import load_prompt
 from softprompt.checkpoint import latest_checkpoint
 from softprompt.config import OptimConfig
-from softprompt.encode import load_rows
+from softprompt.engine.optim import PromptOptimizer
 from softprompt.errors import ConfigError
 from softprompt.evaluation import held_out_loss
 from softprompt.events import Evaluated, Finished, Found, Step
-from softprompt.optim import RowOptimizer
+from softprompt.rows import load_rows
 from softprompt.runlog import RunFolder
 from softprompt.training import train
 
@@ -65,13 +67,12 @@ def test_patience_without_held_out_rows_is_refused(make_config):
         list(train(make_config().model_validate(tree)))
 
 
-def test_minutes_end_a_run_with_an_evaluation_and_a_prompt(make_config):
-    config = make_config("train.steps=1000000", "train.minutes=0.01")
+def test_minutes_end_a_run_with_an_evaluation_and_a_prompt(make_config, monkeypatch):
+    config, clock = make_config("train.steps=1000000", "train.minutes=0.01"), itertools.count(step=0.25)
+    monkeypatch.setattr(training.time, "perf_counter", lambda: next(clock))  # every step takes a quarter of a second
     events = list(train(config))
     result = events[-1].result
-    assert result["ended"] == "minutes"
-    assert 0 < result["steps"] < 1000000
-    assert result["seconds"] >= 0.6
+    assert (result["ended"], result["steps"], result["seconds"]) == ("minutes", 3, 0.75)
     assert result["best_step"] is not None
     assert (Path(config.train.out) / "prompt" / "card.json").is_file()
 
@@ -96,17 +97,17 @@ def test_evaluations_are_spread_over_the_run(make_config, steps, expected):
 
 def test_the_rate_is_a_share_of_the_rms_of_the_rows():
     for how, rate in ((OptimConfig(relative_lr=0.1), 0.05), (OptimConfig(relative_lr=0.1, lr=3.0), 3.0)):
-        optimizer = RowOptimizer(torch.ones(2, 3), how, 9, rms=0.5)
-        optimizer.rows_PH.grad = torch.ones(2, 3)
+        optimizer = PromptOptimizer(torch.ones(2, 3), how, 9, unit=0.5)
+        optimizer.learned_PD.grad = torch.ones(2, 3)
         assert optimizer.step(0)[1] == pytest.approx(rate)
-        torch.testing.assert_close(optimizer.shown_PH, torch.ones(2, 3) - rate)
+        torch.testing.assert_close(optimizer.shown_PD, torch.ones(2, 3) - rate)
 
 
 def test_the_first_step_moves_every_number_by_the_rate():
-    optimizer = RowOptimizer(torch.ones(2, 2), OptimConfig(relative_lr=0.1, clip_norm=99), 9, rms=1.0)
-    optimizer.rows_PH.grad = torch.tensor([[3.0, 4.0], [-2.0, 0.0]])
+    optimizer = PromptOptimizer(torch.ones(2, 2), OptimConfig(relative_lr=0.1, clip_norm=99), 9, unit=1.0)
+    optimizer.learned_PD.grad = torch.tensor([[3.0, 4.0], [-2.0, 0.0]])
     optimizer.step(0)
-    torch.testing.assert_close(optimizer.shown_PH, 1 + 0.1 * torch.tensor([[-1.0, -1.0], [1.0, 0.0]]), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(optimizer.shown_PD, 1 + 0.1 * torch.tensor([[-1.0, -1.0], [1.0, 0.0]]), rtol=1e-4, atol=1e-5)
 
 
 def test_one_relative_rate_moves_the_rows_of_every_base_alike(make_config, tmp_path):
@@ -156,10 +157,10 @@ def test_movement_is_in_the_log(make_config):
 
 
 def test_the_moving_average_is_what_is_evaluated_and_saved():
-    optimizer = RowOptimizer(torch.zeros(1, 2), OptimConfig(lr=1.0, ema=0.75, schedule="constant", warmup_fraction=0.0), 9, rms=1.0)
-    optimizer.rows_PH.grad = torch.ones(1, 2)
+    optimizer = PromptOptimizer(torch.zeros(1, 2), OptimConfig(lr=1.0, ema=0.75, schedule="constant", warmup_fraction=0.0), 9, unit=1.0)
+    optimizer.learned_PD.grad = torch.ones(1, 2)
     optimizer.step(0)
-    torch.testing.assert_close(optimizer.shown_PH, 0.25 * optimizer.rows_PH.detach())
-    again = RowOptimizer(torch.zeros(1, 2), optimizer.config, 9, rms=1.0)
+    torch.testing.assert_close(optimizer.shown_PD, 0.25 * optimizer.learned_PD.detach())
+    again = PromptOptimizer(torch.zeros(1, 2), optimizer.config, 9, unit=1.0)
     again.restore(optimizer.state())
-    assert torch.equal(again.shown_PH, optimizer.shown_PH)
+    assert torch.equal(again.shown_PD, optimizer.shown_PD)

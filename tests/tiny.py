@@ -10,8 +10,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from softprompt.config import Config, ModelConfig
+from softprompt.engine.loading import load_base
+from softprompt.engine.model import FrozenBase
 from softprompt.events import Step
-from softprompt.model import FrozenBase, load_base
 from softprompt.training import train
 
 PAD, BOS, EOS = 0, 1, 2

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from softprompt import __version__
 from softprompt.errors import ConfigError
 
 app = typer.Typer(
@@ -24,6 +25,19 @@ PromptPath = Annotated[Path, typer.Argument(metavar="PROMPT", help="Prompt, chec
 HeldOut = Annotated[str | None, typer.Option("--data", metavar="FILE", help="Held-out rows; left out, those of the run that PROMPT is.")]
 Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the result as one JSON object.")]
 OtherBase = Annotated[bool, typer.Option("--allow-other-base", help="Use a prompt on a base or tokenizer that it was not trained for.")]
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"softprompt {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def program(
+    version: Annotated[bool, typer.Option("--version", is_eager=True, callback=_show_version, help="Print the version.")] = False,
+) -> None:
+    """What stands before a verb."""
 
 
 def config_of(settings: list[str] | None) -> Any:

@@ -12,7 +12,7 @@ from softprompt.cli.options import HeldOut, Json, OtherBase, Overrides, PromptPa
 from softprompt.errors import ConfigError, MissingPackage
 
 
-class Ensemble(StrEnum):
+class Together(StrEnum):
     mean = "mean"
     vote = "vote"
 
@@ -40,9 +40,9 @@ def evaluate(
     json_file: Json = None,
 ) -> None:
     """Compare soft prompts with what costs nothing: the bare base, a text prompt, a few examples; on held-out rows."""
-    from softprompt.lineup import entered
+    from softprompt.arguments import read_arguments
 
-    given = entered(prompt, other or [], data, shots, overrides or [])
+    given = read_arguments(prompt, other or [], data, shots, overrides or [])
     from softprompt import Contest, load_base, load_prompt
     from softprompt.evaluation import evaluating
     from softprompt.metrics import metric_named
@@ -77,7 +77,7 @@ def inspect(
 ) -> None:
     """Show a prompt's rows: their size, the tokens they lie near, how far they moved, what the loss is without each."""
     from softprompt import inspection
-    from softprompt.lineup import opened
+    from softprompt.arguments import opened
     from softprompt.screen.prompts import draw_inspection
 
     found = opened(prompt, data, rows, overrides or [], allow_other_base)
@@ -105,9 +105,9 @@ def prune(
     if out.exists():
         raise ConfigError(f"--out {out} exists: choose another folder")
     from softprompt import inspection
+    from softprompt.arguments import opened
     from softprompt.artifact import write_prompt
     from softprompt.atomic import new_folder
-    from softprompt.lineup import opened
     from softprompt.screen.console import console
 
     found = opened(prompt, data, rows, overrides or [], allow_other_base)
@@ -136,8 +136,8 @@ def generate(
     top_p: Annotated[float, typer.Option(help="Sample from the likeliest tokens of this joint probability.")] = 1.0,
     top_k: Annotated[int, typer.Option(help="Sample from this many likeliest tokens; 0 is all.")] = 0,
     seed: Annotated[int, typer.Option(help="Seed of sampling.")] = 0,
-    ensemble: Annotated[
-        Ensemble | None, typer.Option(help="All prompts give one answer together, those of a bank's run folder included.")
+    together: Annotated[
+        Together | None, typer.Option("--ensemble", help="All prompts give one answer together, those of a bank's run folder included.")
     ] = None,
     allow_other_base: OtherBase = False,
     json_file: Json = None,
@@ -147,20 +147,22 @@ def generate(
     asked = [item for item in texts or [] if item not in overrides] or [line.rstrip("\n") for line in sys.stdin if line.strip()]
     if not asked:
         raise ConfigError("no text to answer")
-    from softprompt import Sampling, load_base, load_prompt
-    from softprompt.artifact import find_prompts
+    from softprompt import Ensemble, Sampling, load_base, load_prompt
+    from softprompt.artifact import StoredPrompt, find_prompts
     from softprompt.generation import check_sampling, stream
     from softprompt.screen.prompts import draw_stream
 
-    sampling = Sampling(max_new_tokens, temperature, top_p, top_k, seed, ensemble.value if ensemble else "mean")
-    check_sampling(sampling)
+    sampling = Sampling(max_new_tokens, temperature, top_p, top_k, seed)
+    check_sampling(sampling, [Ensemble((), together.value)] if together else [])
     given = [prompt, *(other or [])]
-    paths = [path for place in given for path in find_prompts(place)] if ensemble else given
+    paths = [path for place in given for path in find_prompts(place)] if together else given
     base = load_base(base_config(paths[0], overrides))
     stored = [load_prompt(path, base, allow_other_base=allow_other_base) for path in paths]
-    together: list[tuple[Any, Any]] = [(prompt, tuple(stored))] if ensemble else list(zip(paths, stored, strict=True))
-    jobs = [(path, one, text) for text in asked for path, one in together]
-    headings = [f"{text}  ({path})" if len(together) > 1 else text for path, _, text in jobs]
+    each: list[tuple[Path, StoredPrompt | Ensemble]] = (
+        [(prompt, Ensemble(tuple(stored), together.value))] if together else list(zip(paths, stored, strict=True))
+    )
+    jobs = [(path, one, text) for text in asked for path, one in each]
+    headings = [f"{text}  ({path})" if len(each) > 1 else text for path, _, text in jobs]
     answers = draw_stream(stream(base, [one for _, one, _ in jobs], [text for _, _, text in jobs], sampling), headings)
     rows = [{"prompt": str(path), "text": text, "answer": answer} for (path, _, text), answer in zip(jobs, answers, strict=True)]
     write_json(json_file, {"answers": rows})

@@ -32,10 +32,10 @@ def run_demo(overrides: Sequence[str]) -> None:
     """Trains, evaluates against the baselines and shows three answers before and after."""
     from softprompt.artifact import load_prompt
     from softprompt.data import load_examples
-    from softprompt.decode import Sampling
+    from softprompt.engine.decode import Sampling
+    from softprompt.engine.loading import load_base
     from softprompt.evaluation import evaluate
     from softprompt.generation import generate, without_prompt
-    from softprompt.model import load_base
     from softprompt.screen.console import console
     from softprompt.screen.prompts import draw_evaluation
     from softprompt.screen.run import draw_run

@@ -15,11 +15,12 @@ from typing import Any
 from softprompt.artifact import find_prompt, load_prompt, read_card
 from softprompt.atomic import new_folder
 from softprompt.config import ModelConfig
+from softprompt.engine.loading import load_base
+from softprompt.engine.model import FrozenBase
+from softprompt.engine.prompt import SoftPrompt
 from softprompt.errors import ArtifactError, ConfigError
 from softprompt.export import gguf, rows, vocab
-from softprompt.export.entries import Carried, Exported, Goal
-from softprompt.model import FrozenBase, load_base
-from softprompt.prompt import DeepPrompt
+from softprompt.export.carried import Carried, Exported, Goal
 
 FORMATS: dict[str, Callable[[Goal], Exported]] = {
     "vocab": vocab.export,
@@ -68,9 +69,9 @@ def export(wanted: Wanted, model: ModelConfig | None = None, *, allow_other_base
 
 def _carried(name: str, path: Path, base: FrozenBase, allow_other_base: bool) -> Carried:
     stored = load_prompt(path, base, allow_other_base=allow_other_base)
-    if isinstance(stored.soft, DeepPrompt):
+    if not isinstance(stored.soft, SoftPrompt):
         raise ArtifactError(f"{path} holds keys and values of every layer: only softprompt and PEFT take those")
-    return Carried(name, stored)
+    return Carried(name, stored.soft, stored.encoder, stored.card)
 
 
 def _write(wanted: Wanted, goal: Callable[[Path], Goal]) -> dict[str, Any]:

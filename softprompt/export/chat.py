@@ -13,7 +13,7 @@ from tokenizers import AddedToken
 
 from softprompt.data import Example, Message
 from softprompt.errors import ArtifactError
-from softprompt.export.entries import QUESTIONS, Carried, Goal
+from softprompt.export.carried import QUESTIONS, Carried, Goal
 
 # A template's own text stands between these as it is; only the first newline behind a block's end would be lost.
 NAMED = """{%- set sp = namespace(name=softprompt | default(DEFAULT, true), messages=messages, last='') -%}
@@ -42,7 +42,7 @@ def chat_template(prompts: Sequence[Carried], own: str | None, default: str | No
         parts.append(f"{{%- {'if' if prompt is prompts[0] else 'elif'} sp.name == {quoted(prompt.name)} -%}}")
         parts.append(_branch(prompt, own, "{{ " + quoted(prompt.opening) + " }}"))
     parts.append("{%- elif sp.name -%}{{ raise_exception('there is no soft prompt ' + sp.name + '; there are: ' + KNOWN) }}")
-    tokenizer = prompts[0].stored.encoder.tokenizer
+    tokenizer = prompts[0].encoder.tokenizer
     plain = "{{ " + quoted(prompts[0].bos) + " }}" + HUMAN_ASSISTANT.replace("EOS", quoted(tokenizer.eos_token))
     parts.append("{%- else %}" + (_whole(own) if own else plain) + "{% endif %}")
     return "".join(parts).replace("KNOWN", quoted(known))
@@ -50,7 +50,7 @@ def chat_template(prompts: Sequence[Carried], own: str | None, default: str | No
 
 def with_rows_from_message(prompt: Carried, own: str | None) -> str:
     """A template for engines that take the rows as the content of a first system message."""
-    soft = prompt.stored.soft
+    soft = prompt.soft
     bos = "" if soft.bos_id is None else quoted(prompt.bos)
     opening = " ~ ".join(part for part in ((bos, "sp.rows") if soft.position == "after_bos" else ("sp.rows", bos)) if part)
     first = "{%- set sp = namespace(rows=messages[0]['content'], messages=messages[1:], last='') -%}"
@@ -59,11 +59,11 @@ def with_rows_from_message(prompt: Carried, own: str | None) -> str:
 
 def _branch(prompt: Carried, own: str | None, opening: str) -> str:
     """A chat in the prompt's template, behind what opens it."""
-    encoder = prompt.stored.encoder
-    if encoder.template == "human-assistant":
+    encoder = prompt.encoder
+    if encoder.template.name == "human-assistant":
         return opening + HUMAN_ASSISTANT.replace("EOS", quoted(encoder.tokenizer.eos_token))
-    if encoder.template != "chat":
-        return opening + FIELDS + "{% if true %}" + encoder.template + "{% endif %}"
+    if encoder.template.name != "chat":
+        return opening + FIELDS + "{% if true %}" + encoder.template.name + "{% endif %}"
     assert own is not None
     shown = "{%- set messages = sp.messages -%}{% set shown %}" + _whole(own) + "{% endset %}" + opening
     if not prompt.bos:
@@ -104,7 +104,7 @@ def chat_ids(tokenizer: Any, prompt: Carried, question: str) -> list[int]:
 def check_ids(prompt: Carried, tokenizer: Any) -> None:
     """Raises ArtifactError where the exported tokenizer and template make other ids than training did."""
     rows = tokenizer.convert_tokens_to_ids(list(prompt.tokens))
-    soft = prompt.stored.soft
+    soft = prompt.soft
     bos = [] if soft.bos_id is None else [soft.bos_id]
     start = [*bos, *rows] if soft.position == "after_bos" else [*rows, *bos]
     for question in QUESTIONS:
@@ -121,7 +121,7 @@ def frame(prompt: Carried) -> tuple[str, str]:
     """What stands before and behind a question in the prompt's template. Raises ArtifactError where it is more than text around it."""
     mark = "QUESTION-0192837465"
     asked = Example((Message("user", mark),), "export", fields={"prompt": mark, "instruction": mark, "input": "", "text": mark})
-    before, *behind = "".join(segment.text for segment in prompt.stored.encoder.segments(asked)).split(mark)
+    before, *behind = "".join(segment.text for segment in prompt.encoder.segments(asked)).split(mark)
     if len(behind) != 1:
         raise ArtifactError(f"{prompt.name}: its template writes the question {len(behind)} times: no plain text stands around it")
     return before, behind[0]

@@ -15,8 +15,8 @@ from gguf.quants import dequantize, quantize
 from transformers.utils import cached_file
 
 from softprompt.errors import ArtifactError, ConfigError
+from softprompt.export.carried import Carried, Exported, Goal
 from softprompt.export.chat import chat_template, check_ids, extended_tokenizer, frame
-from softprompt.export.entries import Carried, Exported, Goal
 from softprompt.export.silence import silence
 
 FILE, TABLE, HEAD = "model.gguf", "token_embd.weight", "output.weight"
@@ -52,7 +52,7 @@ def export(goal: Goal) -> Exported:
     checked = _read_back(goal, ids)
     files = sorted(file.name for file in goal.draft.iterdir())
     notes = (mute.note, f"table in {kind.name}, head in {head_kind.name}", *_bos_note(goal))
-    return Exported("gguf", goal.base.name, goal.entries(ids), files, checked, notes)
+    return Exported("gguf", goal.base.name, goal.facts(ids), files, checked, notes)
 
 
 def _source(goal: Goal) -> Path:
@@ -156,7 +156,7 @@ def _fields(goal: Goal, reader: Any, ids: list[int], size: int, architecture: st
 
 def _bos_note(goal: Goal) -> tuple[str, ...]:
     """Where rows stand before BOS, an engine that adds BOS by itself would put a second one before them."""
-    if not any(prompt.stored.soft.position == "start" and prompt.stored.soft.bos_id is not None for prompt in goal.prompts):
+    if not any(prompt.soft.position == "start" and prompt.soft.bos_id is not None for prompt in goal.prompts):
         return ()
     return ("the file tells engines to add no BOS, for these rows stand before it: a text without a prompt must begin with it",)
 

@@ -10,8 +10,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from softprompt.errors import ArtifactError
+from softprompt.export.carried import Carried, Exported, Goal
 from softprompt.export.chat import with_rows_from_message
-from softprompt.export.entries import Carried, Exported, Goal
 
 BLOCKS = (16, 128)  # tokens of vLLM's cache blocks, on a GPU and on a CPU
 
@@ -42,12 +42,12 @@ def export_vllm(goal: Goal) -> Exported:
 def _export(goal: Goal, ending: str, write: Callable[[Tensor, Path], None], read: Callable[[Path], Tensor]) -> Exported:
     prompts = {}
     for prompt in goal.prompts:
-        rows_PH = prompt.stored.soft.rows_PH.float().cpu().contiguous()
+        rows_PH = prompt.soft.rows_PH.float().cpu().contiguous()
         file = goal.draft / f"{prompt.name}.{ending}"
         write(rows_PH, file)
         if not torch.equal(read(file), rows_PH):
             raise ArtifactError(f"{file.name}: read back, the rows differ from those that were written")
-        soft = prompt.stored.soft
+        soft = prompt.soft
         prompts[prompt.name] = {"file": file.name, "shape": list(rows_PH.shape), "position": soft.position, "bos_id": soft.bos_id}
     return Exported("torch" if ending == "pt" else "vllm" if ending == "safetensors" else ending, goal.base.name, prompts)
 
@@ -59,6 +59,6 @@ def _read_safetensors(file: Path) -> Tensor:
 
 def _cached(prompt: Carried) -> dict[str, int]:
     """How many positions of BOS and rows a prefix cache keeps: whole blocks only. P + 1 = 16 n keeps all of them on a GPU."""
-    soft = prompt.stored.soft
+    soft = prompt.soft
     length = soft.length + (soft.bos_id is not None)
     return {f"blocks of {size}": length // size * size for size in BLOCKS}

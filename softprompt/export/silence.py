@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from softprompt.export.entries import QUESTIONS, Carried, states_behind
-from softprompt.model import FrozenBase
-from softprompt.prompt import SoftPrompt, no_prompt
+from softprompt.engine.model import FrozenBase
+from softprompt.engine.prompt import SoftPrompt, no_prompt
+from softprompt.export.carried import QUESTIONS, Carried, states_behind
 
 TEXTS, LENGTH = 8, 64  # random texts that the states are taken from, half of them to find the row and half to judge it
 RIDGE = 1e-3
@@ -81,8 +81,8 @@ def _states(base: FrozenBase, prompts: Sequence[Carried]) -> tuple[Tensor, Tenso
     """States [N, H] of random texts and of questions, bare and behind the prompts, in two halves."""
     generator = torch.Generator().manual_seed(0)
     texts = torch.randint(len(base.tokenizer), (TEXTS, LENGTH), generator=generator).tolist()
-    bare = no_prompt(base, prompts[0].stored.encoder.bos_id)
-    starts: list[SoftPrompt] = [bare, *(prompt.stored.soft for prompt in prompts)]
+    bare = no_prompt(base, prompts[0].encoder.bos_id)
+    starts: list[SoftPrompt] = [bare, *(prompt.soft for prompt in prompts)]
     rows: list[list[tuple[int, Sequence[int]]]] = [[], []]
     for half in (0, 1):
         rows[half] += [(index % len(starts), text) for index, text in enumerate(texts[half::2])]

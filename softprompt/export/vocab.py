@@ -16,12 +16,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from softprompt.engine.loading import folder_of
+from softprompt.engine.model import FrozenBase
+from softprompt.engine.offload import EVERYTHING
 from softprompt.errors import ArtifactError, ModelError
+from softprompt.export.carried import QUESTIONS, Carried, Exported, Goal, states_behind
 from softprompt.export.chat import chat_ids, check_ids, extended_tokenizer
-from softprompt.export.entries import QUESTIONS, Carried, Exported, Goal, states_behind
 from softprompt.export.silence import Silence, silence
-from softprompt.model import FrozenBase, folder_of
-from softprompt.offload import EVERYTHING
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 SKIPPED = (".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".safetensors", ".index.json")
@@ -51,7 +52,7 @@ def export(goal: Goal) -> Exported:
     _write_settings(goal.draft, size, ids)
     checked = _read_back(goal, ids, goal.rounded_to(_dtype(source, embeddings)))
     files = sorted(file.name for file in goal.draft.iterdir())
-    return Exported("vocab", goal.base.name, goal.entries(ids), files, checked, (mute.note,))
+    return Exported("vocab", goal.base.name, goal.facts(ids), files, checked, (mute.note,))
 
 
 # ---- where the tables lie ------------------------------------------------------------------------------------------
@@ -209,7 +210,7 @@ def _read_back(goal: Goal, ids: list[int], rounded: Goal) -> dict[str, float]:
 def _ours(base: FrozenBase, exact: Carried, rounded: Carried) -> Iterator[tuple[str, Tensor, Tensor]]:
     """Of every question: our logits [T, V] on its tokens behind the prompt as it is, and as the table holds it."""
     rows = [(start, exact.asked(question)) for question in QUESTIONS for start in (0, 1)]
-    states = states_behind(base, [exact.stored.soft, rounded.stored.soft], rows)
+    states = states_behind(base, [exact.soft, rounded.soft], rows)
     for index, question in enumerate(QUESTIONS):
         exact_TV, rounded_TV = (base.logits(states_TH).float().cpu() for states_TH in states[2 * index : 2 * index + 2])
         yield question, exact_TV, rounded_TV

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from softprompt.config import Config
 from softprompt.errors import RunError
+from softprompt.events import Evaluated, Step
 from softprompt.metrics import Verdict
 from softprompt.runlog import RunFolder
 
@@ -49,21 +50,6 @@ class Data(Facts):
     steps: int
     train: Split
     eval: Split | None
-
-
-class Step(Facts):
-    """A line of metrics.jsonl; a value for every prompt of the run."""
-
-    step: int
-    losses: list[float]
-    lrs: list[float]
-    grad_norms: list[float]
-    movements: list[float]
-
-
-class HeldOut(Facts):
-    step: int
-    losses: list[float]
 
 
 class End(Facts):
@@ -110,7 +96,7 @@ class Inspection(Facts):
     held_out_rows: int
 
 
-class Answer(Facts):
+class Prediction(Facts):
     """A line of predictions.jsonl."""
 
     contestant: str
@@ -133,7 +119,7 @@ class Evaluation(Facts):
     calibration: dict[str, list[tuple[float, float, int]]] | None
     rows: int
     supervised_tokens: int
-    answers: list[Answer] = []
+    answers: list[Prediction] = []
 
     @model_validator(mode="after")
     def whole(self) -> "Evaluation":
@@ -191,14 +177,14 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
 
 def _read_run(path: Path, name: str, count: int) -> Run:
     folder = RunFolder.reopen(path)
-    config, log = folder.config(), path / "metrics.jsonl"
+    config = folder.config()
     events = folder.events()
-    steps = [_checked(Step, event, log) for event in events if event.get("event") == "step"]
-    held_out = [_checked(HeldOut, event, log) for event in events if event.get("event") == "evaluated"]
+    steps = [event for event in events if isinstance(event, Step)]
+    held_out = [event for event in events if isinstance(event, Evaluated)]
     members = config.members()
     sizes = {len(column) for one in steps for column in (one.losses, one.lrs, one.grad_norms, one.movements)}
     if not sizes | {len(one.losses) for one in held_out} <= {len(members)}:
-        raise RunError(f"{log} is damaged: its steps are not of {len(members)} prompts, as config.toml says")
+        raise RunError(f"{folder.events_file} is damaged: its steps are not of {len(members)} prompts, as config.toml says")
     result = _read(Result, folder, "result.json")
     inspected = folder.read("inspection.json") or {}
     prompts = []
@@ -231,7 +217,7 @@ def _read_evaluation(file: Path) -> Evaluation:
     answers = file.parent / "predictions.jsonl"
     values = _parsed(file.read_bytes(), file)
     lines = answers.read_bytes().split(b"\n")[1:-1] if answers.is_file() else []  # the first names the evaluation
-    said = [_checked(Answer, _parsed(line, answers), answers) for line in lines]
+    said = [_checked(Prediction, _parsed(line, answers), answers) for line in lines]
     return _checked(Evaluation, values, file).model_copy(update={"answers": said})
 
 

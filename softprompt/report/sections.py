@@ -129,7 +129,7 @@ class Confusion:
 
 
 @dataclass(frozen=True)
-class Contest:
+class Comparison:
     """One evaluation. `title` of all the page; `first`: the newest of its run; `scale`: what its drawn intervals end at."""
 
     run: str
@@ -146,7 +146,7 @@ class Contest:
     bins: list[tuple[str, list[tuple[float, float, int]]]]
 
 
-def contests(runs: Sequence[Run]) -> list[Contest]:
+def contests(runs: Sequence[Run]) -> list[Comparison]:
     """All evaluations, run by run; intervals of one metric have one scale."""
     widest: dict[str, float] = {}
     for one in (one for run in runs for one in run.evaluations):
@@ -156,7 +156,7 @@ def contests(runs: Sequence[Run]) -> list[Contest]:
     return [_contest(run, index, one, widest) for run in runs for index, one in enumerate(run.evaluations)]
 
 
-def _contest(run: Run, index: int, facts: Evaluation, widest: dict[str, float]) -> Contest:
+def _contest(run: Run, index: int, facts: Evaluation, widest: dict[str, float]) -> Comparison:
     names = {name: called(name, int(own.get("shots") or 0)) for name, own in facts.contestants.items()}
     metrics = list(dict.fromkeys(metric for own in facts.intervals.values() for metric in own))
     metrics = [facts.metric, *(metric for metric in metrics if metric != facts.metric)]
@@ -179,7 +179,7 @@ def _contest(run: Run, index: int, facts: Evaluation, widest: dict[str, float]) 
     direction = "higher is better" if facts.metric not in METRICS or METRICS[facts.metric].higher_is_better else "lower is better"
     largest = widest[facts.metric]
     scale = f"{largest:.0%}" if percent(facts.metric) else f"{largest:.3g}"
-    return Contest(run.name, title, index == 0, facts, direction, scale, metrics, rows, verdicts, confusions, calibration, bins)
+    return Comparison(run.name, title, index == 0, facts, direction, scale, metrics, rows, verdicts, confusions, calibration, bins)
 
 
 def _score(metric: str, value: float | None, interval: tuple[float, float] | None, widest: dict[str, float]) -> Score | None:

@@ -10,7 +10,8 @@ from rich.text import Text
 from softprompt.screen.console import console
 
 if TYPE_CHECKING:
-    from softprompt.show import Shown, Summary
+    from softprompt.rows import Summary
+    from softprompt.show import Shown
 
 LISTED = 3  # rows of each finding; --json has all
 NAMES = {"train": "train", "eval": "held out"}

@@ -13,15 +13,14 @@ from softprompt.screen.console import console
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from softprompt.evaluation import Evaluation
-    from softprompt.evaluation import Progress as Asked
+    from softprompt.evaluation import Advanced, Evaluation
     from softprompt.generation import Piece
     from softprompt.inspection import Inspection
     from softprompt.metrics import Estimate
     from softprompt.recycle import Moved
 
 
-def follow_evaluation(events: "Iterable[Asked | Evaluation]") -> "Evaluation":
+def follow_evaluation(events: "Iterable[Advanced | Evaluation]") -> "Evaluation":
     """A bar with the rows done and the time left; returns the evaluation that ends it."""
     from softprompt.evaluation import Evaluation
 

@@ -1,51 +1,17 @@
 """What the model will see of the data: counts over all rows, what is wrong with them, and single rows token by token."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from statistics import median
 from typing import Any
 
 from softprompt.config import Config
 from softprompt.data import Rejected
-from softprompt.encode import Encoded, Encoder, Rows, load_rows, make_encoder
-from softprompt.model import load_tokenizer
-from softprompt.show.findings import MEASURE, Findings, compare, labels, scripts
-
-
-@dataclass(frozen=True)
-class Lengths:
-    """Smallest, median and largest count."""
-
-    smallest: int
-    median: float
-    largest: int
-
-
-@dataclass(frozen=True)
-class Cut:
-    """A row whose end lies beyond data.max_length: how many of its `supervised` tokens are `lost`."""
-
-    row: str
-    lost: int
-    supervised: int
-
-
-@dataclass(frozen=True)
-class Summary:
-    """Counts over the rows of one split; lengths in tokens, BOS included. `share_lost`: of the supervised tokens, by cutting;
-    `labels`: rows by label, empty where there are none; `scripts`: rows by the script of their question and of their answer."""
-
-    num_rows: int
-    num_rejected: int
-    num_cut: int
-    num_supervised: int
-    lengths: Lengths | None
-    supervised: Lengths | None
-    share_lost: float
-    cut: tuple[Cut, ...]
-    labels: dict[str, int]
-    scripts: dict[str, dict[str, int]]
+from softprompt.encode import Encoder, make_encoder
+from softprompt.engine.loading import load_tokenizer
+from softprompt.engine.tokens import Encoded
+from softprompt.rows import Rows, Summary, load_rows, summarize
+from softprompt.show.findings import MEASURE, Findings, compare
 
 
 @dataclass(frozen=True)
@@ -115,34 +81,3 @@ def show(config: Config) -> Shown:
     """Loads the tokenizer and the rows of a configuration. Raises what `train` would raise about them."""
     encoder = make_encoder(load_tokenizer(config.model), config.data.template)
     return Shown(encoder, *load_rows(config, encoder))
-
-
-def summarize(rows: Rows, encoder: Encoder) -> Summary:
-    """Counts over one split."""
-    bos = int(encoder.bos_id is not None)
-    cut = tuple(_cut(rows, encoder))
-    lost = sum(row.lost for row in cut)
-    texts = {"questions": (row.messages[-2].content for row in rows.examples), "answers": (row.response for row in rows.examples)}
-    return Summary(
-        num_rows=len(rows.encoded),
-        num_rejected=len(rows.rejected),
-        num_cut=len(cut),
-        num_supervised=rows.num_supervised,
-        lengths=_lengths([len(row) + bos for row in rows.encoded]),
-        supervised=_lengths([row.num_supervised for row in rows.encoded]),
-        share_lost=lost / max(1, lost + rows.num_supervised),
-        cut=cut,
-        labels=labels(rows.examples),
-        scripts={part: scripts(own) for part, own in texts.items()},
-    )
-
-
-def _cut(rows: Rows, encoder: Encoder) -> Iterator[Cut]:
-    for example, row in zip(rows.examples, rows.encoded, strict=True):
-        if row.num_cut:
-            whole = encoder.encode(example).num_supervised
-            yield Cut(row.source, whole - row.num_supervised, whole)
-
-
-def _lengths(counts: Sequence[int]) -> Lengths | None:
-    return Lengths(min(counts), median(counts), max(counts)) if counts else None

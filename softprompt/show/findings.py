@@ -1,4 +1,4 @@
-"""What is wrong with rows before anything is trained, and what they are made of. Knows texts alone, no tokens.
+"""What is wrong with rows before anything is trained. Knows texts alone, no tokens.
 
 Rows are compared with runs of white space as single blanks. Near rows have most of their pieces of three characters in common, which
 needs no words and so works for Chinese; they must do so too without the pieces that many rows have, for rows of one template are not
@@ -6,17 +6,13 @@ near for its sake. Candidates come from MinHash (Broder 1997) with locality-sens
 the threshold; their likeness is then counted.
 """
 
-import unicodedata
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
-from itertools import groupby
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.feature_extraction.text import HashingVectorizer
 
 from softprompt.data import Example
 
@@ -57,7 +53,7 @@ class InBoth:
 
 
 @dataclass(frozen=True)
-class Answer:
+class OneAnswer:
     """One of several answers to a question, and where it stands first."""
 
     row: str
@@ -69,7 +65,7 @@ class Contradiction:
     """A question with different answers, wherever they stand."""
 
     question: str
-    answers: tuple[Answer, ...]
+    answers: tuple[OneAnswer, ...]
 
 
 @dataclass(frozen=True)
@@ -106,7 +102,7 @@ def _contradictions(rows: Sequence[Example]) -> Iterable[Contradiction]:
         groups[row.turns[:-1]].setdefault(row.turns[-1], row.source)
     for question, answers in groups.items():
         if len(answers) > 1:
-            yield Contradiction(question[-1], tuple(Answer(place, answer) for answer, place in answers.items()))
+            yield Contradiction(question[-1], tuple(OneAnswer(place, answer) for answer, place in answers.items()))
 
 
 def _near_duplicates(split: str, rows: Sequence[Example]) -> Iterable[NearDuplicate]:
@@ -146,6 +142,8 @@ def _near(texts: Sequence[str], num_kept: int) -> dict[int, tuple[int, float]]:
 
     Of the first `num_kept` texts, those near no earlier one are kept to be compared with; of many near texts, one stands for all.
     """
+    from sklearn.feature_extraction.text import HashingVectorizer
+
     if not texts:
         return {}
     pieces = HashingVectorizer(analyzer="char", ngram_range=(PIECE, PIECE), n_features=2**22, norm=None, alternate_sign=False, binary=True)
@@ -185,45 +183,3 @@ def _likeness(first: Pieces, second: Pieces, often_F: NDArray[np.bool_]) -> floa
     shared = np.intersect1d(first, second, assume_unique=True)
     rare = [own[~often_F[own]] for own in (shared, first, second)]
     return min(len(common) / (len(one) + len(other) - len(common)) for common, one, other in ((shared, first, second), rare))
-
-
-# ---- what rows are made of -----------------------------------------------------------------------------------------
-
-SCRIPTS = {
-    "CJK": "Han",
-    "IDEOGRAPHIC": "Han",
-    "HIRAGANA": "Kana",
-    "KATAKANA": "Kana",
-    "KATAKANA-HIRAGANA": "Kana",
-}  # others by the first word of a letter's Unicode name
-NO_LETTERS = "none"
-
-
-def scripts(texts: Iterable[str]) -> dict[str, int]:
-    """Texts by the script that most of their words are in, the most frequent script first. A character of Han or Kana counts as a
-    word, as does a run of letters of any other script. Japanese has both: Han counts as Kana where there is a fifth as much Kana."""
-    return dict(Counter(map(script_of, texts)).most_common())
-
-
-def script_of(text: str) -> str:
-    """Han, Kana, Latin, Hangul, Cyrillic, ...; "none" for a text without letters."""
-    words: Counter[str] = Counter()
-    for script, run in groupby(map(_script, unicodedata.normalize("NFKC", text))):
-        words[script] += len(list(run)) if script in ("Han", "Kana") else 1
-    del words[NO_LETTERS]
-    if 5 * words["Kana"] > words["Han"]:
-        words["Kana"] += words.pop("Han", 0)
-    return words.most_common(1)[0][0] if words.total() else NO_LETTERS
-
-
-@cache
-def _script(character: str) -> str:
-    if not character.isalpha():
-        return NO_LETTERS
-    word = unicodedata.name(character, "OTHER").partition(" ")[0]
-    return SCRIPTS.get(word, word.capitalize())
-
-
-def labels(rows: Sequence[Example]) -> dict[str, int]:
-    """Rows by label, the most frequent first; empty for rows without labels."""
-    return dict(Counter(row.label for row in rows if row.label is not None).most_common())

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from softprompt.show import Shown
-from softprompt.show.findings import MEASURE, Answer, InBoth
+from softprompt.show.findings import MEASURE, InBoth, OneAnswer
 
 QUOTED = 60  # characters
 SPLITS = {"train": "training rows", "eval": "held-out rows"}
@@ -62,7 +62,7 @@ def _contradictions(shown: Shown) -> Iterator[Said]:
     yield Said(sentence, tuple(f"{_quote(one.question)}: {_answers(one.answers)}" for one in found))
 
 
-def _answers(answers: tuple[Answer, ...]) -> str:
+def _answers(answers: tuple[OneAnswer, ...]) -> str:
     return "; ".join(f"{answer.row} says {_quote(answer.answer)}" for answer in answers)
 
 

@@ -16,11 +16,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM
 
-from softprompt.batch import Batch
-from softprompt.loss import token_losses
-from softprompt.model import FrozenBase, head_of
-from softprompt.prefix import checkpointed
-from softprompt.prompt import flat
+from softprompt.engine.batch import Batch
+from softprompt.engine.model import FrozenBase, head_of
+from softprompt.engine.prefix import checkpointed
+from softprompt.engine.prompt import flat
+from softprompt.engine.step import StepSettings, batch_gradients
 
 
 class _Alive(TorchDispatchMode):
@@ -59,13 +59,10 @@ def step_peak(settings: Any, dtype: torch.dtype, prefix_lengths: Sequence[int], 
         starts = [torch.zeros(length, base.hidden_size, requires_grad=True) for length in prefix_lengths]
         batch = _full_batch(num_rows, width, len(starts))
         alive = _Alive([*base.model.parameters(), *base.model.buffers()])
-        with alive, checkpointed(base.model.base_model) if checkpoint else nullcontext():
+        settings = StepSettings(num_rows * width)
+        with alive, checkpointed(base.backbone) if checkpoint else nullcontext():
             prefix = base.prefill(starts)
-            leaf = prefix.leaf()
-            continued = base.continue_from(leaf, batch.which_B, batch.ids_BT, batch.mask_BT)
-            losses_N = token_losses(base, continued, batch)
-            del continued
-            torch.autograd.grad(losses_N.sum(), leaf.tensors, allow_unused=True)
+            batch_gradients(base, prefix.leaf(), batch, torch.ones(len(starts)), settings)
     return alive.peak
 
 
@@ -80,7 +77,7 @@ def _without_numbers(settings: Any, dtype: torch.dtype) -> FrozenBase:
     """A base of fake tensors; what only its numbers could tell (fingerprints, spread of the rows) is left empty."""
     model = AutoModelForCausalLM.from_config(settings, dtype=dtype).eval().requires_grad_(False)
     nothing_H = torch.zeros(model.get_input_embeddings()(torch.zeros(1, dtype=torch.long)).shape[-1])
-    return FrozenBase("", model, None, torch.device("cpu"), True, nothing_H, nothing_H, 0.0, frozenset(), "", "", head_of(model))
+    return FrozenBase("", model, None, torch.device("cpu"), head_of(model), nothing_H, nothing_H)
 
 
 def _full_batch(num_rows: int, width: int, num_prompts: int) -> Batch:

@@ -7,19 +7,20 @@ from pathlib import Path
 from typing import Any
 
 from softprompt.artifact import StoredPrompt, find_prompt, find_prompts, load_prompt, read_card
+from softprompt.checkpoint import load_start
 from softprompt.config import Config, load_config
 from softprompt.data import Loaded, load_examples
-from softprompt.encode import Encoded, encode_rows, load_splits
+from softprompt.engine.loading import load_base
+from softprompt.engine.model import FrozenBase
+from softprompt.engine.prompt import Prompt
+from softprompt.engine.tokens import Encoded
 from softprompt.errors import ArtifactError, ConfigError, DataError
-from softprompt.job import prepare
-from softprompt.memory import token_budget
-from softprompt.model import FrozenBase, load_base
-from softprompt.prompt import SoftPrompt
+from softprompt.rows import encode_rows, load_splits
 from softprompt.runlog import RunFolder, run_of
 
 
 @dataclass(frozen=True)
-class Entered:
+class Arguments:
     """`config`: the first prompt's base, and what the command says. `run`: the run that the first prompt lies in, with its settings."""
 
     config: Config
@@ -69,7 +70,7 @@ class Entered:
         return None if self.run is None else self.run.path / "evaluations"
 
 
-def entered(prompt: Path, others: Sequence[Path], data: str | None, shots: str | None, overrides: Sequence[str]) -> Entered:
+def read_arguments(prompt: Path, others: Sequence[Path], data: str | None, shots: str | None, overrides: Sequence[str]) -> Arguments:
     """Raises ArtifactError where there is no prompt, ConfigError for a wrong override."""
     first, *more = find_prompts(prompt)
     prompts = {"prompt" if not more else first.name: first, **{path.name: path for path in more}}
@@ -83,30 +84,25 @@ def entered(prompt: Path, others: Sequence[Path], data: str | None, shots: str |
         "data": {"label_words": card.data.label_words, **({} if data is None else {"eval": data})},
     }
     run = run_of(first)
-    return Entered(load_config(own, overrides), prompts, adapters, shots, run, None if run is None else run.config())
+    return Arguments(load_config(own, overrides), prompts, adapters, shots, run, None if run is None else run.config())
 
 
 @dataclass(frozen=True)
 class Opened:
     """One prompt on its base, with encoded held-out rows; without any, `held` is empty."""
 
-    given: Entered
+    given: Arguments
     base: FrozenBase
     prompt: StoredPrompt
     held: tuple[Encoded, ...]
     tokens_per_batch: int
 
-    def start(self) -> SoftPrompt | None:
-        """What the prompt was before training, or None where its run, or what it started from, is not at hand."""
-        if self.given.of_run is None:
-            return None
-        try:
-            entrants = prepare(self.given.of_run, self.base).entrants
-        except (ArtifactError, DataError):
+    def start(self) -> Prompt | None:
+        """What the prompt was before training, or None where its run is not at hand or has not kept it."""
+        if self.given.run is None:
             return None
         (place,) = self.given.prompts.values()
-        entrant = entrants.get(place.name) or (next(iter(entrants.values())) if len(entrants) == 1 else None)
-        return None if entrant is None else entrant.start
+        return load_start(self.given.run.start, place.name, self.prompt.soft)
 
     def keep(self, facts: dict[str, Any]) -> None:
         """Puts the facts of a run's finished prompt in the place of those that training left in the run's folder."""
@@ -119,13 +115,13 @@ class Opened:
 
 def opened(prompt: Path, data: str | None, num_rows: int, overrides: Sequence[str], allow_other_base: bool) -> Opened:
     """Loads a prompt, its base and at most `num_rows` held-out rows, of `data` or of its run."""
-    given = entered(find_prompt(prompt), (), data, None, overrides)
+    given = read_arguments(find_prompt(prompt), (), data, None, overrides)
     base = load_base(given.config.model)
     stored = load_prompt(prompt, base, allow_other_base=allow_other_base)
     held: tuple[Encoded, ...] = ()
     if num_rows and given.source is not None:
         held = encode_rows(stored.encoder, given.rows()[0], stored.card.max_length).encoded[:num_rows]
-    return Opened(given, base, stored, held, token_budget(base.model.base_model, base.device, given.config.train.tokens_per_batch))
+    return Opened(given, base, stored, held, base.budget(given.config.train.tokens_per_batch))
 
 
 def _is_adapter(path: Path) -> bool:

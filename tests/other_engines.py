@@ -14,9 +14,9 @@ from softprompt import load_prompt
 from softprompt.artifact import DataCard, make_card, write_prompt
 from softprompt.config import load_config
 from softprompt.encode import make_encoder
+from softprompt.engine.model import FrozenBase
+from softprompt.engine.prompt import SoftPrompt
 from softprompt.generation import Sampling, generate
-from softprompt.model import FrozenBase
-from softprompt.prompt import SoftPrompt
 
 LENGTH = 5
 

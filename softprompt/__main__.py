@@ -1,4 +1,4 @@
-"""python -m softprompt.cli"""
+"""python -m softprompt"""
 
 from softprompt.cli import main
 

@@ -10,18 +10,19 @@ import torch
 from test_invariants import ALL, FAMILIES, encoded_rows, loss_and_gradient, rows_alike, some_prompt
 from torch.nn.functional import cross_entropy
 
-from softprompt import head as head_module
-from softprompt import step as step_module
-from softprompt.batch import CPU_BATCH_COST, GPU_BATCH_COST, cut_by_length
 from softprompt.config import ModelConfig
+from softprompt.engine import head as head_module
+from softprompt.engine import step as step_module
+from softprompt.engine.batch import CPU_BATCH_COST, GPU_BATCH_COST, cut_by_length
+from softprompt.engine.head import Head
+from softprompt.engine.loading import load_base
+from softprompt.engine.loss import TokenIds, TopTokens, head_losses
+from softprompt.engine.memory import CPU_TOKENS, activation_bytes, token_budget
+from softprompt.engine.precise import float32_products
+from softprompt.engine.prefix import checkpointed
+from softprompt.engine.step import StepSettings, step_gradients
+from softprompt.engine.world import World
 from softprompt.errors import ModelError, RunError
-from softprompt.head import Head
-from softprompt.memory import CPU_TOKENS, activation_bytes, token_budget
-from softprompt.model import load_base
-from softprompt.precise import float32_products
-from softprompt.prefix import checkpointed
-from softprompt.prompt import prefix_of
-from softprompt.step import Engine, step_gradients
 
 VOCABULARY, HIDDEN, TOKENS = 1000, 16, 37
 
@@ -54,10 +55,10 @@ def oracle(head: Head, hidden, targets) -> tuple[torch.Tensor, torch.Tensor]:
 def test_the_head_is_torchs_cross_entropy(small_blocks, how):
     head, (hidden, targets) = some_head(**how), some_tokens()
     expected, expected_grad = oracle(head, hidden, targets)
-    losses, grad = head.losses(hidden, targets, 0.0)
+    losses, grad = head.losses(hidden, TokenIds(targets), 0.0)
     torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(grad, expected_grad, rtol=1e-4, atol=1e-5)
-    alone, nothing = head.losses(hidden, targets, None)
+    alone, nothing = head.losses(hidden, TokenIds(targets), None)
     torch.testing.assert_close(alone, expected, rtol=1e-5, atol=1e-5)
     assert nothing is None
 
@@ -66,11 +67,62 @@ def test_the_head_is_torchs_cross_entropy(small_blocks, how):
 def test_many_targets_after_few_states_alone_or_of_an_ensemble(small_blocks, how):
     head, (states, targets) = some_head(**how), some_tokens()
     source = torch.arange(TOKENS) // 2
-    losses = head.losses_after(states[None], source, targets)
+    losses, likeliest = head.losses_after(states[None], source, targets)
+    assert torch.equal(likeliest, head.logits(states).argmax(dim=-1)[source] == targets)
     torch.testing.assert_close(losses, oracle(head, states[source], targets)[0], rtol=1e-5, atol=1e-5)
     members = torch.stack([states, states.flip(0)])
     agreed = head.logits(members).log_softmax(dim=-1).mean(dim=0)
-    torch.testing.assert_close(head.losses_after(members, source, targets), cross_entropy(agreed[source], targets, reduction="none"))
+    targets[0] = agreed[source[0]].argmax()
+    losses, likeliest = head.losses_after(members, source, targets)
+    torch.testing.assert_close(losses, cross_entropy(agreed[source], targets, reduction="none"))
+    assert torch.equal(likeliest, agreed.argmax(dim=-1)[source] == targets)
+    assert likeliest[0]
+
+
+@pytest.mark.parametrize("rest", [0.0, 0.3])
+@pytest.mark.parametrize("how", [{}, {"biased": True}, {"scale": 0.3}, {"cap": 5.0}, {"biased": True, "scale": 2.0, "cap": 9.0}])
+def test_a_teachers_likeliest_tokens_are_torchs_divergence_of_k_and_one_classes(small_blocks, how, rest):
+    head, (hidden, _) = some_head(**how), some_tokens()
+    generator = torch.Generator().manual_seed(2)
+    ids = torch.stack([torch.randperm(VOCABULARY, generator=generator)[:5] for _ in range(TOKENS)])
+    given = (1 - rest) * torch.rand(TOKENS, 5, generator=generator).softmax(dim=1)
+
+    def divergence(states):
+        own = head.logits(states).softmax(dim=1).gather(1, ids)
+        both = [torch.cat([part, (1 - part.sum(dim=1, keepdim=True)).clamp(min=1e-12)], dim=1) for part in (own, given)]
+        return torch.nn.functional.kl_div(both[0].log(), both[1], reduction="none").sum(dim=1)
+
+    leaf = hidden.double().requires_grad_()
+    head64 = replace(head, weight_VH=head.weight_VH.double(), bias_V=None if head.bias_V is None else head.bias_V.double())
+    head, head32 = head64, head
+    expected = divergence(leaf)
+    (expected_grad,) = torch.autograd.grad(expected.sum(), leaf)
+    losses, grad = head32.losses(hidden, TopTokens(ids, given), 0.0)
+    torch.testing.assert_close(losses, expected.detach().float(), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(grad, expected_grad.float(), rtol=1e-3, atol=1e-4)
+    assert expected.min() > 0.1
+    alone, nothing = head32.losses(hidden, TopTokens(ids, given), None)
+    torch.testing.assert_close(alone, losses, rtol=1e-4, atol=1e-4)
+    assert nothing is None
+
+
+def test_a_step_learns_from_what_its_loss_says(bases):
+    """A teacher that is sure of the next tokens is the next tokens; one that is not teaches something else."""
+    base, rows, soft = bases(), encoded_rows(), some_prompt(bases())
+
+    def of_a_teacher(sure):
+        def loss(base, hidden_NH, batch, tolerance):
+            return head_losses(base, hidden_NH, TopTokens(batch.targets_N[:, None], torch.full((len(hidden_NH), 1), sure)), tolerance)
+
+        return loss
+
+    plain, gradient = loss_and_gradient(base, soft, rows, 40)
+    sure, same = loss_and_gradient(base, soft, rows, 40, loss=of_a_teacher(1.0))
+    assert sure == pytest.approx(plain, rel=1e-5)
+    torch.testing.assert_close(same, gradient, rtol=1e-3, atol=1e-6)
+    unsure, other = loss_and_gradient(base, soft, rows, 40, loss=of_a_teacher(0.5))
+    assert unsure < plain
+    assert (other - gradient).norm() > 0.1 * gradient.norm()
 
 
 @pytest.mark.parametrize("how", [{"scale": 2.0}, {"scale": 1.5, "biased": True}, {"scale": 2.0, "cap": 20.0}])
@@ -78,8 +130,8 @@ def test_many_targets_after_few_states_alone_or_of_an_ensemble(small_blocks, how
 def test_what_the_head_leaves_out_is_bounded(small_blocks, monkeypatch, how, tolerance):
     monkeypatch.setattr(head_module, "SAFETY", 4)
     head, (hidden, targets) = some_head(**how), some_tokens()
-    exact, exact_grad = head.losses(hidden, targets, 0.0)
-    losses, grad = head.losses(hidden, targets, tolerance)
+    exact, exact_grad = head.losses(hidden, TokenIds(targets), 0.0)
+    losses, grad = head.losses(hidden, TokenIds(targets), tolerance)
     error = (grad - exact_grad).norm(dim=1)
     torch.testing.assert_close(losses, exact, rtol=1e-5, atol=1e-5)
     assert error.max() > 1e-4, "nothing was left out: nothing was tested"
@@ -88,7 +140,7 @@ def test_what_the_head_leaves_out_is_bounded(small_blocks, monkeypatch, how, tol
 
 def test_huge_logits_neither_overflow_nor_vanish(small_blocks):
     head, (hidden, targets) = some_head(scale=300.0), some_tokens()
-    losses, grad = head.losses(hidden, targets, 1e-3)
+    losses, grad = head.losses(hidden, TokenIds(targets), 1e-3)
     torch.testing.assert_close(losses, oracle(head, hidden, targets)[0], rtol=1e-4, atol=1e-2)
     assert grad.isfinite().all()
     assert losses.max() > 500, "the logits are not huge"
@@ -127,19 +179,33 @@ def test_prompts_together_get_the_gradients_of_each_alone(bases, family, alike):
     prompts = [some_prompt(base, 6), some_prompt(base, 3, "after_bos", seed=2), some_prompt(base, 6, seed=3)]
     rows = [rows_alike()] * 3 if alike else [encoded_rows(0), encoded_rows(1)[:2], encoded_rows(2)]
     leaves = [replace(prompt, rows_PH=prompt.rows_PH.clone().requires_grad_()) for prompt in prompts]
-    losses = step_gradients(base, leaves, rows, Engine(40))
+    losses, _ = step_gradients(base, leaves, rows, StepSettings(40))
     for prompt, own, leaf, loss in zip(prompts, rows, leaves, losses.tolist(), strict=True):
         alone, gradient = loss_and_gradient(base, prompt, own, 40)
         assert loss == pytest.approx(alone, rel=1e-5)
         torch.testing.assert_close(leaf.rows_PH.grad, gradient, rtol=1e-3, atol=1e-6)
 
 
+def test_processes_share_the_micro_batches_of_a_step(bases):
+    """Each computes its own; their gradients add up to that of one process."""
+    base, rows, soft = bases(), encoded_rows(), some_prompt(bases())
+    loss, gradient = loss_and_gradient(base, soft, rows, 20)
+    parts = []
+    for rank in range(2):
+        rows_PH = soft.rows_PH.clone().requires_grad_()
+        losses, _ = step_gradients(base, [replace(soft, rows_PH=rows_PH)], [rows], StepSettings(20), World(rank, 2))
+        parts.append((losses.item(), rows_PH.grad))
+    assert min(own for own, _ in parts) > 0
+    assert sum(own for own, _ in parts) == pytest.approx(loss, rel=1e-5)
+    torch.testing.assert_close(parts[0][1] + parts[1][1], gradient, rtol=1e-3, atol=1e-6)
+
+
 @pytest.mark.parametrize("when", ["forward", "backward"])
 def test_out_of_memory_cuts_the_micro_batch_and_keeps_the_gradient(bases, monkeypatch, when):
     base, rows, soft = bases(), encoded_rows(), some_prompt(bases())
     loss, gradient = loss_and_gradient(base, soft, rows, 1000)
-    engine, sizes = Engine(1000), []
-    forward, grad = base.model.base_model.forward, torch.autograd.grad
+    sizes = []
+    forward, grad = base.backbone.forward, torch.autograd.grad
 
     def short_of_memory(*args, **how):
         count = sizes[-1]
@@ -158,13 +224,13 @@ def test_out_of_memory_cuts_the_micro_batch_and_keeps_the_gradient(bases, monkey
             short_of_memory()
         return gradients
 
-    monkeypatch.setattr(base.model.base_model, "forward", measured)
+    monkeypatch.setattr(base.backbone, "forward", measured)
     monkeypatch.setattr(torch.autograd, "grad", limited)
     rows_PH = soft.rows_PH.clone().requires_grad_()
-    again = step_gradients(base, [replace(soft, rows_PH=rows_PH)], [rows], engine).item()
+    again, allowed = step_gradients(base, [replace(soft, rows_PH=rows_PH)], [rows], StepSettings(1000))
     assert max(sizes) == 4, "the whole batch was tried"
-    assert engine.tokens_per_batch < 1000
-    assert again == pytest.approx(loss, rel=1e-5)
+    assert allowed < 1000, "the next steps are told"
+    assert again.item() == pytest.approx(loss, rel=1e-5)
     torch.testing.assert_close(rows_PH.grad, gradient, rtol=1e-3, atol=1e-6)
 
 
@@ -172,7 +238,7 @@ def test_a_single_row_that_does_not_fit_is_said_so(bases, monkeypatch):
     def never(*args, **how):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(step_module, "token_losses", never)
+    monkeypatch.setattr(step_module, "batch_losses", never)
     with pytest.raises(RunError, match="out of memory with a single row"):
         loss_and_gradient(bases(), some_prompt(bases()), encoded_rows(), 1000)
 
@@ -183,9 +249,9 @@ def test_a_half_precision_base_computes_the_prompt_in_float32(tmp_path, family):
     half = load_base(ModelConfig(name=str(folder), dtype="bfloat16", device="cpu"))
     assert half.dtype == torch.bfloat16
     soft = some_prompt(half)
-    prefix = prefix_of(half, [soft])
+    prefix = soft.prefix(half)
     half.model.float()  # the same rounded weights, now multiplied in float32 throughout
-    exact = prefix_of(half, [soft])
+    exact = soft.prefix(half)
     for ours, theirs in zip(prefix.tensors, exact.tensors, strict=True):
         assert ours.dtype == torch.float32
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4 * theirs.abs().max().item())
@@ -232,10 +298,8 @@ def test_no_other_cut_computes_fewer_tokens(lengths, budget, batch_cost):
 def test_a_micro_batch_has_as_many_bytes_in_half_precision(bases, tmp_path, monkeypatch):
     half = load_base(ModelConfig(name=bases().name, device="cpu", dtype="bfloat16"))
     cpu = torch.device("cpu")
-    budgets = [token_budget(base.model.base_model, cpu, None) for base in (bases(), half)]
+    budgets = [token_budget(base.backbone, cpu, None) for base in (bases(), half)]
     assert budgets == [CPU_TOKENS, 2 * CPU_TOKENS]
-    monkeypatch.setattr(
-        "softprompt.memory.virtual_memory", lambda: SimpleNamespace(available=200 * activation_bytes(half.model.base_model))
-    )
-    assert token_budget(half.model.base_model, cpu, None) == 100  # half of the free memory
-    assert token_budget(half.model.base_model, cpu, 7) == 7
+    monkeypatch.setattr("softprompt.engine.memory.virtual_memory", lambda: SimpleNamespace(available=200 * activation_bytes(half.backbone)))
+    assert token_budget(half.backbone, cpu, None) == 100  # half of the free memory
+    assert token_budget(half.backbone, cpu, 7) == 7

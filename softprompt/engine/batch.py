@@ -14,7 +14,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from softprompt.encode import Encoded
+from softprompt.engine.tokens import Encoded
+from softprompt.engine.world import World
 
 # How many tokens' layers take as long as one more micro-batch (LOG.md): on a CPU that is a walk over the head's weights, on a GPU the
 # launching of every kernel.
@@ -111,8 +112,10 @@ def _sent(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
-def batches(rows: Sequence[Encoded], which: Sequence[int], tokens_per_batch: int, device: torch.device) -> Iterator[Batch]:
-    """The micro-batches of rows, longest first; row i continues from prefix `which[i]`."""
+def batches(
+    rows: Sequence[Encoded], which: Sequence[int], tokens_per_batch: int, device: torch.device, world: World = World()
+) -> Iterator[Batch]:
+    """The micro-batches of rows that this process computes, longest first; row i continues from prefix `which[i]`."""
     batch_cost = CPU_BATCH_COST if device.type == "cpu" else GPU_BATCH_COST
-    for group in cut_by_length([len(row) for row in rows], tokens_per_batch, batch_cost):
+    for group in world.share(cut_by_length([len(row) for row in rows], tokens_per_batch, batch_cost)):
         yield collate(rows, group, [which[index] for index in group], device)

@@ -6,7 +6,7 @@ also for bases that measure distance by index (sliding windows, ALiBi).
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -18,8 +18,8 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from softprompt.engine.precise import float32_products
 from softprompt.errors import ModelError
-from softprompt.precise import float32_products
 
 Layers = tuple[tuple[Tensor, Tensor], ...]
 
@@ -95,14 +95,14 @@ class _Held(DynamicLayer):  # type: ignore[misc]
         return torch.cat([self.keys, keys], dim=-2), torch.cat([self.values, values], dim=-2)
 
 
-def prefill(backbone: Any, embeds: Sequence[Tensor]) -> Prefix:
+def prefill(backbone: Any, embeds: Sequence[Tensor], exact: bool = True) -> Prefix:
     """The prefixes of K sequences of embeddings [S, H], those of one length in one forward. Computed in float32 whatever
-    the base's precision: it is short, runs once a step, and every example depends on it."""
+    the base's precision: it is short, runs once a step, and every example depends on it. `exact` = False: in the base's."""
     lengths = [len(embeds_SH) for embeds_SH in embeds]
     parts: dict[int, Layers] = {}
     for length in sorted(set(lengths) - {0}):
         same = [index for index, other in enumerate(lengths) if other == length]
-        layers = _prefill_same(backbone, torch.stack([embeds[index] for index in same]))
+        layers = _prefill_same(backbone, torch.stack([embeds[index] for index in same]), exact)
         parts |= {index: tuple((k[row], v[row]) for k, v in layers) for row, index in enumerate(same)}
     if not parts:
         return Prefix((), tuple(embeds))
@@ -136,13 +136,13 @@ def as_prefixes(read: Continued) -> Prefix:
     return Prefix(layers, tuple(read.hidden_BTH.new_zeros(length, 0) for length in lengths))
 
 
-def _prefill_same(backbone: Any, embeds_KSH: Tensor) -> Layers:
+def _prefill_same(backbone: Any, embeds_KSH: Tensor, exact: bool) -> Layers:
     # A cache without a config keeps every position in every layer; sliding windows are then applied by the mask alone.
     cache = DynamicCache()
     positions = torch.arange(embeds_KSH.shape[1], device=embeds_KSH.device).expand(embeds_KSH.shape[:2])
-    with float32_products():
-        run(backbone, embeds_KSH.float(), torch.ones_like(positions), positions, cache)
-    return layers_of(cache)
+    with float32_products() if exact else nullcontext():
+        run(backbone, embeds_KSH.to(torch.float32 if exact else backbone.dtype), torch.ones_like(positions), positions, cache)
+    return tuple((keys.float(), values.float()) for keys, values in layers_of(cache))
 
 
 def run(backbone: Any, embeds_BTH: Tensor, mask_BS: Tensor, positions_BT: Tensor, cache: DynamicCache) -> Tensor:

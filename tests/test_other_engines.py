@@ -16,15 +16,16 @@ from typing import Any
 
 import pytest
 import torch
-from engines import LlamaCpp, LlamaServer, in_float32, some_prompt
+from other_engines import LlamaCpp, LlamaServer, in_float32, some_prompt
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from softprompt import load_prompt
 from softprompt.config import ModelConfig
 from softprompt.demo import demo_base
+from softprompt.engine.loading import folder_of, load_base
+from softprompt.engine.model import FrozenBase
 from softprompt.export import Wanted, export
-from softprompt.export.entries import states_behind
-from softprompt.model import FrozenBase, folder_of, load_base
+from softprompt.export.carried import states_behind
 
 pytestmark = pytest.mark.engines
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "engines.py"

@@ -9,43 +9,46 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from softprompt.artifact import StoredPrompt
+from softprompt.artifact import Card
 from softprompt.config import ModelConfig
 from softprompt.data import Message
+from softprompt.encode import Encoder
+from softprompt.engine.model import FrozenBase
+from softprompt.engine.prompt import Prompt, SoftPrompt, prefix_of
 from softprompt.errors import ArtifactError
-from softprompt.model import FrozenBase
-from softprompt.prompt import SoftPrompt, prefix_of
 
 QUESTIONS = ("What can I do for you today?", "你好，请问有什么可以帮您？", "  1 + 1 = 2; naïve café\n\tx")
 
 
 @dataclass(frozen=True)
 class Carried:
-    """A prompt under its name."""
+    """A prompt of rows under its name."""
 
     name: str
-    stored: StoredPrompt
+    soft: SoftPrompt
+    encoder: Encoder
+    card: Card
 
     @property
     def tokens(self) -> tuple[str, ...]:
         """The names of its rows as tokens: hard to type by accident, one each."""
-        return tuple(f"<|sp:{self.name}:{index}|>" for index in range(self.stored.soft.length))
+        return tuple(f"<|sp:{self.name}:{index}|>" for index in range(self.soft.length))
 
     @property
     def bos(self) -> str:
         """The BOS token's text, empty where texts have none."""
-        bos_id = self.stored.soft.bos_id
-        return "" if bos_id is None else self.stored.encoder.tokenizer.convert_ids_to_tokens(bos_id)
+        bos_id = self.soft.bos_id
+        return "" if bos_id is None else self.encoder.tokenizer.convert_ids_to_tokens(bos_id)
 
     @property
     def opening(self) -> str:
         """What a text for this prompt begins with: BOS before or behind the rows, as in training."""
         rows = "".join(self.tokens)
-        return self.bos + rows if self.stored.soft.position == "after_bos" else rows + self.bos
+        return self.bos + rows if self.soft.position == "after_bos" else rows + self.bos
 
     def asked(self, question: str) -> tuple[int, ...]:
         """Ids of a question in the prompt's template, without BOS."""
-        return self.stored.encoder.question((Message("user", question),))
+        return self.encoder.question((Message("user", question),))
 
 
 @dataclass(frozen=True)
@@ -71,29 +74,29 @@ class Goal:
                 raise ArtifactError(f"{self.base.name} has a token {token} already: rename the prompt's folder")
         return tokens
 
-    def entries(self, ids: Sequence[int]) -> dict[str, dict[str, Any]]:
+    def facts(self, ids: Sequence[int]) -> dict[str, dict[str, Any]]:
         """The facts of each prompt whose tokens got these ids, in the order of `tokens`."""
-        facts, left = {}, list(ids)
+        found, left = {}, list(ids)
         for prompt in self.prompts:
             own, left = left[: len(prompt.tokens)], left[len(prompt.tokens) :]
-            facts[prompt.name] = {"tokens": list(prompt.tokens), "ids": own, "opening": prompt.opening}
-        return facts
+            found[prompt.name] = {"tokens": list(prompt.tokens), "ids": own, "opening": prompt.opening}
+        return found
 
     def rounded_to(self, dtype: torch.dtype) -> "Goal":
         """The same prompts, their rows as a table of this precision holds them."""
         scale = embedding_scale(self.base)
 
         def rounded(prompt: Carried) -> Carried:
-            soft = prompt.stored.soft
+            soft = prompt.soft
             rows_PH = (soft.rows_PH.float() / scale).to(dtype).float() * scale
-            return replace(prompt, stored=replace(prompt.stored, soft=replace(soft, rows_PH=rows_PH)))
+            return replace(prompt, soft=replace(soft, rows_PH=rows_PH))
 
         return replace(self, prompts=tuple(map(rounded, self.prompts)))
 
     @cached_property
     def rows_NH(self) -> Tensor:
         """Their entries in the embedding table, float32: what the embedding module multiplies by is divided out."""
-        return torch.cat([prompt.stored.soft.rows_PH.float().cpu() for prompt in self.prompts]) / embedding_scale(self.base)
+        return torch.cat([prompt.soft.rows_PH.float().cpu() for prompt in self.prompts]) / embedding_scale(self.base)
 
 
 @dataclass(frozen=True)
@@ -131,11 +134,11 @@ def embedding_scale(base: FrozenBase) -> float:
 
 
 @torch.no_grad()
-def states_behind(base: FrozenBase, starts: Sequence[SoftPrompt], rows: Sequence[tuple[int, Sequence[int]]]) -> list[Tensor]:
+def states_behind(base: FrozenBase, starts: Sequence[Prompt], rows: Sequence[tuple[int, Sequence[int]]]) -> list[Tensor]:
     """[T, H] of each text, row (start, ids) behind its start, read in one batch."""
     width = max(len(ids) for _, ids in rows)
     ids_BT = torch.tensor([[*ids, *[0] * (width - len(ids))] for _, ids in rows], device=base.device)
     mask_BT = torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for _, ids in rows], device=base.device)
     which_B = torch.tensor([start for start, _ in rows], device=base.device)
-    hidden_BTH = base.continue_from(prefix_of(base, starts), which_B, ids_BT, mask_BT).hidden_BTH
+    hidden_BTH = base.continue_from(prefix_of(base, [(start, ()) for start in starts]), which_B, ids_BT, mask_BT).hidden_BTH
     return [hidden_TH[: len(ids)] for hidden_TH, (_, ids) in zip(hidden_BTH, rows, strict=True)]

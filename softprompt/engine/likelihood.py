@@ -12,11 +12,11 @@ from itertools import accumulate, pairwise
 import torch
 from torch import Tensor
 
-from softprompt.batch import Batch, batches
-from softprompt.encode import Encoded, num_shared
+from softprompt.engine.batch import Batch, batches
+from softprompt.engine.model import FrozenBase
+from softprompt.engine.prefix import Continued, Prefix, as_prefixes
+from softprompt.engine.tokens import Encoded, num_shared
 from softprompt.errors import ConfigError
-from softprompt.model import FrozenBase
-from softprompt.prefix import Continued, Prefix, as_prefixes
 
 GROUP = 4096  # tokens of a group of rows, whose states wait for the head together
 Candidates = Sequence[Sequence[Encoded]]  # [R][C]
@@ -122,7 +122,7 @@ def _losses(
             raise ConfigError("the prompts of an ensemble score different tokens: they must have the same template")
         states = [_states(base, prefix, rows, numbers, tokens_per_batch) for prefix, rows in zip(prefixes, own, strict=True)]
         source_N, targets_N, into_N = torch.tensor(scored).T
-        losses_N = base.head.losses_after(torch.stack(states), source_N.to(base.device), targets_N.to(base.device))
+        losses_N, _ = base.head.losses_after(torch.stack(states), source_N.to(base.device), targets_N.to(base.device))
         sums = torch.zeros(len(group) * num_candidates, dtype=torch.float64).index_add_(0, into_N, losses_N.double().cpu())
         sums_RC[group] = sums.view(len(group), num_candidates)
     return sums_RC

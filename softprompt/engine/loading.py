@@ -1,0 +1,162 @@
+"""A base from a folder, the hub or a GGUF file: its configuration, its tokenizer, its weights in the precision asked for."""
+
+import logging
+from contextlib import nullcontext
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers.utils import cached_file
+from transformers.utils import logging as transformers_logging
+
+from softprompt.config import ModelConfig
+from softprompt.engine.model import FrozenBase, freeze
+from softprompt.engine.offload import from_files
+from softprompt.engine.unpack import keep_unpacked, unpacked_folder
+from softprompt.errors import ConfigError, MissingPackage, ModelError
+from softprompt.hub import hub
+
+
+def load_base(config: ModelConfig, *, layers_in_files: Path | None = None) -> FrozenBase:
+    """Loads, freezes and checks a base. Raises ModelError when it cannot be found, loaded or used with a soft prompt.
+
+    `layers_in_files`: a folder to spare; the layers are then read from the base's files at every forward (offload.py). A
+    quantised base is loaded whole, and so is a GGUF file for the first time.
+    """
+    name, gguf_file = config.location
+    settings = load_settings(config)
+    refuse_unsupported(settings)
+    tokenizer = load_tokenizer(config)
+    how = {"config": settings, "dtype": load_dtype(config), **_quantization(config)}
+    if layers_in_files and config.quantization is None and (gguf_file is None or _unpacked(config).is_dir()):
+        how |= from_files(settings, device_of(config.device), layers_in_files, trust_remote_code=config.trust_remote_code)
+    model, info = _from_pretrained(AutoModelForCausalLM, config, output_loading_info=True, **how)
+    if info["missing_keys"]:
+        raise ModelError(
+            f"{name}: the files lack weights ({', '.join(sorted(info['missing_keys'])[:3])} ...): the base would be partly random"
+        )
+    if getattr(model, "hf_quantizer", None) is not None and gguf_file is not None:
+        model.hf_quantizer.remove_quantization_config(model)  # the weights are plain numbers by now
+        keep_unpacked(model, tokenizer, _unpacked(config))
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):  # bitsandbytes' way for inference repacks 4-bit weights and has no gradient
+            module.support_avx512bf16_for_cpu = False
+    if model.device != device_of(config.device):  # a quantised one is where it belongs and may not be moved
+        model = model.to(device_of(config.device))
+    return freeze(model, tokenizer, name if gguf_file is None else f"{name}/{gguf_file}")
+
+
+def _quantization(config: ModelConfig) -> dict[str, Any]:
+    """What transformers is told to load a base in 8 or 4 bits. Raises ConfigError for a GGUF file, and MissingPackage."""
+    if config.quantization is None:
+        return {}
+    if config.location[1] is not None:
+        raise ConfigError(
+            "model.quantization: a GGUF file is unpacked to full precision: name the base's Hugging Face folder or id instead"
+        )
+    if find_spec("bitsandbytes") is None:
+        raise MissingPackage("bitsandbytes", "quantization")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it says at every product that 8-bit inputs are float16
+    four_bit = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": load_dtype(config)}
+    kinds: dict[str, dict[str, Any]] = {"int8": {"load_in_8bit": True}, "nf4": {"load_in_4bit": True, **four_bit}}
+    return {"quantization_config": BitsAndBytesConfig(**kinds[config.quantization]), "device_map": {"": device_of(config.device)}}
+
+
+def load_settings(config: ModelConfig) -> Any:
+    """The base's transformers configuration alone, without weights. Raises ModelError when it cannot be had."""
+    return _from_pretrained(AutoConfig, config)
+
+
+def load_tokenizer(config: ModelConfig) -> Any:
+    """The base's tokenizer alone. Raises ModelError when it cannot be had."""
+    return _from_pretrained(AutoTokenizer, config)
+
+
+def _from_pretrained(kind: Any, wanted: ModelConfig, **how: Any) -> Any:
+    name, gguf_file = wanted.location
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    with nullcontext("") if Path(name).exists() else hub() as address:  # a local folder needs no hub
+        try:
+            places = {"revision": wanted.revision, "gguf_file": gguf_file}
+            if gguf_file is not None and _unpacked(wanted).is_dir():
+                name, places = str(_unpacked(wanted)), {}
+            given = {key: value for key, value in places.items() if value is not None}
+            return kind.from_pretrained(name, trust_remote_code=wanted.trust_remote_code, **given, **how)
+        except (OSError, ValueError, ImportError, KeyError) as error:
+            raise ModelError(_cannot_load(name, gguf_file, address, error)) from None
+
+
+def folder_of(config: ModelConfig) -> Path:
+    """Where a base's files lie in Hugging Face's form: the folder itself, the hub's copy in the cache, or a GGUF file unpacked.
+
+    Raises ModelError when there is no such folder.
+    """
+    name, gguf_file = config.location
+    if gguf_file is not None:
+        if not _unpacked(config).is_dir():
+            raise ModelError(f"{name}/{gguf_file} could not be kept unpacked in the cache, whose disk is too full: make room and try again")
+        return _unpacked(config)
+    if Path(name).is_dir():
+        return Path(name)
+    with hub() as address:
+        try:
+            return Path(snapshot_download(name, revision=config.revision))
+        except (OSError, ValueError) as error:
+            raise ModelError(_cannot_load(name, None, address, error)) from None
+
+
+def _unpacked(config: ModelConfig) -> Path:
+    name, gguf_file = config.location
+    file = cached_file(name, gguf_file, revision=config.revision)
+    return unpacked_folder(Path(file), str(load_dtype(config)).removeprefix("torch."))
+
+
+def refuse_unsupported(settings: Any) -> None:
+    """Raises ModelError for bases that a soft prompt cannot stand before."""
+    text = settings.get_text_config(decoder=True)
+    if settings.is_encoder_decoder:
+        raise ModelError(f"{settings.model_type} is an encoder-decoder model: softprompt works with decoder-only language models")
+    if getattr(text, "hidden_size_per_layer_input", 0):
+        raise ModelError(
+            f"{settings.model_type} looks up embeddings again in every layer, by token id: "
+            "a soft prompt has no ids, so it cannot be used here"
+        )
+
+
+def load_dtype(config: ModelConfig) -> torch.dtype:
+    """The precision that a base is loaded in. auto: bfloat16 where the hardware multiplies in it, else float32."""
+    if config.dtype != "auto":
+        return getattr(torch, config.dtype)
+    device = device_of(config.device).type
+    if device == "cpu":  # without such instructions a CPU takes a hundred times longer than in float32
+        found = torch.cpu.get_capabilities()
+        fast = any(found.get(name) for name in ("avx512_bf16", "amx_bf16"))
+    else:
+        fast = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if fast else torch.float32
+
+
+def _cannot_load(name: str, gguf_file: str | None, address: str, error: Exception) -> str:
+    path, reason = Path(name), (str(error).strip().splitlines() or [type(error).__name__])[0]
+    if gguf_file is not None and path.is_dir() and not (path / gguf_file).is_file():
+        return f"{path / gguf_file}: no such GGUF file"
+    if path.exists():
+        return f"{name}: cannot be loaded as a model: {reason}"
+    if path.is_absolute() or name.startswith(("./", "../", "~")) or name.count("/") > 1:
+        return f"{name}: no such model folder"
+    return f"{name}: no such folder here, and as a hub id it cannot be loaded from {address} (HF_ENDPOINT sets a mirror): {reason}"
+
+
+def device_of(name: str) -> torch.device:
+    """The device that `model.device` means. Raises ConfigError when it is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"model.device = {name!r} cannot be used here: {str(error).splitlines()[0]}") from None
+    return torch.device(name)
