@@ -129,22 +129,23 @@ def test_being_offline_is_one_sentence(tmp_path):
 
 
 def test_a_network_that_comes_back_is_used_by_the_same_process(stocked, bases, tmp_path):
-    """One failed connection is not for ever: a process that lives long asks again."""
+    """One failed connection is not for ever: a process that lives long asks again, and the libraries are as they were."""
     code = f"""
-import time, huggingface_hub.constants as constants
-from softprompt import hub
-real, clock = constants.ENDPOINT, [0.0]
+import softprompt.hub as hub, huggingface_hub.constants as constants
+connect, clock = hub.socket.create_connection, [0.0]
 hub.time.monotonic = lambda: clock[0]
-constants.ENDPOINT = {NOBODY!r}
+def refused(*args, **how):
+    raise OSError("refused")
+hub.socket.create_connection = refused
 {LOAD}
 print("offline", constants.HF_HUB_OFFLINE)
-constants.ENDPOINT = real
+hub.socket.create_connection, clock[0] = connect, hub.ASKED_AGAIN_SECONDS
 {LOAD}
 """
     done = run(tmp_path, stocked.address, code)
     first, offline, second = done.stdout.splitlines()
     assert first.startswith(f"ModelError {REPOSITORY}: no such folder here"), done.stderr
-    assert offline == "offline False", "the libraries are as they were"
+    assert offline == "offline False"
     assert second == f"loaded {bases().fingerprint}"
 
 

@@ -126,13 +126,25 @@ def test_a_resumed_run_equals_the_straight_run_bit_for_bit(make_config, contrary
     assert events_of(run) == events_of(tmp_path / "straight")
 
 
+KILLED = ("train.steps=250", "train.save_every=3", "train.eval_every=50")
+
+
+@pytest.fixture(scope="module")
+def straight(bases, tmp_path_factory):
+    """A run that nobody kills, and its settings."""
+    home = tmp_path_factory.mktemp("straight")
+    rows, held = (tiny.write_rows(home / f"{name}.jsonl", tiny.some_rows(count)) for name, count in (("train", 24), ("eval", 7)))
+    base = ("model.device=cpu", f"model.name={bases().name}", f"data.train={rows}", f"data.eval={held}", "prompt.text=Repeat the drink.")
+    settings = (*base, *KILLED, "train.examples_per_step=4")
+    list(train(load_config(None, [*settings, f"train.out={home / 'run'}"])))
+    return home / "run", settings
+
+
 @pytest.mark.parametrize("wait", [0.0, 0.4, 0.9])
-def test_kill_9_at_any_moment_then_resume_gives_the_same_bits(make_config, tmp_path, wait):
-    settings = ("train.steps=250", "train.save_every=3", "train.eval_every=50")
-    straight = make_config(*settings, f"train.out={tmp_path / 'straight'}")
-    list(train(straight))
+def test_kill_9_at_any_moment_then_resume_gives_the_same_bits(straight, tmp_path, wait):
+    straight_run, settings = straight
     run = tmp_path / "killed"
-    config = make_config(*settings, f"train.out={run}")
+    config = load_config(None, [*settings, f"train.out={run}"])
     file = tmp_path / "config.toml"
     file.write_text(config.to_toml())
     process = subprocess.Popen([sys.executable, "-m", "softprompt", "train", str(file)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
@@ -145,7 +157,7 @@ def test_kill_9_at_any_moment_then_resume_gives_the_same_bits(make_config, tmp_p
     assert process.returncode == -signal.SIGKILL, "the run ended before it could be killed: nothing was tested"
     for _ in train(RunFolder.reopen(run).config(), resume=True):
         pass
-    assert torch.equal(rows_of(run), rows_of(straight_run := Path(straight.train.out)))
+    assert torch.equal(rows_of(run), rows_of(straight_run))
     assert events_of(run) == events_of(straight_run)
     assert not list(run.rglob("*.draft"))
 
