@@ -35,8 +35,8 @@ def answer(
     sampling, questions = Sampling(max_new_tokens=limit), []
     for name, row in wanted:
         members = readings[name]
-        starts, texts = tuple(member.start for member in members), tuple(member.questions[row] for member in members)
-        question = Question(starts, texts, sampling, until(base.tokenizer, stops))
+        contexts, texts = tuple(member.context for member in members), tuple(member.questions[row] for member in members)
+        question = Question(contexts, texts, sampling, until(base.tokenizer, stops))
         if base.context_length is not None and question.length >= base.context_length:
             raise DataError(f"row {row + 1} takes {question.length} tokens with {name}, the base's context is {base.context_length}")
         questions.append(question)

@@ -67,7 +67,7 @@ class DataConfig(Section):
     eval: str | None = None
     """Held-out rows, named like `train`."""
     eval_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Share of the training rows to hold out (seeded by `train.seed`) when `eval` is not set."""
+    """Share of the different training rows to hold out (seeded by `train.seed`) when `eval` is not set; copies stay on one side."""
     template: str = "human-assistant"
     """human-assistant, chat (the tokenizer's own), inline Jinja, or a `.jinja` file. Renders all but the response."""
     max_length: Annotated[int, Field(ge=2)] = 256

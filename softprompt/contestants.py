@@ -16,7 +16,7 @@ from softprompt.encode import Encoder, Segment, joined
 from softprompt.engine.head import Head
 from softprompt.engine.model import FrozenBase, check
 from softprompt.engine.prompt import Prompt
-from softprompt.engine.shelf import Start
+from softprompt.engine.shelf import Context
 from softprompt.engine.tokens import Encoded, num_shared
 from softprompt.errors import ArtifactError, DataError, ModelError
 from softprompt.generation import without_prompt
@@ -76,14 +76,14 @@ class Contestant:
 
 @dataclass(frozen=True)
 class Reading:
-    """How one member of a contestant reads the rows: their [rows][candidates] continue from `soft`, their questions from `start`.
+    """How one member of a contestant reads the rows: their [rows][candidates] continue from `soft`, their questions from `context`.
 
     `tokens`: how many each request has more than the bare base's.
     """
 
     soft: Prompt
     rows: list[list[Encoded]]
-    start: Start
+    context: Context
     questions: list[tuple[int, ...]]
     tokens: float
 

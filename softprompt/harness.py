@@ -48,7 +48,7 @@ class SoftPromptLM(TemplateLM):  # type: ignore[misc]
         self.base = load_base(settings)
         self.stored = load_prompt(Path(prompt), self.base, allow_other_base=bool(allow_other_base))
         self.tokenizer, self.template, self.max_gen_toks = self.base.tokenizer, bool(template), int(max_gen_toks)
-        self.start = (self.stored.soft, ())
+        self.context = (self.stored.soft, ())
         self.budget = self.base.budget(None)
 
     @property
@@ -93,7 +93,7 @@ class SoftPromptLM(TemplateLM):  # type: ignore[misc]
         greedy = [same for _, same in first]
         longer = [number for number, row in enumerate(rows) if len(row) > 1]
         some = [rows[number] for number in longer]
-        prefix = shelved(self.base, [self.start])
+        prefix = shelved(self.base, [self.context])
         for batch in batches(some, [0] * len(some), self.budget, self.base.device):
             continued = self.base.continue_from(prefix, batch.which_B, batch.ids_BT, batch.mask_BT)
             states_NH = continued.hidden_BTH.flatten(0, 1)[batch.scored_N]
@@ -136,7 +136,7 @@ class SoftPromptLM(TemplateLM):  # type: ignore[misc]
         for context, how in (request.args for request in requests):
             stops.append(self._stops(how))
             ends = until(self.tokenizer, stops[-1])
-            questions.append(Question((self.start,), (self._question(context),), self._sampling(how), ends))
+            questions.append(Question((self.context,), (self._question(context),), self._sampling(how), ends))
         for number, ids, _ in decode_whole(self.base, questions):
             answers[number] = cut_at(self.tokenizer.decode(ids, skip_special_tokens=True), stops[number])
         return answers

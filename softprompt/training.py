@@ -303,8 +303,8 @@ def _result(job: Job, counters: Counters, places: dict[str, Path]) -> dict[str, 
 def _sampled(job: Job, best: str, step: int) -> Sampled:
     assert job.held is not None
     rows, examples = job.held.encoded[:NUM_SAMPLES], job.held.examples[:NUM_SAMPLES]
-    start, sampling = (load_prompt(best, job.base).soft, ()), Sampling(max_new_tokens=limit_of(rows))
-    questions = [Question((start,), (row.question,), sampling) for row in rows]
+    context, sampling = (load_prompt(best, job.base).soft, ()), Sampling(max_new_tokens=limit_of(rows))
+    questions = [Question((context,), (row.question,), sampling) for row in rows]
     said = {row: ids for row, ids, _ in decode_whole(job.base, questions)}
     answers = [job.base.tokenizer.decode(said[row], skip_special_tokens=True) for row in range(len(rows))]
     return Sampled(step, tuple((row.messages[-2].content, row.response, answer) for row, answer in zip(examples, answers, strict=True)))

@@ -104,9 +104,15 @@ def test_both_ways_to_import_are_seen(tmp_path):
     assert imported(file) == {"training", "engine.loading", "engine.head", "data", "engine"}
 
 
-def test_files_stay_readable():
-    long = {path.name: lines for path in PACKAGE.rglob("*.py") if (lines := len(path.read_text(encoding="utf-8").splitlines())) > 400}
-    assert not long
+def test_files_and_functions_stay_readable():
+    found = {}
+    for path in [*PACKAGE.rglob("*.py"), *(ROOT / "benchmarks").glob("*.py")]:
+        text = path.read_text(encoding="utf-8")
+        found[path.name] = text.count("\n") / 400
+        functions = (node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef))
+        found |= {f"{path.name}: {node.name}": (node.end_lineno - node.lineno + 1) / 50 for node in functions}
+    assert len(found) > 500
+    assert not {name for name, share in found.items() if share > 1}
 
 
 def test_public_names_are_pinned():

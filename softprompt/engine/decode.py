@@ -18,7 +18,7 @@ from transformers import GenerationConfig, LogitsProcessorList, TemperatureLogit
 
 from softprompt.engine.model import FrozenBase
 from softprompt.engine.prefix import Continued, as_prefixes
-from softprompt.engine.shelf import Start, shelved
+from softprompt.engine.shelf import Context, shelved
 from softprompt.errors import ModelError
 
 POSITIONS, ROWS = 16384, 64  # of a batch at most: positions that the cache holds, rows
@@ -46,10 +46,10 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Question:
-    """What one answer is made from: `texts[i]` continues from `starts[i]`. Several answer together, as an ensemble that agrees on a
+    """What one answer is made from: `texts[i]` continues from `contexts[i]`. Several answer together, as an ensemble that agrees on a
     token `by` the "mean" of the log-probabilities or by "vote" (greedy only)."""
 
-    starts: tuple[Start, ...]
+    contexts: tuple[Context, ...]
     texts: tuple[tuple[int, ...], ...]
     sampling: Sampling = Sampling()
     ends: Ends = never
@@ -58,7 +58,7 @@ class Question:
     @property
     def length(self) -> int:
         """Positions that the longest of its texts takes, those of the prefix included."""
-        pairs = zip(self.starts, self.texts, strict=True)
+        pairs = zip(self.contexts, self.texts, strict=True)
         return max(prompt.num_positions + len(ids) + len(text) for (prompt, ids), text in pairs)
 
     def limit(self, base: FrozenBase) -> int:
@@ -81,14 +81,15 @@ class Token:
 
 @dataclass(frozen=True)
 class Ongoing:
-    """An answer in progress: the number of its question in the batch, its random stream, and the tokens it has so far. `script`: all
-    its tokens, where the base cannot share a prefix and transformers has generated them at once."""
+    """An answer in progress: the number of its question in the batch, its random stream, how many tokens it has so far and the `last`
+    of them. `script`: all its tokens, where the base cannot share a prefix and transformers has generated them at once."""
 
     number: int
     question: Question
     limit: int
     stream: torch.Generator
-    said: tuple[int, ...] = ()
+    num_said: int = 0
+    last: int = 0
     script: tuple[int, ...] = ()
 
 
@@ -137,13 +138,12 @@ def advance(batch: OpenBatch) -> tuple[list[Token], OpenBatch]:
     chosen = _scripted(batch) if batch.past is None else _choose(batch.base, batch.past, batch.answers)
     tokens, going = [], []
     for answer, token in zip(batch.answers, chosen, strict=True):
-        stop, said = token in batch.base.stop_ids, (*answer.said, token)
-        last = stop or len(said) >= answer.limit or answer.question.ends(token)
+        stop, num_said = token in batch.base.stop_ids, answer.num_said + 1
+        last = stop or num_said >= answer.limit or answer.question.ends(token)
         tokens.append(Token(answer.number, None if stop else token, last))
-        going.append(None if last else replace(answer, said=said))
+        going.append(replace(answer, num_said=num_said, last=token))
     ended = {token.row for token in tokens if token.last}
-    moved = replace(batch, answers=tuple(new or old for new, old in zip(going, batch.answers, strict=True)), unread=True)
-    return tokens, drop(moved, ended)
+    return tokens, drop(replace(batch, answers=tuple(going), unread=True), ended)
 
 
 @torch.inference_mode()
@@ -166,31 +166,31 @@ def _read(batch: OpenBatch) -> OpenBatch:
     """The batch with the last token of every answer read."""
     if batch.past is None or not batch.unread:
         return batch
-    ids_B = torch.tensor([answer.said[-1] for answer in batch.answers for _ in answer.question.texts], device=batch.base.device)
+    ids_B = torch.tensor([answer.last for answer in batch.answers for _ in answer.question.texts], device=batch.base.device)
     return replace(batch, past=batch.base.next_hidden(ids_B, batch.past), unread=False)
 
 
 def _read_texts(base: FrozenBase, questions: Sequence[Question]) -> Continued:
     """Runs all texts in one batch, then moves the padding from their right end to the left of everything."""
     texts = [text for question in questions for text in question.texts]
-    starts = {_name(start): start for question in questions for start in question.starts}
-    numbers = {name: number for number, name in enumerate(starts)}
-    which_B = torch.tensor([numbers[_name(start)] for question in questions for start in question.starts], device=base.device)
+    contexts = {_key(context): context for question in questions for context in question.contexts}
+    numbers = {key: number for number, key in enumerate(contexts)}
+    which_B = torch.tensor([numbers[_key(context)] for question in questions for context in question.contexts], device=base.device)
     width = max(len(text) for text in texts)
     ids_BT = torch.zeros(len(texts), width, dtype=torch.long, device=base.device)
     mask_BT = torch.zeros_like(ids_BT)
     for row, text in enumerate(texts):
         ids_BT[row, : len(text)] = torch.tensor(text)
         mask_BT[row, : len(text)] = 1
-    read = base.continue_from(shelved(base, list(starts.values())), which_B, ids_BT, mask_BT, keep=True)
+    read = base.continue_from(shelved(base, list(contexts.values())), which_B, ids_BT, mask_BT, keep=True)
     last_B = mask_BT.sum(dim=1) - 1
     hidden_B1H = read.hidden_BTH[torch.arange(len(texts), device=base.device), last_B][:, None]
     whole = as_prefixes(read)
     return Continued(hidden_B1H, whole.layers, whole.mask_KS)
 
 
-def _name(start: Start) -> tuple[int, tuple[int, ...]]:
-    return id(start[0]), start[1]
+def _key(context: Context) -> tuple[int, tuple[int, ...]]:
+    return id(context[0]), context[1]
 
 
 def _joined(first: Continued, second: Continued) -> Continued:
@@ -271,7 +271,7 @@ def _stream(seed: int, text: Sequence[int], device: torch.device) -> torch.Gener
 
 
 def _scripted(batch: OpenBatch) -> list[int]:
-    return [answer.script[len(answer.said)] for answer in batch.answers]
+    return [answer.script[answer.num_said] for answer in batch.answers]
 
 
 def _script(base: FrozenBase, answer: Ongoing) -> tuple[int, ...]:
@@ -279,7 +279,7 @@ def _script(base: FrozenBase, answer: Ongoing) -> tuple[int, ...]:
     question, sampling = answer.question, answer.question.sampling
     if len(question.texts) > 1:
         raise ModelError(f"{base.name} keeps a recurrent state: prompts cannot answer together over it")
-    start_SH = shelved(base, question.starts).embeds[0]
+    start_SH = shelved(base, question.contexts).embeds[0]
     embeds_SH = torch.cat([start_SH, base.embed_ids(question.texts[0])]).to(base.dtype)
     greedy = sampling.temperature == 0
     how = {} if greedy else {"temperature": float(sampling.temperature), "top_p": sampling.top_p, "top_k": sampling.top_k}

@@ -82,7 +82,7 @@ def _branch(candidates: Sequence[Encoded]) -> _Branch:
     return _Branch(Encoded(first.ids[: count + 1], (*first.supervised[:count], True)), distinct, tuple(map(distinct.index, tails)))
 
 
-def _starts(branches: Sequence[_Branch]) -> list[list[int]]:
+def _offsets(branches: Sequence[_Branch]) -> list[list[int]]:
     """The number of the first state of every branch's text and of each of its tails, in the order of rows; a last one is the count."""
     numbers = list(accumulate((count for branch in branches for count in branch.num_states), initial=0))
     ends = list(accumulate((1 + len(branch.tails) for branch in branches), initial=0))
@@ -92,14 +92,14 @@ def _starts(branches: Sequence[_Branch]) -> list[list[int]]:
 def _scored(branches: Sequence[_Branch]) -> list[tuple[int, int, int]]:
     """(number of the state before it, the token, number of the sum that its loss belongs to) of every supervised token."""
     found = []
-    for row, (branch, starts) in enumerate(zip(branches, _starts(branches), strict=False)):
+    for row, (branch, offsets) in enumerate(zip(branches, _offsets(branches), strict=False)):
         for candidate, number in enumerate(branch.which):
             tail, into = branch.tails[number], row * len(branch.which) + candidate
             before = [token for token, on in zip(branch.text.ids[1:-1], branch.text.supervised[1:-1], strict=True) if on]
             first = tail.ids[:1] if tail.supervised[0] else ()
             after = [token for token, on in zip(tail.ids[1:], tail.supervised[1:], strict=True) if on]
-            found += [(starts[0] + index, token, into) for index, token in enumerate((*before, *first))]
-            found += [(starts[1 + number] + index, token, into) for index, token in enumerate(after)]
+            found += [(offsets[0] + index, token, into) for index, token in enumerate((*before, *first))]
+            found += [(offsets[1 + number] + index, token, into) for index, token in enumerate(after)]
     return found
 
 
@@ -141,18 +141,18 @@ def _groups(lengths: Sequence[int], room: int) -> Iterator[list[int]]:
 
 
 def _states(base: FrozenBase, prefix: Prefix, branches: Sequence[_Branch], which: Sequence[int], tokens_per_batch: int) -> Tensor:
-    """[M, H] states before all scored tokens, numbered as `_starts` says."""
-    starts = _starts(branches)
-    states_MH = torch.empty(starts[-1][0], base.hidden_size, dtype=base.dtype, device=base.device)
+    """[M, H] states before all scored tokens, numbered as `_offsets` says."""
+    offsets = _offsets(branches)
+    states_MH = torch.empty(offsets[-1][0], base.hidden_size, dtype=base.dtype, device=base.device)
     for batch in batches([branch.text for branch in branches], which, tokens_per_batch, base.device):
         tails = [
             (index, tail, start)
             for index, row in enumerate(batch.rows)
-            for tail, start in zip(branches[row].tails, starts[row][1:], strict=True)
+            for tail, start in zip(branches[row].tails, offsets[row][1:], strict=True)
             if any(tail.supervised[1:])
         ]
         read = base.continue_from(prefix, batch.which_B, batch.ids_BT, batch.mask_BT, keep=bool(tails))
-        _put(states_MH, read, batch, [starts[row][0] for row in batch.rows])
+        _put(states_MH, read, batch, [offsets[row][0] for row in batch.rows])
         if not tails:
             continue
         texts = as_prefixes(read)
@@ -162,8 +162,8 @@ def _states(base: FrozenBase, prefix: Prefix, branches: Sequence[_Branch], which
     return states_MH
 
 
-def _put(states_MH: Tensor, read: Continued, batch: Batch, starts: Sequence[int]) -> None:
-    """Writes the states before a batch's supervised tokens, those of its row b from number `starts[b]` on."""
-    num_B = torch.bincount(batch.row_N.cpu(), minlength=len(starts))
-    places_M = torch.cat([start + torch.arange(int(count)) for start, count in zip(starts, num_B, strict=True)])
+def _put(states_MH: Tensor, read: Continued, batch: Batch, offsets: Sequence[int]) -> None:
+    """Writes the states before a batch's supervised tokens, those of its row b from number `offsets[b]` on."""
+    num_B = torch.bincount(batch.row_N.cpu(), minlength=len(offsets))
+    places_M = torch.cat([start + torch.arange(int(count)) for start, count in zip(offsets, num_B, strict=True)])
     states_MH[places_M.to(states_MH.device)] = read.hidden_BTH.flatten(0, 1).index_select(0, batch.scored_N).to(states_MH.dtype)

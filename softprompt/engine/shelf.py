@@ -8,12 +8,12 @@ from softprompt.engine.model import FrozenBase
 from softprompt.engine.prefix import Prefix, assemble
 from softprompt.engine.prompt import Prompt
 
-Start = tuple[Prompt, tuple[int, ...]]  # what a text continues from: a prompt, and the ids behind it
+Context = tuple[Prompt, tuple[int, ...]]  # what a text continues from: a prompt, and the ids behind it
 
 
-def shelved(base: FrozenBase, starts: Sequence[Start]) -> Prefix:
-    """The prefixes of `starts`, in their order. Each is computed by itself, so that it is the same in any company."""
-    kept = [_kept(base, *start) for start in starts]
+def shelved(base: FrozenBase, contexts: Sequence[Context]) -> Prefix:
+    """The prefixes of `contexts`, in their order. Each is computed by itself, so that it is the same in any company."""
+    kept = [_kept(base, *context) for context in contexts]
     if len(kept) == 1:
         return kept[0]
     if not base.shares_prefix:
