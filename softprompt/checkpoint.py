@@ -17,6 +17,7 @@ from softprompt.artifact import Card, write_prompt
 from softprompt.atomic import new_folder
 from softprompt.engine.model import FrozenBase
 from softprompt.engine.prompt import Prompt
+from softprompt.errors import RunError
 
 BEST = "best"  # the rows with the lowest held-out loss
 
@@ -115,11 +116,16 @@ def save_start(file: Path, prompts: Mapping[str, Prompt]) -> None:
 
 
 def load_start(file: Path, name: str | None, prompt: Prompt) -> Prompt | None:
-    """What a prompt of a run started from; `name` may be left out for the only one. None where that was not kept."""
+    """What a prompt of a run started from; `name` may be left out for the only one. None where that was not kept.
+
+    Raises RunError where the file is damaged.
+    """
+    if not file.is_file():
+        return None
     try:
         states = _by_name(load_file(file))
-    except (OSError, SafetensorError):
-        return None
+    except (OSError, SafetensorError) as error:
+        raise RunError(f"{file} is damaged: {error}") from None
     own = states.get(name or "") or (next(iter(states.values())) if len(states) == 1 else None)
     return None if own is None else prompt.with_tensors(own)
 

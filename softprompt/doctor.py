@@ -261,7 +261,7 @@ def diagnose(run: str | Path, base: FrozenBase | None = None) -> dict[str, list[
         prompt = load_prompt(folder.prompt if len(members) == 1 else folder.prompts / name, base).soft
         start = load_start(folder.start, name, prompt)
         if start is None:
-            raise RunError(f"{folder.start} is missing: the run was made by an earlier version, or the file was lost")
+            raise RunError(f"{folder.start} is missing: without it nobody knows how far the prompt has moved; train the run again")
         case = case_of(events, index, own.optim, start, prompt, base, None, held)
         measured = {} if held is None else _others(base, encoder, prompt, held, own)
         findings[name] = [*_said_before(events, name), *examine(replace(case, others=measured))]

@@ -114,9 +114,10 @@ class Spelled:
         after = self._decoded(len(self._ids))
         if after.endswith("\ufffd") and not whole:
             return ""
-        self._begun, self._spelled = self._spelled, len(self._ids)
-        self.text += after[len(before) :]
-        return after[len(before) :]
+        new = after[len(before) :]
+        self._begun, self._spelled = self._spelled if new else self._begun, len(self._ids)  # special tokens are no text to join
+        self.text += new
+        return new
 
     def _decoded(self, end: int) -> str:
         text: str = self.tokenizer.decode(self._ids[self._begun : end], skip_special_tokens=True)

@@ -69,7 +69,7 @@ class RunFolder:
 
     @classmethod
     def check_free(cls, path: Path) -> None:
-        """Raises RunError early when `create` would, before anything slow is done."""
+        """Raises RunError early when `creating` would, before anything slow is done."""
         if path.exists():
             raise RunError(_in_the_way(path))
         parent = next(folder for folder in [path, *path.absolute().parents] if folder.exists())

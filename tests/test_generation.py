@@ -1,6 +1,7 @@
 """Answers: the same alone and in a batch, whole characters only, and limits that are said in a sentence."""
 
 import math
+import random
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -8,7 +9,8 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from transformers import AutoModelForCausalLM
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from softprompt.artifact import StoredPrompt, find_prompts, load_prompt
 from softprompt.config import ModelConfig, load_config
@@ -16,7 +18,7 @@ from softprompt.engine.decode import Sampling
 from softprompt.engine.loading import load_base
 from softprompt.engine.model import FrozenBase
 from softprompt.errors import ConfigError, DataError, ModelError
-from softprompt.generation import Ensemble, generate, stream, without_prompt
+from softprompt.generation import Ensemble, Spelled, generate, stream, without_prompt
 from softprompt.training import train
 
 TEXTS = ["bring tea", "please please bring 咖啡", "x", "a longer question than the others, so that padding is needed"]
@@ -121,6 +123,53 @@ def test_a_character_of_several_tokens_comes_in_one_piece(parrot, tmp_path):
     prompt = without_prompt(parrot, make_prompt(parrot, tmp_path, "Say it."))
     pieces = [piece.text for piece in stream(parrot, prompt, ["bring tea"], Sampling(50))]
     assert [piece for piece in pieces if piece] == ["水", "咖"]
+
+
+def other_tokenizers():
+    """Such as write blanks as marks and unknown characters as bytes, and such as mark what goes on with a word."""
+    pieces = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "▁te", "a", "t", "e", "水", "!", "▁a"]
+    scores = [(piece, -float(index)) for index, piece in enumerate(pieces)]
+    marks = Tokenizer(models.Unigram(scores, unk_id=0, byte_fallback=True))
+    marks.pre_tokenizer, marks.decoder = (
+        pre_tokenizers.Metaspace(),
+        decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]),
+    )
+    vocabulary = ["[UNK]", "tea", "##s", "a", "!", "'", "##m", "水"]
+    words = Tokenizer(models.WordPiece({word: index for index, word in enumerate(vocabulary)}, unk_token="[UNK]"))
+    words.pre_tokenizer, words.decoder = pre_tokenizers.BertPreTokenizer(), decoders.WordPiece(cleanup=False)
+    return [tiny.tiny_tokenizer(), *(PreTrainedTokenizerFast(tokenizer_object=one, eos_token="</s>") for one in (marks, words))]
+
+
+@pytest.mark.parametrize("tokenizer", other_tokenizers(), ids=["bytes", "marks", "words"])
+def test_text_that_grows_token_by_token_is_the_text_of_all_tokens(tokenizer):
+    draw, whole = random.Random(0), []
+    for _ in range(200):
+        text = "".join(draw.choice(["tea", "s", " ", "a", "!", "水", "'m", "咖", "🍵", "é"]) for _ in range(draw.randrange(1, 20)))
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids.insert(draw.randrange(len(ids) + 1), tokenizer.eos_token_id)  # which is no text, wherever it stands
+        spelled = Spelled(tokenizer)
+        pieces = [*(spelled.add(token) for token in ids), spelled.end()]
+        whole.append(tokenizer.decode(ids, skip_special_tokens=True))
+        assert "".join(pieces) == spelled.text == whole[-1]
+    assert len(set(whole)) > 100
+
+
+def test_bytes_that_are_no_text_are_spelled_as_a_whole_decoding_spells_them():
+    tokenizer, draw = tiny.tiny_tokenizer(), random.Random(0)
+    for _ in range(200):
+        spelled, ids = Spelled(tokenizer), [draw.randrange(tiny.VOCABULARY - 64) for _ in range(draw.randrange(1, 30))]
+        assert "".join([*map(spelled.add, ids), spelled.end()]) == tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def test_only_the_last_tokens_are_decoded_again(monkeypatch):
+    tokenizer, decoded = tiny.tiny_tokenizer(), []
+    decode = tokenizer.decode
+    monkeypatch.setattr(tokenizer, "decode", lambda ids, **how: decoded.append(len(ids)) or decode(ids, **how))
+    spelled, text = Spelled(tokenizer), "bring 水 " * 40
+    for token in tokenizer(text, add_special_tokens=False)["input_ids"]:
+        spelled.add(token)
+    assert spelled.text == text
+    assert max(decoded) <= 6
 
 
 def test_no_texts_have_no_answers(bases, prompts):
