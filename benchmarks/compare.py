@@ -1,52 +1,48 @@
 """One comparison: PEFT's best batch size, alternating pairs, medians, and whether both sides compute the same function."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import numpy as np
-from jobs import Job, Measured, PeftSetting, SideFailed, Spec, measure, run_side
-from workloads import MANNERS, Manner, Workload
+from numpy.typing import NDArray
+
+from benchmarks.measuring import Job, Measured, PeftSetting, SideFailed, Spec, measure, run_side
+from benchmarks.workloads import MANNERS, Manner
 
 TRIAL_STEPS = 2
 SLOWER = 0.1  # the trial ends at a batch size that is slower by this share than a smaller one
 
 
 @dataclass(frozen=True)
-class Choice:
-    """A setting of PEFT, and what the trial of its batch sizes gave: samples per second, or None where one failed."""
-
-    setting: PeftSetting
-    trial: Mapping[int, float | None]
-
-
-@dataclass(frozen=True)
 class Other:
-    """What ours is compared with: a side, see jobs.Spec, and, for PEFT, its setting."""
+    """What ours is compared with: a side, see measuring.Spec. Of PEFT its setting, and what the trial of batch sizes gave: samples per
+    second, or None where one failed."""
 
     side: str
-    choice: Choice | None = None
+    setting: PeftSetting | None = None
+    trial: Mapping[int, float | None] = field(default_factory=dict)
 
 
 Pair = Mapping[str, Measured]  # "ours" and the names of the others
 
 
-def compare(workload: Workload, job: Job, num_pairs: int, folder: Path) -> dict[str, Any]:
+def compare(job: Job, num_pairs: int, folder: Path) -> dict[str, Any]:
     """All results of a workload but those that its rows and the machine give."""
     checked = check_gradients(job, folder)
-    others = {name: Other("peft", choose(MANNERS[name], job, folder)) for name in workload.manners} or {"separate": Other("separate")}
+    others = {name: choose(MANNERS[name], job, folder) for name in job.workload.manners} or {"separate": Other("separate")}
     pairs = [_measure_pair(job, others, folder, number) for number in range(1, num_pairs + 1)]
     return {**_summary(pairs, others), **checked, "pairs": [{name: asdict(one) for name, one in pair.items()} for pair in pairs]}
 
 
-def choose(manner: Manner, job: Job, folder: Path) -> Choice:
+def choose(manner: Manner, job: Job, folder: Path) -> Other:
     """The manner's setting for a job; a short trial picks the fastest batch size. Raises SideFailed when none works."""
-    sizes = [size for size in manner.batch_sizes if job.examples_per_step % size == 0]
+    sizes = [size for size in manner.batch_sizes if job.workload.examples_per_step % size == 0]
     settings = {size: PeftSetting(manner.dtype or job.dtype, size, manner.grouped) for size in sizes}
     if len(settings) == 1:
-        return Choice(settings[sizes[0]], {})
+        return Other("peft", settings[sizes[0]])
     short = replace(job, steps=min(TRIAL_STEPS, job.steps))
     trial: dict[int, float | None] = {}
     failure: SideFailed | None = None
@@ -62,7 +58,7 @@ def choose(manner: Manner, job: Job, folder: Path) -> Choice:
     if not worked:
         assert failure is not None
         raise failure
-    return Choice(settings[max(worked, key=lambda size: worked[size])], trial)
+    return Other("peft", settings[max(worked, key=lambda size: worked[size])], trial)
 
 
 def check_gradients(job: Job, folder: Path) -> dict[str, float]:
@@ -75,7 +71,7 @@ def check_gradients(job: Job, folder: Path) -> dict[str, float]:
     return {"loss_difference": float(np.abs(mine["loss"] - theirs["loss"]).max()), "gradient_cosine": min(cosines)}
 
 
-def cosine(a: np.ndarray, b: np.ndarray) -> float:
+def cosine(a: NDArray[Any], b: NDArray[Any]) -> float:
     """Of two gradients of one shape, summed in float64."""
     a, b = a.astype(np.float64), b.astype(np.float64)
     return float((a * b).sum() / np.sqrt((a * a).sum() * (b * b).sum()))
@@ -85,7 +81,7 @@ def _measure_pair(job: Job, others: Mapping[str, Other], folder: Path, number: i
     pair = {"ours": measure("ours", job, folder)}
     say(f"pair {number}: ours", pair["ours"].samples_per_second)
     for name, other in others.items():
-        pair[name] = measure(other.side, job, folder, other.choice.setting if other.choice else None)
+        pair[name] = measure(other.side, job, folder, other.setting)
         say(f"pair {number}: {name}", pair[name].samples_per_second)
     return pair
 
@@ -121,7 +117,6 @@ def _against(pairs: Sequence[Pair], name: str, other: Other) -> dict[str, Any]:
         "ratio": median(pair["ours"].samples_per_second / pair[name].samples_per_second for pair in pairs),
         "memory_ratio": median(pair["ours"].peak_bytes / max(1, pair[name].peak_bytes) for pair in pairs),
     }
-    if other.choice is not None:
-        used = replace(other.choice.setting, dtype=theirs[0].dtype)
-        result["peft_setting"] = {**asdict(used), "trial": other.choice.trial}
+    if other.setting is not None:
+        result["peft_setting"] = {**asdict(other.setting), "dtype": theirs[0].dtype, "trial": other.trial}
     return result

@@ -1,6 +1,6 @@
 """Does a prompt beat what costs nothing? A task's prompt, trained with the defaults, against the bare base, a text, a few examples.
 
-    python benchmarks/contestants.py --base gemma=FOLDER --task demo --task sentiment --results FILE --report docs/contestants.md
+    python -m benchmarks.contestants --base gemma=FOLDER --task demo --task sentiment --results FILE --report docs/contestants.md
                                      [--rows 300] [--runs FOLDER | --run FOLDER] [--readme README.md ...] [--draw]
 
 Every finished task becomes a line of the file at once, and a task that the file holds already is not repeated. One that was
@@ -10,18 +10,22 @@ With --draw nothing is trained or measured. What a reader must know is added to 
 """
 
 import argparse
-import json
-import shlex
 import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from quality import CACHE, Runs, read
-from tasks import MAKERS, Task, make_tasks
-
+import softprompt
+from benchmarks.measuring import machine
+from benchmarks.quality import CACHE, Runs, append, read
+from benchmarks.recipes import Recipe, make_config
+from benchmarks.tasks import MAKERS, Task, make_tasks
+from softprompt.config import ModelConfig
+from softprompt.engine.loading import load_base
+from softprompt.engine.model import FrozenBase
 from softprompt.metrics import METRICS, Verdict, called, percent, sentence
+from softprompt.runlog import RunFolder
 
 MARKS = "<!-- contestants -->\n", "<!-- end of contestants -->\n"
 IN_FULL = ("perplexity", "bits_per_byte", "calibration_error")  # not in the short table: they say what others say
@@ -55,9 +59,6 @@ def main() -> None:
 
 
 def measure_all(given: argparse.Namespace) -> None:
-    from softprompt.config import ModelConfig
-    from softprompt.engine.loading import load_base
-
     name, folder = given.base.split("=", 1)
     base = load_base(ModelConfig(name=folder))
     for task in map(with_rows_to_test, make_tasks(given.task, CACHE, given.alpaca)):
@@ -65,11 +66,7 @@ def measure_all(given: argparse.Namespace) -> None:
         if key in read(given.results) and given.run is None:
             continue
         print(key, flush=True)
-        measured = measure(task, base, given.run or given.runs / f"{name}-{task.name}", given.rows)
-        command = ["--base", f"{name}=FOLDER", "--task", task.name, *(["--rows", str(given.rows)] if given.rows else [])]
-        line = {"key": key, **measured, "command": shlex.join(["python", "benchmarks/contestants.py", *command])}
-        with given.results.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        append(given.results, {"key": key, **measure(task, base, given.run or given.runs / f"{name}-{task.name}", given.rows)})
 
 
 def with_rows_to_test(task: Task) -> Task:
@@ -80,18 +77,13 @@ def with_rows_to_test(task: Task) -> Task:
     return replace(task, held=Path(f"{task.held}[:{half}]"), test=Path(f"{task.test}[{half}:]"))
 
 
-def measure(task: Task, base: Any, folder: Path, num_rows: int | None) -> dict[str, Any]:
+def measure(task: Task, base: FrozenBase, folder: Path, num_rows: int | None) -> dict[str, Any]:
     """Trains into the run folder, or goes on there, and evaluates; tasks without labels are answered too."""
-    from meters import machine
-    from recipes import Recipe, make_config
-
-    import softprompt
-    from softprompt.runlog import RunFolder
-
     began = folder.exists()
     settings = Recipe((f"train.save_every={SAVE_EVERY}",))
     config = RunFolder.reopen(folder).config() if began else make_config(settings, task, base, None, 0, str(folder))
     *_, finished = softprompt.train(config, resume=began, base=base)
+    assert isinstance(finished, softprompt.Finished), "a run ends with its result"
     prompt = softprompt.load_prompt(folder / "prompt", base)
     contest = softprompt.Contest(train=softprompt.load_examples(str(task.train)), answers=not task.labelled)
     test, start = softprompt.load_examples(str(task.test), limit=num_rows), time.perf_counter()
@@ -118,14 +110,15 @@ def report(found: Runs) -> str:
     lines = [
         "# Contestants",
         "",
-        "Made by `benchmarks/contestants.py`. In brackets: 95% bootstrap intervals over the rows, of one training with one seed. Tokens:",
-        "what a request has more than the bare base's. The measured rows neither trained the prompt nor chose among its states.",
+        "Made by `python -m benchmarks.contestants`. In brackets: 95% bootstrap intervals over the rows, of one training with one seed.",
+        "Tokens: what a request has more than the bare base's. The measured rows neither trained the prompt nor chose among its states.",
         "",
     ]
     for key, one in found.items():
-        base, task, _ = key.split("/")
+        base, task, rows = key.split("/")
         evaluation = one["evaluation"]
-        lines += [f"## {task}, {base}", "", f"    {one['command']}", "", *_how(one), ""]
+        command = f"python -m benchmarks.contestants --base {base}=FOLDER --task {task}" + ("" if rows == "all" else f" --rows {rows}")
+        lines += [f"## {task}, {base}", "", f"    {command}", "", *_how(one), ""]
         lines += [*table(evaluation, metrics_of(evaluation)), "", *(f"- {said}" for said in sentences(evaluation))]
         for name, contestant in evaluation["contestants"].items():
             if contestant["unended_answers"]:

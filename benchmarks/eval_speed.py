@@ -1,6 +1,6 @@
 """How fast an evaluation is: answers in batches against one by one and against PEFT's generate; labels that share one reading.
 
-    python benchmarks/eval_speed.py --base FOLDER --prompt RUN --json FILE [--rows 64] [--labelled 1000] [--joined 1 4] [--pairs 3]
+    python -m benchmarks.eval_speed --base FOLDER --prompt RUN --json FILE [--rows 64] [--labelled 1000] [--joined 1 4] [--pairs 3]
 
 The prompt is one that `softprompt demo` has trained; the rows that are answered are the demo's last held-out messages, with the
 limit of tokens and the stop texts of an evaluation. Three labels are scored for texts of so many of the demo's messages, joined, every
@@ -19,21 +19,20 @@ from statistics import median
 from typing import Any
 
 import torch
-from meters import machine
 from peft import PeftModel
 
 import softprompt
-from softprompt.answers import ROWS, answer, first_answer, limit_of, stops_of
+from benchmarks.measuring import machine
+from softprompt.answers import answer, first_answer, limit_of, stops_of
 from softprompt.artifact import StoredPrompt, find_prompt, load_prompt
 from softprompt.atomic import write_text
 from softprompt.config import ModelConfig
-from softprompt.contestants import Entry
+from softprompt.contestants import Reading
 from softprompt.data import Example, Message, load_examples
+from softprompt.engine.decode import ROWS
 from softprompt.engine.likelihood import candidate_losses, row_losses
-from softprompt.engine.memory import token_budget
 from softprompt.engine.loading import load_base
 from softprompt.engine.model import FrozenBase
-from softprompt.engine.prompt import prefix_of
 from softprompt.engine.tokens import Encoded
 
 BLOCK = 100  # labelled rows of one turn
@@ -70,17 +69,17 @@ def answers(base: FrozenBase, stored: StoredPrompt, examples: Sequence[Example],
     encoder = stored.encoder
     rows = [encoder.encode(example) for example in examples]
     limit, stops = limit_of(rows), stops_of([encoder], examples)
-    entries = {"prompt": [Entry(stored.soft, [], stored.soft, [row.question for row in rows], 0.0)]}
+    readings = {"prompt": [Reading(stored.soft, [], (stored.soft, ()), [row.question for row in rows], 0.0)]}
     wanted = [("prompt", number) for number in range(len(rows))]
     texts = [encoder.tokenizer.decode(row.question) for row in rows]
     base.tokenizer.padding_side = "left"
 
     def batched() -> list[str]:
-        said = {one.row: one.text for one in answer(base, entries, wanted, limit, stops)}
+        said = {one.row: one.text for one in answer(base, readings, wanted, limit, stops)}
         return [said[number] for number in range(len(rows))]
 
     def one_by_one() -> list[str]:
-        return [next(answer(base, entries, [pair], limit, stops)).text for pair in wanted]
+        return [next(answer(base, readings, [pair], limit, stops)).text for pair in wanted]
 
     def by_peft() -> list[str]:
         said = []
@@ -112,7 +111,7 @@ def labels(base: FrozenBase, stored: StoredPrompt, texts: Sequence[str]) -> dict
     candidates = [[stored.encoder.encode(one) for one in own] for own in rows]
     budget = base.budget(None)
     with torch.no_grad():
-        prefix = prefix_of(base, [stored.soft])
+        prefix = stored.soft.prefix(base)
 
     def shared(block: list[list[Encoded]]) -> torch.Tensor:
         return candidate_losses(base, prefix, block, budget)

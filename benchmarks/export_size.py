@@ -1,6 +1,6 @@
 """What an export of a 1.5 B model costs beyond copying its weights: seconds, and memory at its peak.
 
-    python benchmarks/export_size.py --json FILE [--tokenizer FOLDER] [--pairs 3]
+    python -m benchmarks.export_size --json FILE --tokenizer FOLDER [--pairs 3]
 
 The base is made with random weights (the shape of Qwen2.5-1.5B, bfloat16, shards of 1 GB), the prompt is 20 rows of numbers
 that `softprompt import` takes in. Copying the base's folder and exporting take turns. Memory is that of the exporting process:
@@ -19,7 +19,8 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-from meters import machine
+
+from benchmarks.measuring import machine
 
 SHAPE = {
     "vocab_size": 151936,
@@ -42,7 +43,7 @@ def main() -> None:
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        subprocess.run([sys.executable, __file__, "--make", str(folder / "base"), given.tokenizer], check=True)
+        subprocess.run([sys.executable, "-m", "benchmarks.export_size", "--make", str(folder / "base"), given.tokenizer], check=True)
         found = measure(folder, given.dtype, given.pairs)
     given.json.write_text(json.dumps({"machine": machine(), **found}, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(found, indent=1))
@@ -61,7 +62,7 @@ def make(folder: Path, tokenizer: str) -> None:
 
 
 def measure(folder: Path, dtype: str, pairs: int) -> dict[str, Any]:
-    softprompt = [str(Path(sys.executable).with_name("softprompt"))]
+    softprompt = [sys.executable, "-m", "softprompt"]
     np.save(folder / "rows.npy", 0.02 * np.random.default_rng(0).standard_normal((ROWS, SHAPE["hidden_size"])).astype(np.float32))
     base = [f"model.name={folder / 'base'}", f"model.dtype={dtype}"]
     subprocess.run([*softprompt, "import", str(folder / "rows.npy"), "--out", str(folder / "taste"), *base], check=True)

@@ -1,6 +1,6 @@
 """How true is the gradient? bfloat16 and the head's tolerance against float32, over the steps of a real training.
 
-    python benchmarks/precision.py --model FOLDER_OR_GGUF --json OUT [--data FILE] [--steps 100] [--rows 2] [--max-length 96] [--emulate]
+    python -m benchmarks.precision --model FOLDER_OR_GGUF --json OUT [--data FILE] [--steps 100] [--rows 2] [--max-length 96] [--emulate]
 
 The prompt is trained in float32 without approximation. At every step the same rows give the gradient again:
 
@@ -16,33 +16,30 @@ summed in float32, as such hardware does.
 import argparse
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
-from unittest.mock import patch
 
 import torch
-from compare import cosine
-from meters import machine
-from rows import make_rows, read_rows, write_rows
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
-from transformers import DynamicCache
-from workloads import PROMPT_TEXT, WORKLOADS
 
+from benchmarks.compare import cosine
+from benchmarks.measuring import machine
+from benchmarks.workloads import PROMPT_TEXT, WORKLOADS, make_rows, read_rows, write_rows
 from softprompt.config import Config, ModelConfig, OptimConfig
-from softprompt.encode import make_encoder
-from softprompt.engine import prefix
+from softprompt.encode import Encoder, make_encoder
 from softprompt.engine.batch import order_of_rows
 from softprompt.engine.loading import load_base
 from softprompt.engine.model import FrozenBase
 from softprompt.engine.optim import PromptOptimizer
 from softprompt.engine.precise import wide
 from softprompt.engine.prompt import SoftPrompt
-from softprompt.engine.step import Engine, step_gradients
+from softprompt.engine.step import StepSettings, step_gradients
+from softprompt.engine.tokens import Encoded
 
 TOKENS_PER_BATCH = 512
 TOLERANCE = Config().train.head_tolerance
@@ -65,20 +62,6 @@ class RoundedProducts(TorchDispatchMode):
             one.to(torch.bfloat16) if isinstance(one, Tensor) and one.is_floating_point() and index not in keeps else one
             for index, one in enumerate(made)
         )
-
-
-@contextmanager
-def half_prefill() -> Iterator[None]:
-    """Inside, the prompt's own positions are computed in the base's precision, as everything else is."""
-
-    def prefill_same(backbone: Any, embeds_KSH: Tensor) -> prefix.Layers:
-        cache = DynamicCache()
-        positions = torch.arange(embeds_KSH.shape[1]).expand(embeds_KSH.shape[:2])
-        prefix.run(backbone, embeds_KSH.to(next(backbone.parameters()).dtype), torch.ones_like(positions), positions, cache)
-        return tuple((k.float(), v.float()) for k, v in prefix.layers_of(cache))
-
-    with patch.object(prefix, "_prefill_same", prefill_same):
-        yield
 
 
 def main() -> None:
@@ -110,9 +93,9 @@ def follow(full: FrozenBase, half: FrozenBase, given: argparse.Namespace) -> Ite
     for number in range(given.steps):
         own = [rows[index] for index in order_of_rows([None] * len(rows), number * given.rows, given.rows, 0)]
 
-        def gradient(base: FrozenBase, tolerance: float, own: Any = own) -> Tensor:
-            leaf = replace(soft, rows_PH=optimizer.rows_PH.detach().clone().requires_grad_())
-            step_gradients(base, [leaf], [own], Engine(TOKENS_PER_BATCH, tolerance))
+        def gradient(base: FrozenBase, tolerance: float, own: list[Encoded] = own) -> Tensor:
+            leaf = soft.with_learned(optimizer.learned_PD.detach().clone().requires_grad_())
+            step_gradients(base, [leaf], [own], StepSettings(TOKENS_PER_BATCH, tolerance))
             assert leaf.rows_PH.grad is not None
             return leaf.rows_PH.grad
 
@@ -120,16 +103,15 @@ def follow(full: FrozenBase, half: FrozenBase, given: argparse.Namespace) -> Ite
         found = {"tolerance": gradient(full, TOLERANCE)}
         with RoundedProducts() if given.emulate else nullcontext():  # type: ignore[no-untyped-call]
             found["bfloat16"] = gradient(half, TOLERANCE)
-            with half_prefill():
-                found["all-half"] = gradient(half, TOLERANCE)
+            found["all-half"] = gradient(replace(half, exact_prefill=False), TOLERANCE)
         compared = {kind: against(grad, exact) for kind, grad in found.items()}
         print(number + 1, {kind: round(one["cosine"], 5) for kind, one in compared.items()}, flush=True)
         yield compared
-        optimizer.rows_PH.grad = exact
+        optimizer.learned_PD.grad = exact
         optimizer.step(number)
 
 
-def encoded_rows(given: argparse.Namespace, encoder: Any) -> Any:
+def encoded_rows(given: argparse.Namespace, encoder: Encoder) -> tuple[Encoded, ...]:
     file = given.json.with_suffix(".rows.jsonl")
     like = WORKLOADS["tutorial"]
     short = replace(like, profile=replace(like.profile, mean=given.max_length * 2 // 3, longest=given.max_length))

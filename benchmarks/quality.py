@@ -1,13 +1,18 @@
 """Does it learn? Ours and PEFT's methods on the same rows, steps and seeds; held-out loss and accuracy (exact match on the demo).
 
-    python benchmarks/quality.py --base gemma=FOLDER --base smollm=FOLDER --alpaca FILE --results FILE --report docs/results.md
-                                 [--task NAME ...] [--recipe NAME ...] [--rate RATE] [--seeds 3] [--dtype NAME] [--tf32]
+    python -m benchmarks.quality --base gemma=FOLDER --base smollm=FOLDER --alpaca FILE --results FILE --report docs/results.md
+                                 [--task NAME ...] [--recipe NAME ...] [--rate RATE] [--seeds 3] [--steps N]
+                                 [--dtype NAME] [--quantization KIND] [--tf32]
+    python -m benchmarks.quality --base gemma=FOLDER --task demo --results docs/doctor.jsonl --doctor docs/doctor.md [--steps 40]
 
 Every finished run becomes a line of the file at once, and a run that the file holds already is not repeated. Several processes
 may add to one file: a task and recipe that one of them has begun the others leave to it, so the same command, started several
 times, shares the work. A recipe with a grid of rates is searched on the first seed, by the
 loss on the held-out rows, from the middle outward for as long as it falls; its best rate alone is run with the other seeds.
 --report writes the table and --plot the curves of what the file holds; with --draw nothing is trained.
+
+--doctor asks another question: does the doctor name what is broken, and nothing in a sound run? It trains the recipes with one
+fault each in place of the others, and writes what the doctor said of them.
 """
 
 import argparse
@@ -16,11 +21,20 @@ import json
 import tempfile
 import zlib
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import product
 from pathlib import Path
 from statistics import mean, mode, stdev
 from typing import IO, Any
+
+import torch
+
+from benchmarks.measuring import machine
+from benchmarks.recipes import RECIPES, Recipe, examined, run_recipe
+from benchmarks.tasks import MAKERS, Task, make_tasks
+from softprompt.config import ModelConfig
+from softprompt.engine.loading import load_base
+from softprompt.engine.model import FrozenBase
 
 CACHE = Path.home() / ".cache" / "softprompt" / "benchmarks"
 AT_A_GLANCE = (
@@ -37,16 +51,19 @@ Runs = dict[str, dict[str, Any]]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", action="append", required=True, metavar="NAME=FOLDER")
-    parser.add_argument("--task", action="append", help="alpaca, sentiment, movies, demo; repeatable; left out, all of them")
+    parser.add_argument("--task", action="append", choices=list(MAKERS), help="repeatable; left out, all of them")
     parser.add_argument("--recipe", action="append", help="a key of recipes.RECIPES; repeatable; left out, all of them")
     parser.add_argument("--rate", type=float, help="of a grid this rate alone; a later run without it searches the rest")
     parser.add_argument("--dtype", default="auto", help="model.dtype of all; in a second precision a base needs a NAME of its own")
+    parser.add_argument("--quantization", choices=("int8", "nf4"), help="model.quantization of all; such a base needs a NAME of its own")
     parser.add_argument("--tf32", action="store_true", help="float32 products of a GPU by its tensor cores, inputs rounded to 10 bits")
     parser.add_argument("--alpaca", type=Path, help="1,000 rows of instruction, input and output")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, help="of every run, in a file of its own; left out, the task's, for the doctor 40")
     parser.add_argument("--results", required=True, type=Path, help="JSONL, a run per line")
     parser.add_argument("--report", type=Path, help="Markdown table to write")
     parser.add_argument("--plot", type=Path, help="PNG of the curves to draw")
+    parser.add_argument("--doctor", type=Path, help="Markdown page to write of what the doctor says")
     parser.add_argument("--draw", action="store_true", help="train nothing")
     given = parser.parse_args()
     if not given.draw:
@@ -56,43 +73,55 @@ def main() -> None:
         given.report.write_text(report(runs), encoding="utf-8")
     if given.plot:
         draw(runs, given.plot)
+    if given.doctor:
+        given.doctor.write_text(doctors_page(runs), encoding="utf-8")
 
 
 def read(path: Path) -> Runs:
-    """The runs by key: base/task/recipe/rate/seed."""
+    """The runs by key: base/task/recipe/rate/seed; base/task/recipe of those that the doctor looked at."""
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     return {run["key"]: run for run in map(json.loads, lines)}
 
 
+def append(path: Path, run: dict[str, Any]) -> None:
+    """One more line."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(run, ensure_ascii=False) + "\n")
+
+
 def train_all(given: argparse.Namespace) -> None:
-    import torch
-    from meters import machine
-    from recipes import RECIPES, run_recipe
-    from tasks import MAKERS, make_tasks
-
-    from softprompt.config import ModelConfig
-    from softprompt.engine.loading import load_base
-
     torch.backends.cuda.matmul.allow_tf32 = given.tf32
-    tasks = make_tasks(given.task or list(MAKERS), CACHE, given.alpaca)
+    steps = given.steps or (40 if given.doctor else None)
+    tasks = [replace(task, steps=steps or task.steps) for task in make_tasks(given.task or list(MAKERS), CACHE, given.alpaca)]
+    names = given.recipe or [name for name, recipe in RECIPES.items() if (recipe.finding is not None) == bool(given.doctor)]
     with (Path(tempfile.gettempdir()) / f"softprompt-{zlib.crc32(str(given.results.absolute()).encode())}.lock").open("w") as begun:
         for name, folder in (base.split("=", 1) for base in given.base):
-            base = load_base(ModelConfig(name=folder, dtype=given.dtype))
-            for recipe, task in product(given.recipe or RECIPES, tasks):
-                prefix, runs, rates = f"{name}/{task.name}/{recipe}", read(given.results), RECIPES[recipe].rates
-                if not _first_to_begin(begun, f"{prefix}/{given.rate}"):
-                    continue
-                if given.rate and rates:
-                    rates = (given.rate,)
-                for rate, seed in _points(rates, given.seeds, runs, prefix):
-                    key = f"{prefix}/{rate}/{seed}"
-                    if key not in runs:
-                        with tempfile.TemporaryDirectory() as out:
-                            outcome = run_recipe(RECIPES[recipe], task, base, rate, seed, f"{out}/run")
-                        runs[key] = {"key": key, **asdict(outcome), "dtype": str(base.dtype), "machine": machine()}
-                        with given.results.open("a", encoding="utf-8") as file:
-                            file.write(json.dumps(runs[key], ensure_ascii=False) + "\n")
-                        print(key, f"{outcome.test_loss:.4f}", outcome.accuracy, flush=True)
+            base = load_base(ModelConfig(name=folder, dtype=given.dtype, quantization=given.quantization))
+            facts = {"dtype": str(base.dtype), "weight_bytes": base.model.get_memory_footprint(), "machine": machine()}
+            for recipe, task in product(names, tasks):
+                prefix = f"{name}/{task.name}/{recipe}"
+                if _first_to_begin(begun, f"{prefix}/{given.rate}"):
+                    for run in new_runs(given, prefix, RECIPES[recipe], task, base):
+                        append(given.results, {**run, **facts})
+
+
+def new_runs(given: argparse.Namespace, prefix: str, recipe: Recipe, task: Task, base: FrozenBase) -> Iterator[dict[str, Any]]:
+    """What the file does not hold of a recipe, run by run."""
+    runs = read(given.results)
+    if recipe.finding is not None:
+        if prefix not in runs:
+            found = examined(recipe, task, base)
+            print(prefix, *found["findings"], sep="\n  ", flush=True)
+            yield {"key": prefix, **found}
+        return
+    for rate, seed in _points((given.rate,) if given.rate and recipe.rates else recipe.rates, given.seeds, runs, prefix):
+        key = f"{prefix}/{rate}/{seed}"
+        if key not in runs:
+            with tempfile.TemporaryDirectory() as out:
+                outcome = run_recipe(recipe, task, base, rate, seed, f"{out}/run")
+            print(key, f"{outcome.test_loss:.4f}", outcome.accuracy, flush=True)
+            runs[key] = {"key": key, **asdict(outcome)}
+            yield runs[key]
 
 
 def _first_to_begin(begun: IO[str], what: str) -> bool:
@@ -134,7 +163,7 @@ def best_rate(runs: Runs, prefix: str) -> float:
 def grouped(runs: Runs) -> dict[tuple[str, str], dict[str, list[dict[str, Any]]]]:
     """By (base, task), sorted, and recipe: the runs of the recipe's best rate, a seed each."""
     found: dict[tuple[str, str], dict[str, list[dict[str, Any]]]] = {}
-    for key in runs:
+    for key in (key for key, run in runs.items() if "curve" in run):
         base, task, recipe, rate, _ = key.split("/")
         prefix = f"{base}/{task}/{recipe}"
         if rate == "None" or float(rate) == best_rate(runs, prefix):
@@ -146,8 +175,8 @@ def report(runs_by_key: Runs) -> str:
     lines = [
         "# Results",
         "",
-        "Made by `benchmarks/quality.py`: mean over the seeds, and their standard deviation where there are several. Of a recipe with a",
-        "grid of rates the best of the first seed, of those that were run. Steps, rows of a step and texts of a task stand in",
+        "Made by `python -m benchmarks.quality`: mean over the seeds, and their standard deviation where there are several. Of a recipe",
+        "with a grid of rates the best of the first seed, of those that were run. Steps, rows of a step and texts of a task stand in",
         "`benchmarks/tasks.py`. Many runs shared a processor, so seconds tell orders of magnitude; TF32: products of float32 with inputs",
         "rounded to 10 bits. What follows from it, and what was measured with other budgets or in a trial, stands in LOG.md.",
         "",
@@ -215,6 +244,35 @@ def draw(runs: Runs, path: Path) -> None:
             axes.grid(alpha=0.3)
         row[1].legend(fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.savefig(path, dpi=80)
+
+
+def doctors_page(found: Runs) -> str:
+    """What the doctor said of every set-up, when, and whether it is what it should say."""
+    looked_at = {key: run for key, run in found.items() if "early" in run}
+    of_all = [one["machine"] for one in looked_at.values() if "machine" in one]
+    machines = sorted({f"{machine['threads']} thread of {machine['gpu'] or machine['cpu']}" for machine in of_all})
+    lines = [
+        "# What the doctor says",
+        "",
+        "Made by `python -m benchmarks.quality --doctor`: the defaults with one fault each. Early: the first step after which",
+        f"the fault was named while the run went on; 0 is before its first step. {'; '.join(machines)}.",
+        "",
+        "| base | task | set-up | steps | as it should be | early | findings |",
+        "|---|---|---|---:|---|---:|---|",
+    ]
+    for key, one in looked_at.items():
+        base, task, setup = key.split("/")
+        wanted = RECIPES[setup].finding
+        early = min((step for step, said in one["early"] if wanted and wanted in said), default="")
+        right = "yes" if named(wanted, one["findings"]) else "**no**"
+        said = "<br>".join(finding.replace("|", "\\|") for finding in one["findings"]) or "nothing to find fault with"
+        lines.append(f"| {base} | {task} | {setup} | {one['steps']} | {right} | {early} | {said} |")
+    return "\n".join([*lines, ""])
+
+
+def named(wanted: str | None, findings: list[str]) -> bool:
+    """Whether the findings are what they should be: the fault among them, or none."""
+    return any(wanted in finding for finding in findings) if wanted else not findings
 
 
 if __name__ == "__main__":

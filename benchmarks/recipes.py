@@ -7,6 +7,7 @@ schedule; P-tuning, prefix tuning and LoRA are PEFT's own modules in a plain loo
 
 import copy
 import math
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -15,26 +16,25 @@ from typing import Any
 
 import peft
 import torch
-from tasks import Task
 from torch import Tensor
 
+from benchmarks.tasks import Task
 from softprompt import init
-from softprompt.answers import first_answer, limit_of, stops_of
+from softprompt.answers import answer, limit_of, stops_of
 from softprompt.artifact import load_prompt
-from softprompt.config import Config, load_config
-from softprompt.data import Example
-from softprompt.rows import Rows, load_rows
+from softprompt.config import USUAL_RATE, Config, load_config, with_absolute_paths
+from softprompt.contestants import Reading
+from softprompt.doctor import diagnose
 from softprompt.encode import make_encoder
 from softprompt.engine.batch import batches, order_of_rows
-from softprompt.engine.decode import Question, Sampling, decode_whole
 from softprompt.engine.likelihood import candidate_losses, row_losses
-from softprompt.engine.loss import token_losses
+from softprompt.engine.loss import batch_losses
 from softprompt.engine.model import FrozenBase, head_of
-from softprompt.engine.prefix import Prefix
-from softprompt.engine.prompt import DeepPrompt, SoftPrompt, no_prompt, prefix_of, shapes_of
+from softprompt.engine.prompt import DeepPrompt, Prompt, SoftPrompt, no_prompt, shapes_of
 from softprompt.engine.tokens import Encoded
-from softprompt.events import Evaluated, Finished, Started, Step
-from softprompt.config import with_absolute_paths
+from softprompt.errors import Error
+from softprompt.events import Evaluated, Finished, Started, Step, Warned
+from softprompt.rows import Rows, load_rows
 from softprompt.training import train
 
 EVALUATIONS = 4
@@ -45,14 +45,16 @@ AS_PEFT = ("prompt.position=start", "optim.warmup_fraction=0", "train.head_toler
 @dataclass(frozen=True)
 class Recipe:
     """`settings`: of ours. `kind`: how it is trained; "peft" is PEFT's prompt tuning, whose rows come in any order of their labels.
-    `rates`: peak learning rates to search, on one seed; without, the default. `until`: a share of the steps; training is broken
-    off there, after an evaluation."""
+    `rates`: peak learning rates to search, on one seed; without, the default. `random`: what prompt.init = "random" means. `until`: a
+    share of the steps; training is broken off there, after an evaluation. `finding`: of a set-up for the doctor, what it must say of
+    its one fault, or nothing of a sound run."""
 
     settings: tuple[str, ...] = ()
     kind: str = "prompt"
     rates: tuple[float, ...] = ()
-    start: Callable[[init.Material, int], init.Start] | None = None
+    random: init.Source = init.from_noise
     until: float = 1.0
+    finding: str | None = None
 
 
 @dataclass(frozen=True)
@@ -67,20 +69,21 @@ class Outcome:
     findings: tuple[str, ...] = ()
 
 
-def peft_noise(material: init.Material, room: int) -> init.Start:
+def peft_noise(material: init.Material, room: int) -> init.Initial:
     """PEFT's random init: N(0, 1), whatever the scale of the base's embeddings."""
     noise = torch.randn(room, material.base.hidden_size, generator=torch.Generator().manual_seed(material.seed))
-    return init.Start(noise.to(material.base.device), "N(0, 1)")
+    return init.Initial(noise.to(material.base.device), "N(0, 1)")
 
 
-def peft_vocabulary(material: init.Material, room: int) -> init.Start:
+def peft_vocabulary(material: init.Material, room: int) -> init.Initial:
     """PEFT's SAMPLE_VOCAB: any tokens of the vocabulary."""
-    return init.Start(material.base.drawn_rows(room, material.seed), "any tokens of the vocabulary")
+    return init.Initial(material.base.drawn_rows(room, material.seed), "any tokens of the vocabulary")
 
 
+RATE = USUAL_RATE["prompt"]
 LONG = ("prompt.length=32", 'prompt.init=["text", "vocab"]')
 GRID = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
-RECIPES = {
+RECIPES: dict[str, Recipe] = {
     "softprompt": Recipe(),
     "softprompt, its first 20th of the steps": Recipe(until=1 / 20),
     "softprompt, after BOS": Recipe(("prompt.position=after_bos",)),
@@ -97,13 +100,18 @@ RECIPES = {
     "softprompt, rate 0.1": Recipe(("optim.relative_lr=0.1",)),
     "softprompt, rate 0.4": Recipe(("optim.relative_lr=0.4",)),
     "PEFT as in the tutorial": Recipe((*AS_PEFT, "optim.lr=5e-5"), "peft"),
-    "PEFT's defaults": Recipe((*AS_PEFT, "optim.lr=5e-5", "prompt.init=random"), "peft", start=peft_noise),
+    "PEFT's defaults": Recipe((*AS_PEFT, "optim.lr=5e-5", "prompt.init=random"), "peft", random=peft_noise),
     "PEFT, text init, best rate": Recipe(AS_PEFT, "peft", GRID),
-    "PEFT, vocabulary init, best rate": Recipe((*AS_PEFT, "prompt.init=random"), "peft", GRID, start=peft_vocabulary),
+    "PEFT, vocabulary init, best rate": Recipe((*AS_PEFT, "prompt.init=random"), "peft", GRID, random=peft_vocabulary),
     "PEFT P-tuning, best rate": Recipe(kind="p-tuning", rates=(3e-4, 1e-3, 3e-3)),
     "PEFT P-tuning by LSTM, best rate": Recipe(kind="p-tuning-lstm", rates=(3e-4, 1e-3, 3e-3)),
     "PEFT prefix tuning, best rate": Recipe(kind="prefix-tuning", rates=(1e-3, 1e-2, 1e-1)),
     "LoRA r = 8, best rate": Recipe(kind="lora", rates=(3e-4, 1e-3, 3e-3)),
+    "sound": Recipe(finding=""),
+    "rate 100 times too low": Recipe((f"optim.relative_lr={RATE / 100}",), finding="is too low"),
+    "rate 100 times too high": Recipe((f"optim.relative_lr={RATE * 100}",), finding="is too high"),
+    "template without the question": Recipe(("data.template=Human: {{ '' }}\n\nAssistant: ",), finding="data.template leaves out"),
+    "answers beyond max_length": Recipe(("data.max_length=4",), finding="data.max_length"),
 }
 
 
@@ -135,36 +143,44 @@ def make_config(recipe: Recipe, task: Task, base: FrozenBase, rate: float | None
 
 
 def _ours(recipe: Recipe, task: Task, config: Config, base: FrozenBase) -> Outcome:
-    before = dict(init.SOURCES)
-    if recipe.start is not None:
-        init.SOURCES["random"] = recipe.start
     curve, seconds = [], 0.0
-    try:
-        for event in train(config, base=base):
-            match event:
-                case Step():
-                    seconds += event.seconds
-                case Started():
-                    num_trainable = event.num_trainable
-                case Evaluated():
-                    curve.append((event.step, seconds, event.loss))
-                    if event.step and recipe.until < 1:
-                        return Outcome(curve, event.loss, None, num_trainable)
-                case Finished():
-                    result = event.result
-    finally:
-        init.SOURCES.update(before)
-    with torch.no_grad():
-        prefix = prefix_of(base, [load_prompt(result["prompt"], base).soft])
-    outcome = _scored(task, config, base, prefix, list, curve, num_trainable)
+    for event in train(config, base=base, sources={**init.SOURCES, "random": recipe.random}):
+        match event:
+            case Step():
+                seconds += event.seconds
+            case Started():
+                num_trainable = event.num_trainable
+            case Evaluated():
+                curve.append((event.step, seconds, event.loss))
+                if event.step and recipe.until < 1:
+                    return Outcome(curve, event.loss, None, num_trainable)
+            case Finished():
+                result = event.result
+    outcome = _scored(task, config, base, load_prompt(result["prompt"], base).soft, list, curve, num_trainable)
     return replace(outcome, findings=tuple(result["findings"]))
+
+
+def examined(recipe: Recipe, task: Task, base: FrozenBase) -> dict[str, Any]:
+    """What the doctor says while a set-up trains, and of the finished run; a refusal counts as a finding before any step."""
+    settings = (*recipe.settings, f"train.eval_every={task.steps // 2}")
+    early: list[tuple[int, str]] = []
+    with tempfile.TemporaryDirectory() as out:
+        try:
+            for event in train(make_config(Recipe(settings), task, base, None, 0, f"{out}/run"), base=base):
+                if isinstance(event, Warned):
+                    early.append((event.step, event.finding))
+            (findings,) = diagnose(f"{out}/run", base).values()
+        except Error as error:
+            refused = str(error).replace(f"{task.train.parent}/", "")
+            early, findings = [*early, (0, refused)], [refused]
+    return {"steps": task.steps, "early": early, "findings": findings}
 
 
 def _scored(
     task: Task,
     config: Config,
     base: FrozenBase,
-    prefix: Prefix,
+    prompt: Prompt,
     read: Callable[[Sequence[Encoded]], list[Encoded]],
     curve: list[tuple[int, float, float]],
     num_trainable: int,
@@ -175,10 +191,12 @@ def _scored(
     encoder = make_encoder(base.tokenizer, config.data.template)
     test = config.model_copy(update={"data": config.data.model_copy(update={"train": str(task.test), "eval": None})})
     rows, _ = load_rows(test, encoder)
+    with torch.no_grad():
+        prefix = prompt.prefix(base)
     if not task.labelled:
         encoded = read(rows.encoded)
         loss = row_losses(base, prefix, encoded, TOKENS[base.device.type]).sum().item() / rows.num_supervised
-        right = _share_answered(base, prefix, encoded, rows.examples, stops_of([encoder], rows.examples)) if task.exact else None
+        right = _share_answered(base, prompt, encoded, rows, stops_of([encoder], rows.examples)) if task.exact else None
         return Outcome(curve, loss, right, num_trainable)
     candidates_RC = [read([encoder.encode(example.answered(label)) for label in rows.labels]) for example in rows.examples]
     losses_RC = candidate_losses(base, prefix, candidates_RC, TOKENS[base.device.type])
@@ -187,15 +205,12 @@ def _scored(
     return Outcome(curve, loss, (losses_RC.argmin(dim=1) == own_R).double().mean().item(), num_trainable)
 
 
-def _share_answered(base: FrozenBase, prefix: Prefix, rows: Sequence[Encoded], examples: Sequence[Example], stops: Sequence[str]) -> float:
+def _share_answered(base: FrozenBase, prompt: Prompt, encoded: Sequence[Encoded], rows: Rows, stops: Sequence[str]) -> float:
     """Of the rows, those whose greedy answer is their response."""
-
-    def said(ids: Sequence[int]) -> tuple[str, bool]:
-        return first_answer(base.tokenizer.decode(ids, skip_special_tokens=True), stops)
-
-    questions, sampling = [Question((0,), (row.question,)) for row in rows], Sampling(max_new_tokens=limit_of(rows))
-    answers = decode_whole(base, prefix, questions, sampling, lambda ids: said(ids)[1])
-    return mean(said(ids)[0] == examples[number].response.strip() for number, ids, _ in answers)
+    reading = Reading(prompt, [], (prompt, ()), [row.question for row in encoded], 0.0)
+    wanted = [("", number) for number in range(len(encoded))]
+    said = answer(base, {"": [reading]}, wanted, limit_of(encoded), stops)
+    return mean(one.text == rows.examples[one.row].response.strip() for one in said)
 
 
 # ---- PEFT's own modules --------------------------------------------------------------------------------------------
@@ -205,13 +220,13 @@ def _share_answered(base: FrozenBase, prefix: Prefix, rows: Sequence[Encoded], e
 class Peer:
     """A method of PEFT's: its own module and start; the base's forward, loss and batches are our engine's.
 
-    `base` has LoRA's layers in it where there are any. `prefix`: what rows continue from, with gradient. `bos_id`: set where BOS
+    `base` has LoRA's layers in it where there are any. `prompt`: what rows continue from, with gradient. `bos_id`: set where BOS
     stands in the text, behind the prefix.
     """
 
     base: FrozenBase
     trained: list[Tensor]
-    prefix: Callable[[], Prefix]
+    prompt: Callable[[], Prompt]
     bos_id: int | None = None
 
     def rows(self, rows: Sequence[Encoded]) -> list[Encoded]:
@@ -223,18 +238,18 @@ class Peer:
     def step(self, rows: Sequence[Encoded]) -> None:
         """Adds the gradient of the mean loss per supervised token."""
         count = sum(row.num_supervised for row in rows)
-        prefix = self.prefix()
+        prefix = self.prompt().prefix(self.base)
         leaf = prefix.leaf()
         for batch in batches(self.rows(rows), [0] * len(rows), TOKENS[self.base.device.type], self.base.device):
             continued = self.base.continue_from(leaf, batch.which_B, batch.ids_BT, batch.mask_BT)
-            (token_losses(self.base, continued, batch).sum() / count).backward()
+            (batch_losses(self.base, continued, batch).sum() / count).backward()
         prefix.backward_from(leaf)
 
 
 def _lora(base: FrozenBase, task: Task, bos_id: int | None) -> Peer:
     config = peft.LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"])
     model = peft.get_peft_model(base.model, config)  # puts its layers into base.model, in place
-    return Peer(base, _trained(model), lambda: prefix_of(base, [no_prompt(base, bos_id)]))
+    return Peer(base, _trained(model), lambda: no_prompt(base, bos_id))
 
 
 def _encoder(kind: str) -> Callable[[FrozenBase, Task, int | None], Peer]:
@@ -246,11 +261,7 @@ def _encoder(kind: str) -> Callable[[FrozenBase, Task, int | None], Peer]:
             encoder_hidden_size=base.hidden_size,
         )
         model = peft.get_peft_model(base.model, config)
-
-        def prefix() -> Prefix:
-            return prefix_of(base, [SoftPrompt(model.get_prompt(1)[0].float(), "start", bos_id)])
-
-        return Peer(base, _trained(model), prefix)
+        return Peer(base, _trained(model), lambda: SoftPrompt(model.get_prompt(1)[0].float(), "start", bos_id))
 
     return make
 
@@ -264,11 +275,11 @@ def _prefix_tuning(base: FrozenBase, task: Task, bos_id: int | None) -> Peer:
     model = peft.get_peft_model(base.model, config)
     scale_D = torch.ones(len(shapes) * heads * size, device=base.device)
 
-    def prefix() -> Prefix:
+    def prompt() -> Prompt:
         rows_PD = model.prompt_encoder["default"](torch.arange(task.virtual_tokens, device=base.device))
-        return prefix_of(base, [DeepPrompt(rows_PD, "after_bos", None, scale_D, shapes)])
+        return DeepPrompt(rows_PD, "after_bos", None, scale_D, shapes)
 
-    return Peer(base, _trained(model), prefix, bos_id)
+    return Peer(base, _trained(model), prompt, bos_id)
 
 
 PEERS = {"lora": _lora, "p-tuning": _encoder("MLP"), "p-tuning-lstm": _encoder("LSTM"), "prefix-tuning": _prefix_tuning}
@@ -287,11 +298,13 @@ def _peft(kind: str, task: Task, config: Config, base: FrozenBase, rate: float) 
     assert held is not None
     peer = PEERS[kind](base, task, encoder.bos_id)
     optimizer = torch.optim.AdamW(peer.trained, lr=rate, weight_decay=0.0)
-    curve, seconds, best = [], 0.0, [tensor.detach().clone() for tensor in peer.trained]
+    curve: list[tuple[int, float, float]] = []
+    seconds, best = 0.0, [tensor.detach().clone() for tensor in peer.trained]
     for step in range(task.steps + 1):
-        if step % config.train.eval_every == 0 or step == task.steps:
+        if step % (config.train.eval_every or task.steps) == 0 or step == task.steps:
             with torch.no_grad():
-                loss = row_losses(base, peer.prefix(), peer.rows(held.encoded), TOKENS[base.device.type]).sum().item() / held.num_supervised
+                losses = row_losses(base, peer.prompt().prefix(base), peer.rows(held.encoded), TOKENS[base.device.type])
+            loss = losses.sum().item() / held.num_supervised
             if loss < min((point[2] for point in curve), default=math.inf):
                 best = [tensor.detach().clone() for tensor in peer.trained]
             curve.append((step, seconds, loss))
@@ -300,8 +313,8 @@ def _peft(kind: str, task: Task, config: Config, base: FrozenBase, rate: float) 
     with torch.no_grad():
         for tensor, value in zip(peer.trained, best, strict=True):
             tensor.copy_(value)
-        prefix = peer.prefix()
-    return _scored(task, config, base, prefix, peer.rows, curve, sum(tensor.numel() for tensor in peer.trained))
+        prompt = peer.prompt()
+    return _scored(task, config, base, prompt, peer.rows, curve, sum(tensor.numel() for tensor in peer.trained))
 
 
 def _peft_step(peer: Peer, optimizer: torch.optim.Optimizer, rows: Rows, config: Config, step: int, rate: float) -> float:

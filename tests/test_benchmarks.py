@@ -12,18 +12,15 @@ import pytest
 import tiny
 import torch
 
+import softprompt
+from benchmarks import contestants, eval_speed, quality, recipes, tasks, train_speed, workloads
+from softprompt import init
 from softprompt.encode import make_encoder
-from softprompt.engine import prompt
-from softprompt.engine.tokens import shared_beginning
+from softprompt.engine.prompt import no_prompt
+from softprompt.evaluation import held_out_loss
+from softprompt.events import Saved
+from softprompt.rows import load_rows
 from softprompt.training import train
-
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))  # its scripts import each other as scripts do
-
-import beginning  # noqa: E402
-import rows  # noqa: E402
-import train_speed  # noqa: E402
-import workloads  # noqa: E402
 
 KEYS = {
     "workload", "device", "dtype", "ours_samples_per_second", "peft_samples_per_second", "ratio", "ours_peak_bytes", "peft_peak_bytes",
@@ -40,8 +37,8 @@ def test_rows_have_the_lengths_of_their_workload(tmp_path, name, adds_bos):
     workload = workloads.WORKLOADS[name]
     profile = replace(workload.profile, shortest=max(workload.profile.shortest, 60 if workload.profile.share else 25))
     encoder = make_encoder(tiny.tiny_tokenizer(adds_bos=adds_bos), "human-assistant")
-    made = rows.make_rows(replace(workload, profile=profile), 40, encoder, None, seed=0)
-    encoded = rows.read_rows(str(rows.write_rows(tmp_path / "rows.jsonl", made)), encoder, profile.longest)
+    made = workloads.make_rows(replace(workload, profile=profile), 40, encoder, None, seed=0)
+    encoded = workloads.read_rows(str(workloads.write_rows(tmp_path / "rows.jsonl", made)), encoder, profile.longest)
     lengths = [len(row) + adds_bos for row in encoded]
     assert len(encoded) == 40
     assert profile.shortest <= min(lengths) < max(lengths) <= profile.longest
@@ -52,23 +49,14 @@ def test_rows_have_the_lengths_of_their_workload(tmp_path, name, adds_bos):
         assert fmean(row.num_supervised for row in encoded) == pytest.approx(profile.share * profile.mean, rel=0.05)
 
 
-def test_a_step_is_the_same_however_its_beginning_is_read(bases):
-    rows_alike = beginning.make_rows(bases(), words=3, count=prompt.ENOUGH, seed=0)
-    assert len(shared_beginning(rows_alike)) > 3
-    (_, whole), (_, once) = beginning.both_ways(bases(), rows_alike, once_first=True)
-    assert whole.norm() > 1e-4
-    assert not torch.equal(whole, once)  # it is another way
-    torch.testing.assert_close(whole, once, rtol=1e-3, atol=1e-6)
-
-
 def test_rows_come_from_a_data_file(tmp_path):
     answers = ["one short answer", "another answer which is a good deal longer than the first one", "一个简短的回答"]
     data = tiny.write_rows(tmp_path / "data.jsonl", [{"instruction": "Say.", "input": "", "output": answer} for answer in answers])
     encoder = make_encoder(tiny.tiny_tokenizer(), "human-assistant")
-    taken = rows.make_rows(workloads.WORKLOADS["tutorial"], 5, encoder, str(data), seed=0)
+    taken = workloads.make_rows(workloads.WORKLOADS["tutorial"], 5, encoder, str(data), seed=0)
     assert [row["completion"] for row in taken] == [*answers, *answers[:2]]
-    joined = rows.make_rows(workloads.WORKLOADS["long"], 3, encoder, str(data), seed=0)
-    encoded = rows.read_rows(str(rows.write_rows(tmp_path / "rows.jsonl", joined)), encoder, 1024)
+    joined = workloads.make_rows(workloads.WORKLOADS["long"], 3, encoder, str(data), seed=0)
+    encoded = workloads.read_rows(str(workloads.write_rows(tmp_path / "rows.jsonl", joined)), encoder, 1024)
     assert all(900 <= len(row) + 1 <= 1024 and 0.75 < row.num_supervised / len(row) < 0.85 for row in encoded)
     assert all(answers[1] in row["completion"] for row in joined)
 
@@ -97,8 +85,6 @@ def test_a_comparison_from_end_to_end(tmp_path, monkeypatch, capsys):
 @pytest.fixture
 def quality_task(tmp_path):
     """Rows of text and label, as the tasks of reviews have them."""
-    import tasks
-
     rows = [{"text": f"{'very ' * (n % 3)}{'nice' if n % 2 else 'awful'}", "label": "good" if n % 2 else "bad"} for n in range(24)]
     files = [
         tiny.write_rows(tmp_path / f"{part}.jsonl", rows[start:stop]) for part, start, stop in (("a", 0, 12), ("b", 12, 18), ("c", 18, 24))
@@ -120,8 +106,6 @@ def quality_task(tmp_path):
     ],
 )
 def test_every_kind_of_recipe_trains_and_is_scored(bases, quality_task, tmp_path, name):
-    import recipes
-
     base = bases()
     before = {key: value.clone() for key, value in base.model.state_dict().items()}
     outcome = recipes.run_recipe(recipes.RECIPES[name], quality_task, base, 0.01, 0, str(tmp_path / "run"))
@@ -135,13 +119,6 @@ def test_every_kind_of_recipe_trains_and_is_scored(bases, quality_task, tmp_path
 
 def test_lora_starts_at_the_bare_base(bases, quality_task, tmp_path):
     """PEFT's forward and ours agree on the loss before any step: LoRA's B is zero then."""
-    import recipes
-
-    from softprompt.encode import make_encoder
-    from softprompt.engine.prompt import no_prompt
-    from softprompt.evaluation import held_out_loss
-    from softprompt.rows import load_rows
-
     base = bases()
     config = recipes.make_config(recipes.RECIPES["LoRA r = 8, best rate"], quality_task, base, 0.01, 0, str(tmp_path / "run"))
     encoder = make_encoder(base.tokenizer, config.data.template)
@@ -150,9 +127,25 @@ def test_lora_starts_at_the_bare_base(bases, quality_task, tmp_path):
     assert outcome.curve[0][2] == pytest.approx(bare, rel=1e-5)
 
 
-def test_a_grid_is_searched_on_the_first_seed_alone():
-    import quality
+def test_random_means_what_peft_means_by_it(bases, quality_task, tmp_path):
+    theirs = recipes.RECIPES["PEFT's defaults"]
+    both = {"theirs": theirs, "ours": replace(theirs, random=init.from_noise)}
+    start = [recipes.run_recipe(one, quality_task, bases(), None, 0, str(tmp_path / name)).curve[0][2] for name, one in both.items()]
+    assert abs(start[0] - start[1]) > 0.01
 
+
+def test_the_pages_are_what_their_lines_give():
+    docs = Path(__file__).parents[1] / "docs"
+    ours, doctor, contest = (quality.read(docs / f"{name}.jsonl") for name in ("results", "doctor", "contestants"))
+    made = {
+        "results": quality.report(ours | doctor),
+        "doctor": quality.doctors_page(ours | doctor),
+        "contestants": contestants.report(contest),
+    }
+    assert made == {name: (docs / f"{name}.md").read_text(encoding="utf-8") for name in made}
+
+
+def test_a_grid_is_searched_on_the_first_seed_alone():
     def run(loss):
         return {"curve": [(0, 0.0, 3.0), (4, 1.0, loss)], "test_loss": loss, "accuracy": None, "num_trainable": 5, **CPU}
 
@@ -167,12 +160,10 @@ def test_a_grid_is_searched_on_the_first_seed_alone():
 
 
 def test_what_one_process_has_begun_the_others_leave_to_it(tmp_path):
-    import quality
-
     held = tmp_path / "lock"
-    code = "import quality, sys; file = open(sys.argv[1], 'w'); print(quality._first_to_begin(file, 'a'), flush=True); input()"
-    command = [sys.executable, "-c", code, str(held)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=BENCHMARKS) as other:
+    begins = 'file = open(sys.argv[1], "w"); print(quality._first_to_begin(file, "a"), flush=True); input()'
+    command = [sys.executable, "-c", f"import sys; from benchmarks import quality; {begins}", str(held)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1]) as other:
         assert other.stdout.readline() == "True\n"
         with held.open("w") as file:
             assert not quality._first_to_begin(file, "a")
@@ -182,8 +173,6 @@ def test_what_one_process_has_begun_the_others_leave_to_it(tmp_path):
 
 
 def test_the_table_begins_with_what_is_asked_first():
-    import quality
-
     def run(loss, accuracy):
         return {"curve": [(0, 0.0, 3.0), (4, 1.0, loss)], "test_loss": loss, "accuracy": accuracy, "num_trainable": 5, **CPU}
 
@@ -193,10 +182,6 @@ def test_the_table_begins_with_what_is_asked_first():
 
 
 def test_rows_without_labels_are_scored_by_their_loss(bases, quality_task, tmp_path):
-    from dataclasses import replace
-
-    import recipes
-
     task = replace(quality_task, labelled=False)
     outcome = recipes.run_recipe(recipes.RECIPES["softprompt"], task, bases(), None, 0, str(tmp_path / "run"))
     assert outcome.accuracy is None
@@ -205,8 +190,6 @@ def test_rows_without_labels_are_scored_by_their_loss(bases, quality_task, tmp_p
 
 @pytest.mark.filterwarnings("ignore:Position ids are not supported")
 def test_the_speed_of_an_evaluation_from_end_to_end(tmp_path, monkeypatch, make_config):
-    import eval_speed
-
     model, out = tiny.tiny_folder(tmp_path / "model", max_position_embeddings=2048), tmp_path / "out.json"
     list(train(make_config("train.steps=1", f"model.name={model}")))
     how = ["--prompt", str(tmp_path / "run"), "--rows", "5", "--labelled", "9", "--joined", "1", "2", "--pairs", "1"]
@@ -225,22 +208,20 @@ def test_the_speed_of_an_evaluation_from_end_to_end(tmp_path, monkeypatch, make_
 
 
 @pytest.mark.parametrize(
-    "setup", ["rate 100 times too low", "rate 100 times too high", "template without the question", "answers beyond max_length"]
+    ("setup", "early"),
+    [("rate 100 times too low", 6), ("rate 100 times too high", 6), ("template without the question", 0), ("answers beyond max_length", 0)],
 )
-def test_a_broken_set_up_is_named(bases, quality_task, setup):
-    import broken
-
-    found = broken.tried(setup, quality_task, bases(), 12)
-    assert broken.named(setup, found["findings"])
-    assert not broken.named("sound", found["findings"])
-    page = broken.report({f"tiny/reviews/{setup}": {"steps": 12, **found}})
-    assert f"| tiny | reviews | {setup} | 12 | yes |" in page
+def test_a_broken_set_up_is_named(bases, quality_task, setup, early):
+    recipe, task = recipes.RECIPES[setup], replace(quality_task, steps=12)
+    found = recipes.examined(recipe, task, bases())
+    assert quality.named(recipe.finding, found["findings"])
+    assert not quality.named(recipes.RECIPES["sound"].finding, found["findings"])
+    page = quality.doctors_page({f"tiny/reviews/{setup}": {**found, "early": [(-1, "of something else"), *found["early"]]}})
+    assert f"| tiny | reviews | {setup} | 12 | yes | {early} |" in page
 
 
 def test_exact_answers_are_counted(bases, quality_task, tmp_path):
     """An answer is right when it is the response to the letter; the prompt that says them was trained on these rows."""
-    import recipes
-
     rows = tiny.write_rows(tmp_path / "rows.jsonl", [{"prompt": "say", "completion": "aa"}] * 4)
     task = replace(quality_task, train=rows, held=rows, test=Path(f"{rows}[:2]"), labelled=False, exact=True, steps=60)
     learned = recipes.run_recipe(recipes.RECIPES["softprompt"], task, bases(), None, 0, str(tmp_path / "run"))
@@ -254,8 +235,6 @@ def test_exact_answers_are_counted(bases, quality_task, tmp_path):
 @pytest.fixture
 def contest(tmp_path, monkeypatch, quality_task):
     """contest(...): benchmarks/contestants.py on a tiny base, a labelled task and one of text whose held-out rows are its test."""
-    import contestants
-
     rows = [{"instruction": f"Say {n}.", "input": "", "output": f'{{"n": {n}}}'} for n in range(40)]
     train, held = tiny.write_rows(tmp_path / "t.jsonl", rows[:16]), tiny.write_rows(tmp_path / "h.jsonl", rows[16:])
     told = replace(quality_task, name="demo", train=train, held=held, test=held, labelled=False)
@@ -274,8 +253,6 @@ def contest(tmp_path, monkeypatch, quality_task):
 
 
 def test_contestants_from_end_to_end(contest, tmp_path):
-    import contestants
-
     page, readme = tmp_path / "page.md", tmp_path / "README.md"
     readme.write_text("above\n" + "old\n".join(contestants.MARKS) + "below\n", encoding="utf-8")
     demo, sentiment = contest("--task", "demo", "--task", "sentiment", "--report", page, "--readme", readme)
@@ -324,11 +301,6 @@ def test_a_page_without_marks_is_left_alone(contest, tmp_path):
 
 
 def test_a_stopped_training_goes_on(contest, tmp_path, monkeypatch):
-    import contestants
-
-    import softprompt
-    from softprompt.events import Saved
-
     def stopped(*how, **settings):
         for event in train(*how, **settings):
             yield event
