@@ -75,8 +75,8 @@ def train(
     if not resume:
         _write_setup(setup, early)
     run = RunFolder.reopen(folder)
-    with run.locked(), closing(_logged(run, _run(*start_job(setup, run)))) as events:
-        yield from tracked(events, setup.config)
+    with run.locked():
+        yield from tracked(_logged(run, _run(*start_job(setup, run))), setup.config)
 
 
 def _find_rate(config: Config, base: FrozenBase) -> Events:

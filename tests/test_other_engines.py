@@ -80,7 +80,7 @@ def scene(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     ours = {}
     for one in prompts:
         stored = load_prompt(one, base)
-        carried = Carried(one.name, stored.soft, stored.encoder, stored.card)
+        carried = Carried(one.name, stored.soft, stored.encoder)
         ours[one.name] = Ours(our_answers(base, one, QUESTIONS, TOKENS), frame(carried))
     return Scene(folder, file, config, base, prompts, ours)
 

@@ -71,7 +71,7 @@ def _carried(name: str, path: Path, base: FrozenBase, allow_other_base: bool) ->
     stored = load_prompt(path, base, allow_other_base=allow_other_base)
     if not isinstance(stored.soft, SoftPrompt):
         raise ArtifactError(f"{path} holds keys and values of every layer: only softprompt and PEFT take those")
-    return Carried(name, stored.soft, stored.encoder, stored.card)
+    return Carried(name, stored.soft, stored.encoder)
 
 
 def _write(wanted: Wanted, goal: Callable[[Path], Goal]) -> dict[str, Any]:

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from softprompt.artifact import Card
 from softprompt.config import ModelConfig
 from softprompt.data import Message
 from softprompt.encode import Encoder
@@ -27,7 +26,6 @@ class Carried:
     name: str
     soft: SoftPrompt
     encoder: Encoder
-    card: Card
 
     @property
     def tokens(self) -> tuple[str, ...]:
