@@ -40,6 +40,7 @@ from softprompt.engine.precise import wide
 from softprompt.engine.prompt import SoftPrompt
 from softprompt.engine.step import StepSettings, step_gradients
 from softprompt.engine.tokens import Encoded
+from softprompt.engine.trial import Sharing
 
 TOKENS_PER_BATCH = 512
 TOLERANCE = Config().train.head_tolerance
@@ -103,7 +104,7 @@ def follow(full: FrozenBase, half: FrozenBase, given: argparse.Namespace) -> Ite
         found = {"tolerance": gradient(full, TOLERANCE)}
         with RoundedProducts() if given.emulate else nullcontext():  # type: ignore[no-untyped-call]
             found["bfloat16"] = gradient(half, TOLERANCE)
-            found["all-half"] = gradient(replace(half, exact_prefill=False), TOLERANCE)
+            found["all-half"] = gradient(replace(half, sharing=Sharing(exact=False)), TOLERANCE)
         compared = {kind: against(grad, exact) for kind, grad in found.items()}
         print(number + 1, {kind: round(one["cosine"], 5) for kind, one in compared.items()}, flush=True)
         yield compared

@@ -14,10 +14,11 @@ from softprompt.artifact import StoredPrompt
 from softprompt.data import Example, Message
 from softprompt.encode import Encoder, Segment, joined
 from softprompt.engine.head import Head
-from softprompt.engine.model import FrozenBase, check
+from softprompt.engine.model import FrozenBase
 from softprompt.engine.prompt import Prompt
 from softprompt.engine.shelf import Context
 from softprompt.engine.tokens import Encoded, num_shared
+from softprompt.engine.trial import check
 from softprompt.errors import ArtifactError, DataError, ModelError
 from softprompt.generation import without_prompt
 
@@ -171,10 +172,10 @@ def competing(base: FrozenBase, contestant: Contestant) -> Iterator[FrozenBase]:
     try:
         head = adapted_head(base)
         try:
-            shares_prefix = check(base.model, head, wrong)
+            sharing = check(base.model, head, wrong)
         except ModelError as error:
             raise ArtifactError(str(error)) from None
-        yield replace(base, head=head, shares_prefix=shares_prefix)
+        yield replace(base, head=head, sharing=sharing)
     finally:
         model.unload()
         for parent, name, child in before:  # PEFT leaves what an adapter has trained as a whole in the place of the base's own

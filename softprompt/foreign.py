@@ -121,7 +121,7 @@ def _on_base(path: str | Path, foreign: Foreign, config: Config, base: FrozenBas
             raise ArtifactError(f"{path} has rows of {rows.shape[1]} numbers, {base.name} needs {base.hidden_size}: it is for another base")
         check_position(config.prompt.position, encoder)
         return SoftPrompt(rows, config.prompt.position, encoder.bos_id)
-    shapes = shapes_of(base.prefill([base.embed_ids([0])]).layers) if base.shares_prefix else ()
+    shapes = shapes_of(base.prefill([base.embed_ids([0])]).layers)
     if sum(heads * size for heads, size in shapes) != rows.shape[1]:
         raise ArtifactError(f"{path} holds keys and values of other shapes than those of {base.name}: it is for another base")
     if config.prompt.position != "start":

@@ -125,10 +125,10 @@ def _activations(config: Config, settings: Any, model: Any, lengths: Sequence[in
     width, device = config.data.max_length, device_of(config.model.device)
     budget = token_budget(model.base_model, device, config.train.tokens_per_batch)
     rows = max(1, min(budget // width, config.train.examples_per_step * len(lengths)))
-    if getattr(model, "_is_stateful", False):  # a recurrent state cannot be shared: the plain path, one row at a time
-        peak = (width + max(lengths)) * activation_bytes(model.base_model)
-    else:
+    try:
         peak = step_peak(settings, model.dtype, [length + 1 for length in lengths], (rows, width), config.train.checkpoint_activations)
+    except Exception:  # what some layers do depends on numbers, which a plan has none of: experts, for one
+        peak = rows * (width + max(lengths)) * activation_bytes(model.base_model)
     return round(peak * FRAGMENTATION.get(device.type, 1.0))
 
 

@@ -11,9 +11,9 @@ from test_invariants import some_prompt
 
 from softprompt.engine import decode as decode_module
 from softprompt.engine.decode import OpenBatch, Question, Sampling, admit, advance, decode, decode_whole, drop
-from softprompt.engine.prompt import deepened, no_prompt
+from softprompt.engine.prompt import deepened, no_prompt, shapes_of
 
-FAMILIES = ["bloom", "llama", "qwen2", "mistral", "gemma3_text", "gpt2", "gpt_neox", "phi3", "granite", *tiny.RECURRENT]
+FAMILIES = ["bloom", "llama", "mistral", "gemma3_text", "gpt2", "phi3", *tiny.RECURRENT, *tiny.WHOLE]
 HOW = (
     Sampling(9),
     Sampling(14, temperature=1.5, top_p=0.95, top_k=50, seed=7),
@@ -25,7 +25,7 @@ HOW = (
 def some_starts(base):
     """Prompts of two kinds and five lengths, before and after BOS, one with a text behind it."""
     rows = [some_prompt(base, length, position, seed=length) for length, position in ((6, "start"), (2, "after_bos"), (9, "start"))]
-    deep = [deepened(base, rows[0].rows_PH, "start", tiny.BOS)] if base.shares_prefix else []
+    deep = [deepened(base, rows[0].rows_PH, "start", tiny.BOS)] if shapes_of(base.prefill([base.embed_ids([0])]).layers) else []
     return [*((one, ()) for one in (*rows, *deep, no_prompt(base, tiny.BOS))), (rows[1], (50, 60, 70))]
 
 
@@ -103,7 +103,7 @@ def test_a_question_wider_than_the_batch_is_answered_alone(bases, monkeypatch):
     assert [found[number] for number in range(3)] == [alone(bases(), question) for question in questions]
 
 
-@pytest.mark.parametrize("family", ["llama", *tiny.RECURRENT])
+@pytest.mark.parametrize("family", ["llama", "qwen3_5_text", "mamba2", *tiny.WHOLE])
 def test_a_question_ends_where_it_is_told(bases, family):
     base, start = bases(family), (some_prompt(bases(family)), ())
 

@@ -146,7 +146,7 @@ def test_it_ends_beside_plain_rows_as_it_does_alone(make_config, tmp_path):
     list(train(together))
     alone = make_config(PREFIX, "train.steps=4", f"train.out={tmp_path / 'alone'}")
     list(train(alone))
-    torch.testing.assert_close(rows_of_member(Path(together.train.out), "deep"), rows_of(tmp_path / "alone"), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(rows_of_member(Path(together.train.out), "deep"), rows_of(tmp_path / "alone"), rtol=5e-3, atol=1e-4)
 
 
 def test_answers_are_the_same_alone_and_beside_plain_rows(bases, make_config, tmp_path):
@@ -182,7 +182,7 @@ def test_a_deep_prompt_is_no_start_for_another(make_config, tmp_path):
 
 
 def test_a_recurrent_base_has_no_keys_and_values(bases, make_config):
-    with pytest.raises(ModelError, match="keeps a recurrent state"):
+    with pytest.raises(ModelError, match="keep keys and values and nothing else"):
         list(train(make_config(PREFIX, f"model.name={bases('falcon_mamba').name}")))
 
 

@@ -66,7 +66,7 @@ def loss_of(base, row):
         return base.model(input_ids=torch.tensor([[tiny.BOS, *row.ids]]), labels=labels).loss.item() * row.num_supervised
 
 
-@pytest.mark.parametrize("family", [*tiny.FAMILIES, *tiny.RECURRENT])
+@pytest.mark.parametrize("family", [*tiny.FAMILIES, *tiny.RECURRENT, *tiny.WHOLE])
 def test_candidates_of_one_reading_score_as_whole_rows(bases, tmp_path, monkeypatch, family):
     """Labels that begin alike, one twice, one cut, rows of uneven lengths, one with an answer in its question; several groups."""
     monkeypatch.setattr(likelihood, "GROUP", 80)
@@ -315,7 +315,7 @@ def test_answers_of_all_contestants_end_where_a_stop_text_does(bases, stored, he
         assert all(cut[pair] == whole[pair] for pair in pairs if pair not in stopped)
 
 
-@pytest.mark.parametrize("family", ["llama", *tiny.RECURRENT])
+@pytest.mark.parametrize("family", ["llama", *tiny.WHOLE])
 def test_decoding_ends_where_it_is_told(bases, family):
     base = bases(family)
     texts, six = [tuple(range(10, 10 + length)) for length in (2, 5, 3)], Sampling(max_new_tokens=6)

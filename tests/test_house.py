@@ -39,8 +39,9 @@ LAYERS = [
 ]
 ENGINE_MAY_IMPORT = {"errors", "config", "hub", "atomic"}
 ENGINE = [
-    {"tokens", "world", "precise", "head", "memory", "unpack", "offload", "optim"},
+    {"tokens", "world", "precise", "head", "memory", "unpack", "offload", "optim", "layers"},
     {"prefix", "batch"},
+    {"trial"},
     {"model"},
     {"loss", "prompt", "loading", "likelihood"},
     {"shelf", "step"},

@@ -18,7 +18,8 @@ from softprompt.engine.tokens import Encoded, shared_beginning
 from softprompt.training import train
 
 FAMILIES = sorted(tiny.FAMILIES)
-ALL = FAMILIES + sorted(tiny.RECURRENT)
+SHARING = FAMILIES + sorted(tiny.RECURRENT)
+ALL = SHARING + sorted(tiny.WHOLE)
 LENGTHS = (9, 5, 14, 3)
 WIDE = {family: {"sliding_window": 64} for family, settings in tiny.FAMILIES.items() if "sliding_window" in settings}
 
@@ -115,7 +116,7 @@ def test_what_enough_rows_begin_with_is_read_once(bases, deep):
         assert (prefix.lengths[0], whole) == (soft.length, own)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", SHARING)
 def test_shared_prefix_equals_concatenation(bases, family):
     base, rows = bases(family), encoded_rows()
     assert base.shares_prefix
@@ -129,8 +130,9 @@ def test_shared_prefix_equals_concatenation(bases, family):
             torch.testing.assert_close(shared[index, : len(row)], alone, rtol=1e-4, atol=1e-5)
 
 
-def test_a_recurrent_base_takes_the_plain_path(bases):
-    assert not bases("falcon_mamba").shares_prefix
+@pytest.mark.parametrize("family", sorted(tiny.WHOLE))
+def test_what_keeps_its_own_states_is_read_whole(bases, family):
+    assert not bases(family).shares_prefix
 
 
 @pytest.mark.parametrize("family", ALL)
@@ -142,7 +144,7 @@ def test_any_cut_into_micro_batches_gives_the_same_gradient(bases, family):
         assert len(list(batches(rows, [0] * len(rows), budget, base.device))) > 1
         loss, gradient = loss_and_gradient(base, soft, rows, budget)
         assert loss == pytest.approx(whole[0], rel=1e-5)
-        torch.testing.assert_close(gradient, whole[1], rtol=1e-3, atol=1e-6)
+        torch.testing.assert_close(gradient, whole[1], rtol=1e-3, atol=1e-4 * whole[1].abs().max().item())
 
 
 @pytest.mark.parametrize("family", FAMILIES)

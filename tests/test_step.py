@@ -119,7 +119,7 @@ def test_a_step_learns_from_what_its_loss_says(bases):
     plain, gradient = loss_and_gradient(base, soft, rows, 40)
     sure, same = loss_and_gradient(base, soft, rows, 40, loss=of_a_teacher(1.0))
     assert sure == pytest.approx(plain, rel=1e-5)
-    torch.testing.assert_close(same, gradient, rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(same, gradient, rtol=1e-3, atol=1e-4 * gradient.abs().max().item())
     unsure, other = loss_and_gradient(base, soft, rows, 40, loss=of_a_teacher(0.5))
     assert unsure < plain
     assert (other - gradient).norm() > 0.1 * gradient.norm()
@@ -183,7 +183,7 @@ def test_prompts_together_get_the_gradients_of_each_alone(bases, family, alike):
     for prompt, own, leaf, loss in zip(prompts, rows, leaves, losses.tolist(), strict=True):
         alone, gradient = loss_and_gradient(base, prompt, own, 40)
         assert loss == pytest.approx(alone, rel=1e-5)
-        torch.testing.assert_close(leaf.rows_PH.grad, gradient, rtol=1e-3, atol=1e-6)
+        torch.testing.assert_close(leaf.rows_PH.grad, gradient, rtol=1e-3, atol=1e-4 * gradient.abs().max().item())
 
 
 def test_processes_share_the_micro_batches_of_a_step(bases):

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from families import small_settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -52,11 +53,14 @@ FAMILIES: dict[str, Mapping[str, Any]] = {
     "gemma2": {**_grouped, "head_dim": 8, "final_logit_softcapping": 5.0},
     "granite": {**_grouped, "embedding_multiplier": 3.0, "logits_scaling": 2.0},
 }
-RECURRENT: dict[str, Mapping[str, Any]] = {
-    "falcon_mamba": {
-        "vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": PAD,
-    },
-}  # fmt: skip
+RECURRENT: dict[str, Mapping[str, Any]] = {  # which share states beside keys and values
+    name: {**small_settings(name).to_dict(), "bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": PAD}
+    for name in ("qwen3_5_text", "granitemoehybrid", "falcon_h1", "nemotron_h", "lfm2", "olmo_hybrid", "mamba2", "deepseek_v32")
+}
+WHOLE: dict[str, Mapping[str, Any]] = {  # whose rows are read whole
+    name: {**small_settings(name).to_dict(), "bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": PAD}
+    for name in ("falcon_mamba", "jamba", "minimax", "recurrent_gemma", "xlstm")
+}
 
 
 def tiny_tokenizer(*, adds_bos: bool = True, chat: bool = False) -> PreTrainedTokenizerFast:
@@ -76,7 +80,7 @@ def tiny_tokenizer(*, adds_bos: bool = True, chat: bool = False) -> PreTrainedTo
 def tiny_folder(path: Path, family: str = "llama", *, seed: int = 0, adds_bos: bool = True, chat: bool = False, **changes: Any) -> Path:
     """A model folder as `save_pretrained` writes it."""
     torch.manual_seed(seed)
-    settings = CONFIG_MAPPING[family](**{**(FAMILIES | RECURRENT)[family], **changes})
+    settings = CONFIG_MAPPING[family](**{**(FAMILIES | RECURRENT | WHOLE)[family], **changes})
     AutoModelForCausalLM.from_config(settings).save_pretrained(path)
     tiny_tokenizer(adds_bos=adds_bos, chat=chat).save_pretrained(path)
     return path

@@ -14,12 +14,12 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
+from softprompt.engine.layers import merged
 from softprompt.engine.model import FrozenBase
-from softprompt.engine.prefix import Continued, as_prefixes
+from softprompt.engine.prefix import Continued, as_prefixes, left_padded
 from softprompt.engine.shelf import Context, shelved
-from softprompt.errors import ModelError
 
 POSITIONS, ROWS = 16384, 64  # of a batch at most: positions that the cache holds, rows
 WINDOW = 256  # questions that are sorted by length: the first ones are still answered early
@@ -82,7 +82,7 @@ class Token:
 @dataclass(frozen=True)
 class Ongoing:
     """An answer in progress: the number of its question in the batch, its random stream, how many tokens it has so far and the `last`
-    of them. `script`: all its tokens, where the base cannot share a prefix and transformers has generated them at once."""
+    of them."""
 
     number: int
     question: Question
@@ -90,7 +90,6 @@ class Ongoing:
     stream: torch.Generator
     num_said: int = 0
     last: int = 0
-    script: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -111,18 +110,12 @@ class OpenBatch:
 
 @torch.inference_mode()
 def admit(batch: OpenBatch, questions: Sequence[Question]) -> OpenBatch:
-    """The batch with more questions, numbered on from those before; their texts are read.
-
-    Raises ModelError for an ensemble over a base that cannot share prefixes.
-    """
+    """The batch with more questions, numbered on from those before; their texts are read."""
     base, first = batch.base, batch.admitted
     new = tuple(
         Ongoing(first + index, one, one.limit(base), _stream(one.sampling.seed, one.texts[0], base.device))
         for index, one in enumerate(questions)
     )
-    if not base.shares_prefix:
-        new = tuple(replace(one, script=_script(base, one)) for one in new)
-        return replace(batch, answers=batch.answers + new, admitted=first + len(new))
     batch = _read(batch)
     read = _read_texts(base, questions)
     past = read if batch.past is None else _joined(batch.past, read)
@@ -135,7 +128,8 @@ def advance(batch: OpenBatch) -> tuple[list[Token], OpenBatch]:
     if not batch.answers:
         return [], batch
     batch = _read(batch)
-    chosen = _scripted(batch) if batch.past is None else _choose(batch.base, batch.past, batch.answers)
+    assert batch.past is not None
+    chosen = _choose(batch.base, batch.past, batch.answers)
     tokens, going = [], []
     for answer, token in zip(batch.answers, chosen, strict=True):
         stop, num_said = token in batch.base.stop_ids, answer.num_said + 1
@@ -158,7 +152,7 @@ def drop(batch: OpenBatch, rows: set[int]) -> OpenBatch:
     index = torch.tensor([row for row, number in enumerate(owners) if number not in rows], device=batch.base.device)
     past = batch.past
     holes = past.mask_BS.shape[1] - int(past.mask_BS[index].sum(dim=1).max())  # on the left, where no row is as long any more
-    layers = tuple((k[index, :, holes:], v[index, :, holes:]) for k, v in past.layers)
+    layers = tuple(layer.changed(lambda part: part[index][..., holes:, :], lambda part: part[index]) for layer in past.layers)
     return replace(batch, answers=kept, past=Continued(past.hidden_BTH[index], layers, past.mask_BS[index, holes:]))
 
 
@@ -186,7 +180,7 @@ def _read_texts(base: FrozenBase, questions: Sequence[Question]) -> Continued:
     last_B = mask_BT.sum(dim=1) - 1
     hidden_B1H = read.hidden_BTH[torch.arange(len(texts), device=base.device), last_B][:, None]
     whole = as_prefixes(read)
-    return Continued(hidden_B1H, whole.layers, whole.mask_KS)
+    return Continued(hidden_B1H, whole.layers, whole.mask_KS(base.device))
 
 
 def _key(context: Context) -> tuple[int, tuple[int, ...]]:
@@ -195,15 +189,8 @@ def _key(context: Context) -> tuple[int, tuple[int, ...]]:
 
 def _joined(first: Continued, second: Continued) -> Continued:
     """The rows of both, the shorter cache with holes on its left."""
-    width = max(first.mask_BS.shape[1], second.mask_BS.shape[1])
-
-    def wide(states: Tensor, dim: int) -> Tensor:
-        missing = width - states.shape[dim]
-        return torch.nn.functional.pad(states, (*((0, 0) if dim == 2 else ()), missing, 0)) if missing else states
-
-    pairs = zip(first.layers, second.layers, strict=True)
-    layers = tuple((torch.cat([wide(a, 2), wide(c, 2)]), torch.cat([wide(b, 2), wide(d, 2)])) for (a, b), (c, d) in pairs)
-    masks = torch.cat([wide(first.mask_BS, 1), wide(second.mask_BS, 1)])
+    layers = merged([first.layers, second.layers], left_padded, lambda parts: torch.cat(list(parts)))
+    masks = left_padded([first.mask_BS[..., None], second.mask_BS[..., None]])[..., 0]
     return Continued(torch.cat([first.hidden_BTH[:, -1:], second.hidden_BTH]), layers, masks)
 
 
@@ -267,43 +254,12 @@ def _stream(seed: int, text: Sequence[int], device: torch.device) -> torch.Gener
     return torch.Generator(device).manual_seed(mixed)
 
 
-# ---- bases that cannot share a prefix ------------------------------------------------------------------------------
-
-
-def _scripted(batch: OpenBatch) -> list[int]:
-    return [answer.script[answer.num_said] for answer in batch.answers]
-
-
-def _script(base: FrozenBase, answer: Ongoing) -> tuple[int, ...]:
-    """The tokens of one answer by transformers' own generate, its end-of-text token included."""
-    question, sampling = answer.question, answer.question.sampling
-    if len(question.texts) > 1:
-        raise ModelError(f"{base.name} keeps a recurrent state: prompts cannot answer together over it")
-    start_SH = shelved(base, question.contexts).embeds[0]
-    embeds_SH = torch.cat([start_SH, base.embed_ids(question.texts[0])]).to(base.dtype)
-    greedy = sampling.temperature == 0
-    how = {} if greedy else {"temperature": float(sampling.temperature), "top_p": sampling.top_p, "top_k": sampling.top_k}
-    settings = GenerationConfig(
-        max_new_tokens=answer.limit,
-        do_sample=not greedy,
-        eos_token_id=sorted(base.stop_ids),
-        pad_token_id=min(base.stop_ids),
-        **how,
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(sampling.seed)
-        return tuple(base.model.generate(inputs_embeds=embeds_SH[None], generation_config=settings)[0].tolist())
-
-
 # ---- many questions ------------------------------------------------------------------------------------------------
 
 
 def decode(base: FrozenBase, questions: Sequence[Question]) -> Iterator[Token]:
     """Tokens of all answers as they come. The questions fill one batch of bounded size, which those that wait join as others leave:
-    in their order, and sorted by length within WINDOW of them, so that neighbours are about as long as each other.
-
-    Raises ModelError for an ensemble over a base that cannot share prefixes.
-    """
+    in their order, and sorted by length within WINDOW of them, so that neighbours are about as long as each other."""
     windows = (range(first, min(first + WINDOW, len(questions))) for first in range(0, len(questions), WINDOW))
     order = list(chain.from_iterable(sorted(window, key=lambda number: -questions[number].length) for window in windows))
     waiting, batch = deque(order), OpenBatch(base)
@@ -317,8 +273,6 @@ def decode(base: FrozenBase, questions: Sequence[Question]) -> Iterator[Token]:
 
 def _joining(batch: OpenBatch, waiting: Sequence[int], questions: Sequence[Question]) -> int:
     """How many of those that wait join the batch now: as many as it has room for, if it is worth it; at least one joins an empty one."""
-    if not batch.base.shares_prefix:
-        return int(not batch.answers and bool(waiting))  # answered one by one
     rows, joining = batch.num_rows, 0
     widest = max((answer.question.length + answer.limit for answer in batch.answers), default=0)
     for number in waiting:

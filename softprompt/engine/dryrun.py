@@ -4,9 +4,11 @@ The step's own code runs under PyTorch's fake tensors, which have shapes, types 
 is counted as it comes and goes. So whatever a family keeps for backward is counted as it is, by no formula of ours.
 """
 
+import logging
 import weakref
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,6 +23,7 @@ from softprompt.engine.model import FrozenBase, head_of
 from softprompt.engine.prefix import checkpointed
 from softprompt.engine.prompt import flat
 from softprompt.engine.step import StepSettings, batch_gradients
+from softprompt.engine.trial import Sharing
 
 
 class _Alive(TorchDispatchMode):
@@ -52,8 +55,9 @@ class _Alive(TorchDispatchMode):
 
 def step_peak(settings: Any, dtype: torch.dtype, prefix_lengths: Sequence[int], shape: tuple[int, int], checkpoint: bool) -> int:
     """Bytes above the weights that a step holds at most: prefixes of these lengths (BOS included), and one micro-batch of
-    `shape` (rows, tokens of each), every token supervised."""
+    `shape` (rows, tokens of each), every token supervised. Raises what the family's code raises where it looks at numbers."""
     num_rows, width = shape
+    logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)  # it prints what is raised as well
     with FakeTensorMode(allow_non_fake_inputs=True):
         base = _without_numbers(settings, dtype)
         starts = [torch.zeros(length, base.hidden_size, requires_grad=True) for length in prefix_lengths]
@@ -77,7 +81,12 @@ def _without_numbers(settings: Any, dtype: torch.dtype) -> FrozenBase:
     """A base of fake tensors; what only its numbers could tell (fingerprints, spread of the rows) is left empty."""
     model = AutoModelForCausalLM.from_config(settings, dtype=dtype).eval().requires_grad_(False)
     nothing_H = torch.zeros(model.get_input_embeddings()(torch.zeros(1, dtype=torch.long)).shape[-1])
-    return FrozenBase("", model, None, torch.device("cpu"), head_of(model), nothing_H, nothing_H)
+    base = FrozenBase("", model, None, torch.device("cpu"), head_of(model), nothing_H, nothing_H)
+    try:
+        base.prefill([nothing_H[None]])
+    except Exception:  # such layers keep what only they understand: rows are read whole
+        return replace(base, sharing=Sharing(prefix=False))
+    return base
 
 
 def _full_batch(num_rows: int, width: int, num_prompts: int) -> Batch:

@@ -43,7 +43,7 @@ def ensemble_losses(base: FrozenBase, members: Sequence[tuple[Prefix, Candidates
     log-probabilities, here renormalised. Raises ConfigError for members that do not score the same tokens."""
     prefixes = [prefix for prefix, _ in members]
     branches = [[_branch(candidates) for candidates in rows] for _, rows in members]
-    if base.shares_prefix and all(branch.num_read for own in branches for branch in own):
+    if all(branch.num_read for own in branches for branch in own):
         return _losses(base, prefixes, branches, tokens_per_batch)
     num_candidates = len(members[0][1][0])
     columns = [[[_branch([candidates[c]]) for candidates in rows] for _, rows in members] for c in range(num_candidates)]

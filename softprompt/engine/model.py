@@ -1,4 +1,4 @@
-"""The frozen base: embed, prefill, continue; what it is frozen and checked by. The only door to transformers models.
+"""The frozen base: embed, prefill, continue. The only door to transformers models.
 
 A soft prompt stands before the text and a causal model never looks ahead, so the keys and values of the prompt's
 positions are the same for every example. `prefill` computes them once; everything else continues from that Prefix.
@@ -7,6 +7,7 @@ Shapes: B rows, T text tokens, K prefixes, S prefix positions (BOS included), H 
 """
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,14 +15,16 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
 from softprompt.engine.head import Head
+from softprompt.engine.layers import filled_cache, layers_of
 from softprompt.engine.memory import token_budget
 from softprompt.engine.offload import values_of
-from softprompt.engine.prefix import Continued, Prefix, continue_plain, continue_shared, layers_of, prefill, run
-from softprompt.errors import ConfigError, ModelError
+from softprompt.engine.prefix import Continued, Prefix, continue_plain, continue_shared, embedded, prefill, run
+from softprompt.engine.trial import WELL, Sharing, backbone_of, check, embed_scale
+from softprompt.errors import ConfigError
 
+MULTIPLIED, DIVIDED = ("logit_scale", "lm_head_multiplier"), ("logits_scaling", "logits_mup_width_multiplier")  # what families call it
 SAMPLE = 4096  # embedding rows looked at for their mean, spread and RMS
 
 
@@ -29,7 +32,7 @@ SAMPLE = 4096  # embedding rows looked at for their mean, spread and RMS
 class FrozenBase:
     """A causal language model that is only looked at, with its tokenizer.
 
-    `exact_prefill`: see prefix.prefill. `shelf`: prefixes that answers continue from, by prompt and the ids behind it (shelf.py).
+    `shelf`: prefixes that answers continue from, by prompt and the ids behind it (shelf.py).
     """
 
     name: str
@@ -40,17 +43,20 @@ class FrozenBase:
     row_mean_H: Tensor
     row_std_H: Tensor
     rms: float = 0.0
-    shares_prefix: bool = True
+    sharing: Sharing = WELL
     stop_ids: frozenset[int] = frozenset()
     fingerprint: str = ""
     tokenizer_fingerprint: str = ""
-    exact_prefill: bool = True
     shelf: WeakKeyDictionary[Any, dict[tuple[int, ...], Prefix]] = field(default_factory=WeakKeyDictionary, init=False, repr=False)
+
+    @property
+    def shares_prefix(self) -> bool:
+        return self.sharing.prefix
 
     @property
     def backbone(self) -> Any:
         """The layers, without the head."""
-        return self.model.base_model
+        return backbone_of(self.model)
 
     def budget(self, wanted: int | None) -> int:
         """Tokens (padding included) of one micro-batch: `wanted`, or what fits into the free memory and computes fastest."""
@@ -75,7 +81,8 @@ class FrozenBase:
 
     def embed(self, ids: Tensor) -> Tensor:
         """Output of the embedding module, scaling included; its weight is never indexed directly."""
-        return self.model.get_input_embeddings()(ids)
+        rows, scale = self.model.get_input_embeddings()(ids), embed_scale(self.model)
+        return rows if scale == 1.0 else rows * scale
 
     def embed_ids(self, ids: Sequence[int]) -> Tensor:
         """[len(ids), H], float32, without gradient: the rows that a text would have."""
@@ -89,22 +96,27 @@ class FrozenBase:
 
     def prefill(self, embeds: Sequence[Tensor]) -> Prefix:
         """The prefixes of K sequences of embeddings, each [S, H]."""
-        return prefill(self.backbone, embeds, self.exact_prefill) if self.shares_prefix else Prefix((), tuple(embeds))
+        return prefill(self.backbone, embeds, self.sharing.exact) if self.shares_prefix else embedded(embeds)
 
     def continue_from(self, prefix: Prefix, which_B: Tensor, ids_BT: Tensor, mask_BT: Tensor, *, keep: bool = False) -> Continued:
         """Hidden states of texts that continue from prefixes; row b continues from prefix number `which_B[b]`.
 
         `mask_BT` is 1 on real tokens. Position ids follow the mask, so a row gives the same result alone or in a batch.
-        `keep` keeps keys and values, for decoding.
+        `keep` keeps what the layers know of them, for decoding.
         """
-        if self.shares_prefix:
-            return continue_shared(self.backbone, self.embed(ids_BT), prefix, which_B, mask_BT, keep)
-        return continue_plain(self.backbone, self.embed(ids_BT), prefix, which_B, mask_BT)
+        go_on = continue_shared if self.shares_prefix else continue_plain
+        return go_on(self.backbone, self.embed(ids_BT), prefix, which_B, mask_BT, keep)
 
     def next_hidden(self, ids_B: Tensor, past: Continued) -> Continued:
-        """One more token for every row of a shared-prefix batch; holes in the cache must stand on the left."""
+        """One more token for every row of a batch that was read with `keep`; holes in what is kept must stand on the left."""
+        if not self.shares_prefix:
+            so_far = Prefix(past.layers, tuple(past.mask_BS.sum(dim=1).tolist()))
+            return self.continue_from(
+                so_far, torch.arange(len(ids_B), device=self.device), ids_B[:, None], torch.ones_like(ids_B)[:, None], keep=True
+            )
         mask_BS = torch.cat([past.mask_BS, past.mask_BS.new_ones(len(ids_B), 1)], dim=1)
-        cache = DynamicCache(ddp_cache_data=past.layers)
+        layers = tuple(layer.changed(lambda part: part, Tensor.clone) for layer in past.layers)  # states are written into
+        cache = filled_cache(layers, held=False)
         positions_B1 = past.mask_BS.sum(dim=1, keepdim=True)
         hidden = run(self.backbone, self.embed(ids_B[:, None]), mask_BS, positions_B1, cache)
         return Continued(hidden, layers_of(cache), mask_BS)
@@ -114,7 +126,7 @@ class FrozenBase:
         return self.head.logits(hidden)
 
 
-# ---- freezing and checking ---------------------------------------------------------------------------------------------
+# ---- freezing ----------------------------------------------------------------------------------------------------------
 
 
 def freeze(model: Any, tokenizer: Any, name: str) -> FrozenBase:
@@ -132,7 +144,7 @@ def freeze(model: Any, tokenizer: Any, name: str) -> FrozenBase:
         row_mean_H=sample_VH.mean(dim=0),
         row_std_H=sample_VH.std(dim=0),
         rms=sample_VH.square().mean().sqrt().item(),
-        shares_prefix=check(model, head, name),
+        sharing=check(model, head, name),
         stop_ids=frozenset(token for item in stop for token in (item if isinstance(item, list) else [item]) if token is not None),
         fingerprint=_fingerprint(model),
         tokenizer_fingerprint=_tokenizer_fingerprint(tokenizer),
@@ -163,54 +175,17 @@ def _sample_rows(model: Any) -> Tensor:
     num_rows = embedding.weight.shape[0]
     ids = torch.linspace(0, num_rows - 1, min(SAMPLE, num_rows), device=model.device).long()
     with torch.no_grad():
-        return embedding(ids).float()
+        return embedding(ids).float() * embed_scale(model)
 
 
 def head_of(model: Any) -> Head:
     """The language-model head with the family's own treatment of logits."""
     matrix, text = model.get_output_embeddings(), model.config.get_text_config(decoder=True)
-    scale = getattr(text, "logit_scale", None) or 1.0 / (getattr(text, "logits_scaling", None) or 1.0)
+    times, over = MULTIPLIED, DIVIDED
+    if text.model_type == "hyperclovax":  # which multiplies by what the Granites divide by
+        times, over = over, times
+    scale = math.prod(getattr(text, key, None) or 1.0 for key in times) / math.prod(getattr(text, key, None) or 1.0 for key in over)
     return Head(matrix.weight, getattr(matrix, "bias", None), scale, getattr(text, "final_logit_softcapping", None) or None)
-
-
-@torch.no_grad()
-def check(model: Any, head: Head, name: str) -> bool:
-    """Runs a few tokens in every way that matters. Returns whether a prefix can be shared.
-
-    Raises ModelError when the base treats embeddings from outside differently from its own, or its logits are not
-    understood: better no prompt than one that trains a different function.
-    """
-    generator = torch.Generator().manual_seed(0)
-    ids_BT = torch.randint(model.get_input_embeddings().weight.shape[0], (2, 7), generator=generator).to(model.device)
-    embeds_BTH = model.get_input_embeddings()(ids_BT)
-    rounded = getattr(model, "is_quantized", False) or (model.device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32)
-    tolerance = 1e-3 if model.dtype == torch.float32 and not rounded else 0.1
-    try:
-        own = model(input_ids=ids_BT, use_cache=False).logits
-        given = head.logits(model.base_model(inputs_embeds=embeds_BTH, use_cache=False).last_hidden_state)
-    except (ValueError, TypeError, NotImplementedError) as error:
-        raise ModelError(f"{name} does not take embeddings from outside, so a soft prompt cannot be used with it: {error}") from None
-    if not _close(given, own, tolerance):
-        raise ModelError(f"{name}: the same text gives other logits when its embeddings come from outside: this family is not supported")
-    return _prefix_is_exact(model.base_model, embeds_BTH, tolerance)
-
-
-def _prefix_is_exact(backbone: Any, embeds_BTH: Tensor, tolerance: float) -> bool:
-    """Whether continuing from cached keys and values equals the plain path, padded row and shorter prefix included."""
-    mask_BT = torch.ones(embeds_BTH.shape[:2], dtype=torch.long, device=embeds_BTH.device)
-    mask_BT[1, 5:] = 0
-    starts, which_B = [embeds_BTH[0, :4], embeds_BTH[1, :2]], torch.arange(2, device=mask_BT.device)
-    plain = continue_plain(backbone, embeds_BTH, Prefix((), tuple(starts)), which_B, mask_BT)
-    try:
-        shared = continue_shared(backbone, embeds_BTH, prefill(backbone, starts), which_B, mask_BT, keep=False)
-    except (AttributeError, RuntimeError, TypeError, ValueError, IndexError):
-        return False  # a recurrent state, for one, is no DynamicCache of keys and values
-    real = mask_BT.bool()
-    return _close(shared.hidden_BTH[real], plain.hidden_BTH[real], tolerance)
-
-
-def _close(value: Tensor, reference: Tensor, tolerance: float) -> bool:
-    return bool((value - reference).float().norm() <= tolerance * reference.float().norm())
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ from torch.nn.functional import layer_norm, linear
 from torch.overrides import TorchFunctionMode
 
 HALF = (torch.bfloat16, torch.float16)
+SMALL = (layer_norm, torch.conv1d)  # whose weights are few: their widened copies may be kept for backward
 
 
 class float32_products(TorchFunctionMode):
@@ -23,7 +24,7 @@ class float32_products(TorchFunctionMode):
             return _Product.apply(args[0], args[1].t(), wide(_third(args, kwargs)))  # type: ignore[no-untyped-call]
         if func is torch.addmm and _mixed(args):  # GPT-2's Conv1D: addmm(bias, input, weight)
             return _Product.apply(args[1], args[2], wide(args[0]))  # type: ignore[no-untyped-call]
-        if func is layer_norm and _mixed(args):
+        if func in SMALL and _mixed((*args, *kwargs.values())):
             return func(*(wide(arg) for arg in args), **{name: wide(value) for name, value in kwargs.items()})
         return func(*args, **kwargs)
 

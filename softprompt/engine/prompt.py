@@ -12,8 +12,9 @@ from typing import ClassVar, Literal, Self
 import torch
 from torch import Tensor
 
+from softprompt.engine.layers import Attention, Layer, Layers, merged
 from softprompt.engine.model import FrozenBase
-from softprompt.engine.prefix import Layers, Prefix, assemble
+from softprompt.engine.prefix import Prefix, assemble
 from softprompt.engine.tokens import Encoded, shared_beginning
 from softprompt.errors import ModelError
 
@@ -154,28 +155,31 @@ class DeepPrompt(Prompt):
             return states_PD
         return torch.cat([flat(base.prefill([_bos(base, self.bos_id)]).layers), states_PD])
 
-    def layers(self, base: FrozenBase, ids: Sequence[int] = ()) -> Layers:
-        """Keys and values per layer, each [heads, S, head size], and of the text `ids` that reads them."""
+    def prefix(self, base: FrozenBase, ids: Sequence[int] = ()) -> Prefix:
+        """The keys and values as they are, and those of BOS and of the text `ids`, which read them."""
         parts = (self.scaled_PD * self.scale_D).to(base.device).split([heads * size for heads, size in self.shapes], dim=1)
-        states = [part.reshape(self.length, *shape).transpose(0, 1) for part, shape in zip(parts, self.shapes, strict=True)]
+        states = [part.reshape(self.length, *shape).transpose(0, 1)[None] for part, shape in zip(parts, self.shapes, strict=True)]
         if self.bos_id is not None and self.position == "after_bos":
-            first = [state[0] for layer in base.prefill([_bos(base, self.bos_id)]).layers for state in layer]
-            states = [torch.cat([one, state], dim=1) for one, state in zip(first, states, strict=True)]
-        layers = tuple(zip(states[::2], states[1::2], strict=True))
-        if self.bos_id is not None and self.position == "start":
-            layers = _followed(base, layers, [self.bos_id])
-        return _followed(base, layers, ids)
+            first = base.prefill([_bos(base, self.bos_id)]).tensors
+            states = [torch.cat([one, state], dim=2) for one, state in zip(first, states, strict=True)]
+        pairs = zip(states[::2], states[1::2], strict=True)
+        own = Prefix(tuple(Layer(Attention, {"keys": keys, "values": values}) for keys, values in pairs), (states[0].shape[2],))
+        before = [self.bos_id] if self.bos_id is not None and self.position == "start" else []
+        return _followed(base, _followed(base, own, before), ids)
 
 
-def _followed(base: FrozenBase, layers: Layers, ids: Sequence[int]) -> Layers:
-    """Keys and values of a prompt, then those of tokens that read it, if any."""
+def _followed(base: FrozenBase, prefix: Prefix, ids: Sequence[int]) -> Prefix:
+    """One prefix, then the keys and values of tokens that read it, if any."""
     if not ids:
-        return layers
+        return prefix
     ids_1T = torch.tensor([list(ids)], dtype=torch.long, device=base.device)
-    read = base.continue_from(assemble([layers]), torch.zeros_like(ids_1T[:, 0]), ids_1T, torch.ones_like(ids_1T), keep=True)
-    pairs = [(mine, both[0]) for own, also in zip(layers, read.layers, strict=True) for mine, both in zip(own, also, strict=True)]
-    states = [torch.cat([mine, both[:, mine.shape[1] :].float()], dim=1) for mine, both in pairs]
-    return tuple(zip(states[::2], states[1::2], strict=True))
+    read = base.continue_from(prefix, torch.zeros_like(ids_1T[:, 0]), ids_1T, torch.ones_like(ids_1T), keep=True)
+
+    def behind(parts: Sequence[Tensor]) -> Tensor:
+        mine, both = parts
+        return torch.cat([mine, both[:, :, mine.shape[2] :].float()], dim=2)
+
+    return Prefix(merged([prefix.layers, read.layers], behind, behind), (prefix.lengths[0] + len(ids),))
 
 
 def deepened(base: FrozenBase, rows_PH: Tensor, position: str, bos_id: int | None) -> DeepPrompt:
@@ -185,8 +189,6 @@ def deepened(base: FrozenBase, rows_PH: Tensor, position: str, bos_id: int | Non
     Gemma's first are ten times the usual ones) a step in proportion keeps the others from learning (LOG.md).
     Raises ModelError for a base whose prefix is no keys and values.
     """
-    if not base.shares_prefix:
-        raise ModelError(f'{base.name} keeps a recurrent state, no keys and values: prompt.method = "prefix" cannot be used with it')
     with torch.no_grad():
         layers = base.prefill([SoftPrompt(rows_PH, position, bos_id if position == "after_bos" else None).embeds(base)]).layers
     states_PD, shapes = flat(layers)[-len(rows_PH) :], shapes_of(layers)
@@ -197,13 +199,19 @@ def deepened(base: FrozenBase, rows_PH: Tensor, position: str, bos_id: int | Non
 
 
 def shapes_of(layers: Layers) -> tuple[tuple[int, int], ...]:
-    """(heads, head size) of the keys and the values of every layer."""
-    return tuple((state.shape[1], state.shape[3]) for layer in layers for state in layer)
+    """(heads, head size) of the keys and the values of every layer; empty where a layer keeps anything else."""
+    if any(set(layer.parts) != {"keys", "values"} for layer in layers):
+        return ()
+    return tuple((part.shape[1], part.shape[3]) for layer in layers for part in layer.parts.values())
 
 
 def flat(layers: Layers) -> Tensor:
-    """[S, D] of the keys and values of one prefix."""
-    return torch.cat([state[0].transpose(0, 1).flatten(1) for layer in layers for state in layer], dim=1)
+    """[S, D] of the keys and values of one prefix. Raises ModelError where a layer keeps anything else."""
+    if not shapes_of(layers):
+        raise ModelError(
+            'prompt.method = "prefix" needs a base whose layers keep keys and values and nothing else: use "prompt" with this one'
+        )
+    return torch.cat([part[0].transpose(0, 1).flatten(1) for layer in layers for part in layer.parts.values()], dim=1)
 
 
 def prefix_of(base: FrozenBase, starts: Sequence[tuple[Prompt, Sequence[int]]]) -> Prefix:
@@ -213,7 +221,7 @@ def prefix_of(base: FrozenBase, starts: Sequence[tuple[Prompt, Sequence[int]]]) 
     if len(embeds) == len(starts):
         return base.prefill(embeds)
     shallow = iter(base.prefill(embeds).separate() if embeds else [])
-    return assemble([prompt.layers(base, ids) if isinstance(prompt, DeepPrompt) else next(shallow) for prompt, ids in starts])
+    return assemble([prompt.prefix(base, ids) if isinstance(prompt, DeepPrompt) else next(shallow) for prompt, ids in starts])
 
 
 def read_together(

@@ -13,12 +13,7 @@ Context = tuple[Prompt, tuple[int, ...]]  # what a text continues from: a prompt
 
 def shelved(base: FrozenBase, contexts: Sequence[Context]) -> Prefix:
     """The prefixes of `contexts`, in their order. Each is computed by itself, so that it is the same in any company."""
-    kept = [_kept(base, *context) for context in contexts]
-    if len(kept) == 1:
-        return kept[0]
-    if not base.shares_prefix:
-        return Prefix((), tuple(embeds for one in kept for embeds in one.embeds))
-    return assemble([layers for one in kept for layers in one.separate()])
+    return assemble([_kept(base, *context) for context in contexts])
 
 
 def _kept(base: FrozenBase, prompt: Prompt, ids: tuple[int, ...]) -> Prefix:
