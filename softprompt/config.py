@@ -305,7 +305,8 @@ def with_absolute_paths(config: Config) -> Config:
     def absolute(source: str | None) -> str | None:
         match = RANGE.match(source or "")
         path, rest = (match["source"], (source or "")[len(match["source"]) :]) if match else (source, "")
-        return f"{Path(path).absolute()}{rest}" if path and Path(path.partition(":")[0]).exists() else source
+        names = [path[: colon.start()] for colon in re.finditer(":|$", path)] if path else []  # rows.jsonl:train, C:\rows.jsonl:train
+        return f"{Path(path).absolute()}{rest}" if any(Path(name).exists() for name in names) else source
 
     def moved(prompt: dict[str, Any]) -> dict[str, Any]:
         return {**prompt, "file": absolute(prompt["file"])} if prompt.get("file") else prompt

@@ -241,7 +241,7 @@ def data_facts(setup: Setup) -> dict[str, Any]:
 def data_card(config: Config, rows: Rows, held: Rows | None) -> DataCard:
     assert config.data.train is not None
     return DataCard(
-        train=Path(config.data.train).name if config.data.train.startswith("/") else config.data.train,
+        train=Path(config.data.train).name if Path(config.data.train).is_absolute() else config.data.train,
         num_train=len(rows.encoded),
         train_fingerprint=rows.fingerprint,
         num_eval=len(held.encoded) if held else 0,

@@ -8,18 +8,20 @@ evaluations/     what softprompt eval measured       inspection.json    what the
                                                      result.json        the finished run in numbers
 """
 
-import fcntl
 import json
+import logging
 import os
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from softprompt.atomic import new_folder, write_text
 from softprompt.config import Config, load_config
@@ -85,12 +87,17 @@ class RunFolder:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Keeps a second process out of the same run. Raises RunError when one is in it."""
-        with open(self.path / ".lock", "w") as file:
+        """Keeps a second process out of the same run. Raises RunError when one is in it. A file system that knows no locks, some
+        network shares, is said, and the run goes on."""
+        lock = FileLock(self.path / ".lock", blocking=False)
+        with ExitStack() as held:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
+                held.enter_context(lock)
+            except Timeout:
                 raise RunError(f"{self.path}: another process is running this run") from None
+            except (OSError, NotImplementedError) as error:
+                reason = getattr(error, "strerror", None) or str(error)
+                logging.getLogger(__name__).warning("%s: no locks here (%s): start no second process on this run", self.path, reason)
             for draft in (*self.path.glob(".*.draft"), *self.checkpoints.glob(".*.draft")):  # left half-written by a kill
                 shutil.rmtree(draft) if draft.is_dir() else draft.unlink()
             yield
@@ -106,7 +113,7 @@ class RunFolder:
 
     def append(self, event: Event) -> None:
         """Adds an event to the stream; with the last one, result.json."""
-        with open(self.events_file, "a", encoding="utf-8") as file:
+        with open(self.events_file, "a", encoding="utf-8", newline="\n") as file:
             file.write(to_line(event) + "\n")
         if isinstance(event, Finished):
             self.write("result.json", event.result)
