@@ -303,10 +303,12 @@ def with_absolute_paths(config: Config) -> Config:
     """Local paths made absolute, so that the run can be resumed and the prompt used from any folder."""
 
     def absolute(source: str | None) -> str | None:
-        match = RANGE.match(source or "")
-        path, rest = (match["source"], (source or "")[len(match["source"]) :]) if match else (source, "")
-        names = [path[: colon.start()] for colon in re.finditer(":|$", path)] if path else []  # rows.jsonl:train, C:\rows.jsonl:train
-        return f"{Path(path).absolute()}{rest}" if any(Path(name).exists() for name in names) else source
+        if not source:
+            return source
+        match = RANGE.match(source)
+        path = match["source"] if match else source
+        names = [path[: colon.start()] for colon in re.finditer(":|$", path)]  # rows.jsonl:train, C:\rows.jsonl:train
+        return f"{Path(path).absolute()}{source[len(path) :]}" if any(Path(name).exists() for name in names) else source
 
     def moved(prompt: dict[str, Any]) -> dict[str, Any]:
         return {**prompt, "file": absolute(prompt["file"])} if prompt.get("file") else prompt

@@ -84,8 +84,8 @@ def test_a_file_system_without_locks_is_said_and_the_run_goes_on(make_config, mo
 def test_a_second_process_is_kept_out_and_a_killed_one_is_not(make_config, tmp_path):
     tiny.stop_after(make_config("train.steps=2"), 1)
     run = RunFolder.reopen(tmp_path / "run")
-    code = f"import os; from pathlib import Path; from softprompt.runlog import RunFolder\nwith RunFolder(Path({str(run.path)!r})).locked():"
-    holder = [sys.executable, "-c", f"{code}\n    print('held', flush=True); input()"]
+    code = "import sys; from pathlib import Path; from softprompt.runlog import RunFolder\nwith RunFolder(Path(sys.argv[1])).locked():"
+    holder = [sys.executable, "-c", f"{code}\n    print('held', flush=True); input()", str(run.path)]
     with subprocess.Popen(holder, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=PACKAGE.parent) as other:
         assert other.stdout.readline() == b"held\n"
         with pytest.raises(RunError, match="another process is running this run"), run.locked():
