@@ -169,8 +169,10 @@ def _step(job: Job, counters: Counters) -> tuple[Step, Counters]:
     losses = losses_K.tolist()
     for one, loss in zip(job.trainees, losses, strict=True):
         if not math.isfinite(loss):
+            overflow = ", or float16 overflows: use bfloat16 or float32" if job.base.dtype == torch.float16 else ""
             raise RunError(
-                f"{one.name}: the loss of step {counters.step + 1} is not finite: lower optim.relative_lr; the last checkpoint is kept"
+                f"{one.name}: the loss of step {counters.step + 1} is not finite: lower optim.relative_lr{overflow}; "
+                "the last checkpoint is kept"
             )
     norms, rates = zip(*(one.optimizer.step(counters.step) for one in job.trainees), strict=True)
     seconds = time.perf_counter() - began

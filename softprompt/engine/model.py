@@ -6,6 +6,7 @@ positions are the same for every example. `prefill` computes them once; everythi
 Shapes: B rows, T text tokens, K prefixes, S prefix positions (BOS included), H hidden size, V vocabulary.
 """
 
+import base64
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -23,12 +24,14 @@ from softprompt.engine.prefix import Continued, Prefix, continue_plain, continue
 from softprompt.errors import ConfigError, ModelError
 
 SAMPLE = 4096  # embedding rows looked at for their mean, spread and RMS
+SAMPLED = 64  # weights kept as they are beside the fingerprint
 
 
 @dataclass(frozen=True)
 class FrozenBase:
     """A causal language model that is only looked at, with its tokenizer.
 
+    `fingerprint` and `sample`: of its weights; see `same_weights`.
     `exact_prefill`: see prefix.prefill. `shelf`: prefixes that answers continue from, by prompt and the ids behind it (shelf.py).
     """
 
@@ -43,6 +46,7 @@ class FrozenBase:
     shares_prefix: bool = True
     stop_ids: frozenset[int] = frozenset()
     fingerprint: str = ""
+    sample: str = ""
     tokenizer_fingerprint: str = ""
     exact_prefill: bool = True
     shelf: WeakKeyDictionary[Any, dict[tuple[int, ...], Prefix]] = field(default_factory=WeakKeyDictionary, init=False, repr=False)
@@ -122,6 +126,7 @@ def freeze(model: Any, tokenizer: Any, name: str) -> FrozenBase:
     model.eval().requires_grad_(False)
     sample_VH = _sample_rows(model)
     head = head_of(model)
+    fingerprint, sample = _fingerprint(model)
     stop = [tokenizer.eos_token_id, model.generation_config.eos_token_id if model.generation_config else None]
     return FrozenBase(
         name=name,
@@ -134,7 +139,8 @@ def freeze(model: Any, tokenizer: Any, name: str) -> FrozenBase:
         rms=sample_VH.square().mean().sqrt().item(),
         shares_prefix=check(model, head, name),
         stop_ids=frozenset(token for item in stop for token in (item if isinstance(item, list) else [item]) if token is not None),
-        fingerprint=_fingerprint(model),
+        fingerprint=fingerprint,
+        sample=sample,
         tokenizer_fingerprint=_tokenizer_fingerprint(tokenizer),
     )
 
@@ -190,6 +196,8 @@ def check(model: Any, head: Head, name: str) -> bool:
         given = head.logits(model.base_model(inputs_embeds=embeds_BTH, use_cache=False).last_hidden_state)
     except (ValueError, TypeError, NotImplementedError) as error:
         raise ModelError(f"{name} does not take embeddings from outside, so a soft prompt cannot be used with it: {error}") from None
+    if model.dtype == torch.float16 and not (own.isfinite().all() and given.isfinite().all()):
+        raise ModelError(f'{name}: float16 overflows with this base: use model.dtype = "bfloat16" or "float32"')
     if not _close(given, own, tolerance):
         raise ModelError(f"{name}: the same text gives other logits when its embeddings come from outside: this family is not supported")
     return _prefix_is_exact(model.base_model, embeds_BTH, tolerance)
@@ -214,14 +222,30 @@ def _close(value: Tensor, reference: Tensor, tolerance: float) -> bool:
 
 
 @torch.no_grad()
-def _fingerprint(model: Any) -> str:
-    """sha256 over names, shapes and evenly sampled values of all weights, rounded to bfloat16: the same in any precision."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+def _fingerprint(model: Any) -> tuple[str, str]:
+    """(sha256 over names, shapes and evenly sampled values of all weights, rounded to bfloat16: the same in float32 and bfloat16;
+    some of these values as they are, float32 in base64: what is left of them in float16 can be compared with it)."""
+    digest, tensors = hashlib.sha256(), sorted(model.state_dict().items())
+    floating = [name for name, tensor in tensors if tensor.is_floating_point()]
+    looked_at = set(floating[:: max(1, len(floating) // SAMPLED)][:SAMPLED])
+    some: list[float] = []
+    for name, tensor in tensors:
         flat = values_of(model, name, tensor).reshape(-1)
-        picked = flat[:: max(1, flat.numel() // 256)].to(torch.bfloat16).float().cpu().numpy()
-        digest.update(f"{name}{tuple(tensor.shape)}".encode() + picked.tobytes())
-    return digest.hexdigest()
+        picked = flat[:: max(1, flat.numel() // 256)]
+        digest.update(f"{name}{tuple(tensor.shape)}".encode() + picked.to(torch.bfloat16).float().cpu().numpy().tobytes())
+        some += [picked[len(picked) // 3].item()] if name in looked_at else []
+    return digest.hexdigest(), base64.b64encode(torch.tensor(some, dtype=torch.float32).numpy().tobytes()).decode()
+
+
+def same_weights(first: tuple[str, str], second: tuple[str, str], *, in_float16: bool) -> bool:
+    """Whether two (fingerprint, sample) are of the same weights. `in_float16`: one of them was in float16, which rounds otherwise than
+    bfloat16 does, and small numbers more: then the sampled values decide, within the rounding of both."""
+    if first[0] == second[0] or not in_float16:
+        return first[0] == second[0]
+    ours, theirs = (
+        torch.frombuffer(bytearray(base64.b64decode(one[1])), dtype=torch.float32) if one[1] else None for one in (first, second)
+    )
+    return ours is not None and theirs is not None and len(ours) == len(theirs) and torch.allclose(ours, theirs, rtol=2**-8, atol=2**-23)
 
 
 def _tokenizer_fingerprint(tokenizer: Any) -> str:
