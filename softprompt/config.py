@@ -18,6 +18,7 @@ from softprompt.errors import ConfigError
 
 RANGE = re.compile(r"^(?P<source>.*?)\[(?P<start>\d*):(?P<stop>\d*)\]$")  # behind the name of a data source
 Source = Literal["text", "labels", "vocab", "examples", "random", "file"]
+PLACE = ("name", "gguf_file", "revision")  # where a base lies
 Positive = Annotated[int, Field(ge=1)]
 
 
@@ -297,6 +298,20 @@ def _explain(item: Any, where: str) -> str:
         return f"{where}: unknown key {key}: {hint}"
     message = item["msg"].removeprefix("Value error, ")
     return f"{where}: {key}: {message[0].lower()}{message[1:]} (got {item['input']!r})" if key.count(".") else f"{where}: {key}: {message}"
+
+
+def relocated(model: ModelConfig, overrides: Sequence[str]) -> ModelConfig:
+    """A stored base with a command's overrides: where `model.name` or `model.gguf_file` says that it lies, its old place and revision
+    are forgotten, and all else stays. A GGUF file keeps its name in a folder that holds it."""
+    said = load_config(None, overrides).model
+    kept = model.model_dump(exclude_none=True)
+    if "gguf_file" in said.model_fields_set and said.gguf_file is not None and Path(said.gguf_file).is_file():
+        kept = {key: value for key, value in kept.items() if key not in PLACE}
+    elif "name" in said.model_fields_set and said.name is not None:
+        gguf_file, folder = kept.get("gguf_file"), Path(said.name)
+        stays = gguf_file is not None and not said.name.endswith(".gguf") and ((folder / gguf_file).is_file() or not folder.exists())
+        kept = {key: value for key, value in kept.items() if key not in PLACE or (key == "gguf_file" and stays)}
+    return load_config({"model": kept}, overrides).model
 
 
 def with_absolute_paths(config: Config) -> Config:

@@ -24,7 +24,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from softprompt.atomic import new_folder, write_text
-from softprompt.config import Config, load_config
+from softprompt.config import PLACE, Config, ModelConfig, load_config
 from softprompt.data import Rejected
 from softprompt.errors import RunError
 from softprompt.events import Event, Finished, Found, Saved, Searching, Started, from_line, to_line
@@ -103,9 +103,17 @@ class RunFolder:
             yield
 
     def config(self) -> Config:
-        """The configuration as it was resolved, with the folder's present place."""
+        """The configuration as it was resolved, with the folder's present place. Remote code stays off, whatever the folder says."""
         config = load_config(self.path / "config.toml")
-        return config.model_copy(update={"train": config.train.model_copy(update={"out": str(self.path)})})
+        train, model = config.train.model_copy(update={"out": str(self.path)}), config.model.model_copy(update={"trust_remote_code": False})
+        return config.model_copy(update={"train": train, "model": model})
+
+    def note_place(self, model: ModelConfig) -> None:
+        """Keeps where the run's base lies now."""
+        config, place = load_config(self.path / "config.toml"), {key: getattr(model, key) for key in PLACE}
+        if config.model.model_copy(update=place) != config.model:
+            moved = config.model_copy(update={"model": config.model.model_copy(update=place)})
+            write_text(self.path / "config.toml", moved.to_toml())
 
     def write_rejected(self, rejected: Sequence[Rejected]) -> None:
         lines = [json.dumps(asdict(item), ensure_ascii=False) + "\n" for item in rejected]

@@ -105,6 +105,8 @@ def _find_rate(config: Config, base: FrozenBase) -> Events:
 def _write_setup(setup: Setup, early: list[Event]) -> None:
     """Makes the run folder, with all that is known before the first step."""
     with RunFolder.creating(setup.config) as draft:
+        of_base = {"base_fingerprint": setup.base.fingerprint, "tokenizer_fingerprint": setup.base.tokenizer_fingerprint}
+        draft.write("run.json", {**(draft.read("run.json") or {}), **of_base})
         draft.write_rejected(setup.rejected)
         draft.write("data.json", data_facts(setup))
         save_start(draft.start, {name: one.prompt for name, one in setup.untrained.items()})

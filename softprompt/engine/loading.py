@@ -19,6 +19,8 @@ from softprompt.engine.unpack import keep_unpacked, unpacked_folder
 from softprompt.errors import ConfigError, MissingPackage, ModelError
 from softprompt.hub import hub
 
+MOVED = "if the base was moved, model.name=FOLDER says where it lies; its weights decide whether it is the same"
+
 
 def load_base(config: ModelConfig, *, layers_in_files: Path | None = None) -> FrozenBase:
     """Loads, freezes and checks a base. Raises ModelError when it cannot be found, loaded or used with a soft prompt.
@@ -143,12 +145,14 @@ def load_dtype(config: ModelConfig) -> torch.dtype:
 def _cannot_load(name: str, gguf_file: str | None, address: str, error: Exception) -> str:
     path, reason = Path(name), (str(error).strip().splitlines() or [type(error).__name__])[0]
     if gguf_file is not None and path.is_dir() and not (path / gguf_file).is_file():
-        return f"{path / gguf_file}: no such GGUF file"
+        return f"{path / gguf_file}: no such GGUF file; {MOVED}"
+    if "trust_remote_code" in str(error):
+        return f"{name} comes with code of its own: read it, then allow it on the command line with model.trust_remote_code=true"
     if path.exists():
         return f"{name}: cannot be loaded as a model: {reason}"
     if path.is_absolute() or name.startswith(("./", "../", "~")) or name.count("/") > 1:
-        return f"{name}: no such model folder"
-    return f"{name}: no such folder here, and as a hub id it cannot be loaded from {address} (HF_ENDPOINT sets a mirror): {reason}"
+        return f"{name}: no such model folder; {MOVED}"
+    return f"{name}: no such folder here, and as a hub id it cannot be loaded from {address} (HF_ENDPOINT sets a mirror): {reason}; {MOVED}"
 
 
 def device_of(name: str) -> torch.device:

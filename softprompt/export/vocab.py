@@ -188,10 +188,12 @@ def _read_back(goal: Goal, ids: list[int], rounded: Goal) -> dict[str, float]:
     Returns the largest relative error of the logits, and the part of ours that comes from rounding; raises ArtifactError where they
     differ.
     """
-    tokenizer = AutoTokenizer.from_pretrained(goal.draft)
+    trusted = goal.model.trust_remote_code
+    tokenizer = AutoTokenizer.from_pretrained(goal.draft, trust_remote_code=trusted)
     for prompt in goal.prompts:
         check_ids(prompt, tokenizer)
-    model = AutoModelForCausalLM.from_pretrained(goal.draft, dtype=goal.base.dtype, device_map=EVERYTHING, offload_folder=goal.spare).eval()
+    how = {"dtype": goal.base.dtype, "device_map": EVERYTHING, "offload_folder": goal.spare, "trust_remote_code": trusted}
+    model = AutoModelForCausalLM.from_pretrained(goal.draft, **how).eval()
     worst, rounding, tolerance = 0.0, 0.0, TOLERANCE.get(goal.base.dtype, 0.05)
     for exact, prompt in zip(goal.prompts, rounded.prompts, strict=True):
         for question, exact_TV, ours_TV in _ours(goal.base, exact, prompt):
