@@ -8,11 +8,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
 
 from softprompt.config import Config
 from softprompt.encode import make_encoder
 from softprompt.engine.dryrun import prefix_width, step_peak
+from softprompt.engine.family import backbone_of, empty_model
 from softprompt.engine.loading import device_of, load_dtype, load_settings, load_tokenizer, refuse_unsupported
 from softprompt.engine.memory import activation_bytes, token_budget
 from softprompt.engine.model import check_context, context_length
@@ -80,7 +80,7 @@ def make_plan(config: Config) -> Plan:
     settings = load_settings(config.model)
     refuse_unsupported(settings)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(settings, dtype=load_dtype(config.model), trust_remote_code=config.model.trust_remote_code)
+        model = empty_model(settings, load_dtype(config.model), trust_remote_code=config.model.trust_remote_code)
     text = settings.get_text_config(decoder=True)
     width = model.get_input_embeddings()(torch.zeros(1, dtype=torch.long, device="meta")).shape[-1]
     lengths, methods = _lengths(config), [own.prompt.method for own in config.members().values()]
@@ -115,7 +115,7 @@ def _weights(model: Any, dtype: torch.dtype, quantization: str | None) -> int:
     kept = sum(parameter.numel() for parameter in model.parameters())
     if quantization is None:
         return kept * dtype.itemsize
-    linear = [module.weight for module in model.base_model.modules() if isinstance(module, torch.nn.Linear)]
+    linear = [module.weight for module in backbone_of(model).modules() if isinstance(module, torch.nn.Linear)]
     packed = sum(weight.numel() for weight in linear)
     return round((kept - packed) * dtype.itemsize + packed * QUANTIZED_BYTES[quantization])
 
@@ -123,10 +123,10 @@ def _weights(model: Any, dtype: torch.dtype, quantization: str | None) -> int:
 def _activations(config: Config, settings: Any, model: Any, lengths: Sequence[int]) -> int:
     """Bytes of a step beside weights, prompt and optimizer, with the largest micro-batch that the configuration can have."""
     width, device = config.data.max_length, device_of(config.model.device)
-    budget = token_budget(model.base_model, device, config.train.tokens_per_batch)
+    budget = token_budget(backbone_of(model), device, config.train.tokens_per_batch)
     rows = max(1, min(budget // width, config.train.examples_per_step * len(lengths)))
     if getattr(model, "_is_stateful", False):  # a recurrent state cannot be shared: the plain path, one row at a time
-        peak = (width + max(lengths)) * activation_bytes(model.base_model)
+        peak = (width + max(lengths)) * activation_bytes(backbone_of(model))
     else:
         peak = step_peak(settings, model.dtype, [length + 1 for length in lengths], (rows, width), config.train.checkpoint_activations)
     return round(peak * FRAGMENTATION.get(device.type, 1.0))

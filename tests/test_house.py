@@ -39,7 +39,8 @@ LAYERS = [
 ]
 ENGINE_MAY_IMPORT = {"errors", "config", "hub", "atomic"}
 ENGINE = [
-    {"tokens", "world", "precise", "head", "memory", "unpack", "offload", "optim"},
+    {"tokens", "world", "precise", "head", "memory", "unpack", "family", "optim"},
+    {"offload"},
     {"prefix", "batch"},
     {"model"},
     {"loss", "prompt", "loading", "likelihood"},

@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig
 from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
 from softprompt.config import ModelConfig
+from softprompt.engine.family import class_of
 from softprompt.engine.model import FrozenBase, freeze
 from softprompt.engine.offload import from_files
 from softprompt.engine.unpack import keep_unpacked, unpacked_folder
@@ -35,7 +36,7 @@ def load_base(config: ModelConfig, *, layers_in_files: Path | None = None) -> Fr
     how = {"config": settings, "dtype": load_dtype(config), **_quantization(config)}
     if layers_in_files and config.quantization is None and (gguf_file is None or _unpacked(config).is_dir()):
         how |= from_files(settings, device_of(config.device), layers_in_files, trust_remote_code=config.trust_remote_code)
-    model, info = _from_pretrained(AutoModelForCausalLM, config, output_loading_info=True, **how)
+    model, info = _from_pretrained(class_of(settings), config, output_loading_info=True, **how)
     if info["missing_keys"]:
         raise ModelError(
             f"{name}: the files lack weights ({', '.join(sorted(info['missing_keys'])[:3])} ...): the base would be partly random"

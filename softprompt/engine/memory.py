@@ -28,5 +28,6 @@ def activation_bytes(backbone: Any) -> int:
     activations keep, and twice the residual stream per norm.
     """
     linear = sum(module.out_features for module in backbone.modules() if isinstance(module, torch.nn.Linear))
-    norms = sum(module.weight.numel() for module in backbone.modules() if "Norm" in type(module).__name__)
+    scales = (getattr(module, "weight", None) for module in backbone.modules() if "Norm" in type(module).__name__)
+    norms = sum(weight.numel() for weight in scales if weight is not None)
     return (linear + 2 * norms) * next(backbone.parameters()).dtype.itemsize

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from softprompt.engine.family import backbone_of, weights_of
 from softprompt.engine.head import Head
 from softprompt.engine.memory import token_budget
 from softprompt.engine.offload import values_of
@@ -54,7 +55,7 @@ class FrozenBase:
     @property
     def backbone(self) -> Any:
         """The layers, without the head."""
-        return self.model.base_model
+        return backbone_of(self.model)
 
     def budget(self, wanted: int | None) -> int:
         """Tokens (padding included) of one micro-batch: `wanted`, or what fits into the free memory and computes fastest."""
@@ -193,14 +194,14 @@ def check(model: Any, head: Head, name: str) -> bool:
     tolerance = 1e-3 if model.dtype == torch.float32 and not rounded else 0.1
     try:
         own = model(input_ids=ids_BT, use_cache=False).logits
-        given = head.logits(model.base_model(inputs_embeds=embeds_BTH, use_cache=False).last_hidden_state)
+        given = head.logits(backbone_of(model)(inputs_embeds=embeds_BTH, use_cache=False).last_hidden_state)
     except (ValueError, TypeError, NotImplementedError) as error:
         raise ModelError(f"{name} does not take embeddings from outside, so a soft prompt cannot be used with it: {error}") from None
     if model.dtype == torch.float16 and not (own.isfinite().all() and given.isfinite().all()):
         raise ModelError(f'{name}: float16 overflows with this base: use model.dtype = "bfloat16" or "float32"')
     if not _close(given, own, tolerance):
         raise ModelError(f"{name}: the same text gives other logits when its embeddings come from outside: this family is not supported")
-    return _prefix_is_exact(model.base_model, embeds_BTH, tolerance)
+    return _prefix_is_exact(backbone_of(model), embeds_BTH, tolerance)
 
 
 def _prefix_is_exact(backbone: Any, embeds_BTH: Tensor, tolerance: float) -> bool:
@@ -225,14 +226,14 @@ def _close(value: Tensor, reference: Tensor, tolerance: float) -> bool:
 def _fingerprint(model: Any) -> tuple[str, str]:
     """(sha256 over names, shapes and evenly sampled values of all weights, rounded to bfloat16: the same in float32 and bfloat16;
     some of these values as they are, float32 in base64: what is left of them in float16 can be compared with it)."""
-    digest, tensors = hashlib.sha256(), sorted(model.state_dict().items())
-    floating = [name for name, tensor in tensors if tensor.is_floating_point()]
+    digest, tensors = hashlib.sha256(), weights_of(model)
+    floating = [name for _, name, tensor in tensors if tensor.is_floating_point()]
     looked_at = set(floating[:: max(1, len(floating) // SAMPLED)][:SAMPLED])
     some: list[float] = []
-    for name, tensor in tensors:
+    for alone, name, tensor in tensors:
         flat = values_of(model, name, tensor).reshape(-1)
         picked = flat[:: max(1, flat.numel() // 256)]
-        digest.update(f"{name}{tuple(tensor.shape)}".encode() + picked.to(torch.bfloat16).float().cpu().numpy().tobytes())
+        digest.update(f"{alone}{tuple(tensor.shape)}".encode() + picked.to(torch.bfloat16).float().cpu().numpy().tobytes())
         some += [picked[len(picked) // 3].item()] if name in looked_at else []
     return digest.hexdigest(), base64.b64encode(torch.tensor(some, dtype=torch.float32).numpy().tobytes()).decode()
 

@@ -14,8 +14,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
+from softprompt.engine.family import class_of
 from softprompt.engine.loading import folder_of
 from softprompt.engine.model import FrozenBase
 from softprompt.engine.offload import EVERYTHING
@@ -193,7 +194,8 @@ def _read_back(goal: Goal, ids: list[int], rounded: Goal) -> dict[str, float]:
     for prompt in goal.prompts:
         check_ids(prompt, tokenizer)
     how = {"dtype": goal.base.dtype, "device_map": EVERYTHING, "offload_folder": goal.spare, "trust_remote_code": trusted}
-    model = AutoModelForCausalLM.from_pretrained(goal.draft, **how).eval()
+    settings = AutoConfig.from_pretrained(goal.draft, trust_remote_code=trusted)
+    model = class_of(settings).from_pretrained(goal.draft, **how).eval()
     worst, rounding, tolerance = 0.0, 0.0, TOLERANCE.get(goal.base.dtype, 0.05)
     for exact, prompt in zip(goal.prompts, rounded.prompts, strict=True):
         for question, exact_TV, ours_TV in _ours(goal.base, exact, prompt):
