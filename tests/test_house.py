@@ -39,7 +39,7 @@ LAYERS = [
 ]
 ENGINE_MAY_IMPORT = {"errors", "config", "hub", "atomic"}
 ENGINE = [
-    {"tokens", "world", "precise", "head", "memory", "unpack", "family", "optim"},
+    {"tokens", "world", "precise", "head", "memory", "unpack", "family", "quantized", "optim"},
     {"offload"},
     {"prefix", "batch"},
     {"model"},

@@ -16,6 +16,7 @@ from softprompt.config import ModelConfig
 from softprompt.engine.family import class_of
 from softprompt.engine.model import FrozenBase, freeze
 from softprompt.engine.offload import from_files
+from softprompt.engine.quantized import computed_in, method_of, settle
 from softprompt.engine.unpack import keep_unpacked, unpacked_folder
 from softprompt.errors import ConfigError, MissingPackage, ModelError
 from softprompt.hub import hub
@@ -33,8 +34,8 @@ def load_base(config: ModelConfig, *, layers_in_files: Path | None = None) -> Fr
     settings = load_settings(config)
     refuse_unsupported(settings)
     tokenizer = load_tokenizer(config)
-    how = {"config": settings, "dtype": load_dtype(config), **_quantization(config)}
-    if layers_in_files and config.quantization is None and (gguf_file is None or _unpacked(config).is_dir()):
+    how = {"config": settings, "dtype": load_dtype(config), **_quantization(config, settings)}
+    if layers_in_files and "device_map" not in how and (gguf_file is None or _unpacked(config).is_dir()):
         how |= from_files(settings, device_of(config.device), layers_in_files, trust_remote_code=config.trust_remote_code)
     model, info = _from_pretrained(class_of(settings), config, output_loading_info=True, **how)
     if info["missing_keys"]:
@@ -44,28 +45,34 @@ def load_base(config: ModelConfig, *, layers_in_files: Path | None = None) -> Fr
     if getattr(model, "hf_quantizer", None) is not None and gguf_file is not None:
         model.hf_quantizer.remove_quantization_config(model)  # the weights are plain numbers by now
         keep_unpacked(model, tokenizer, _unpacked(config))
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):  # bitsandbytes' way for inference repacks 4-bit weights and has no gradient
-            module.support_avx512bf16_for_cpu = False
-    if model.device != device_of(config.device):  # a quantised one is where it belongs and may not be moved
+    settle(model, load_dtype(config))
+    if "device_map" not in how:  # a quantised one is where it belongs and may not be moved
         model = model.to(device_of(config.device))
     return freeze(model, tokenizer, name if gguf_file is None else f"{name}/{gguf_file}")
 
 
-def _quantization(config: ModelConfig) -> dict[str, Any]:
-    """What transformers is told to load a base in 8 or 4 bits. Raises ConfigError for a GGUF file, and MissingPackage."""
-    if config.quantization is None:
+def _quantization(config: ModelConfig, settings: Any) -> dict[str, Any]:
+    """What transformers is told to load a base in 8 or 4 bits, or one that was saved in few bits: these are computed with in the
+    precision of the rest. Raises ConfigError for a GGUF file and for a base that is quantised already, and MissingPackage."""
+    saved_by = method_of(settings)
+    if saved_by is None and config.quantization is None:
         return {}
-    if config.location[1] is not None:
+    if config.location[1] is not None and config.quantization is not None:
         raise ConfigError(
             "model.quantization: a GGUF file is unpacked to full precision: name the base's Hugging Face folder or id instead"
         )
-    if find_spec("bitsandbytes") is None:
+    if saved_by is not None and config.quantization is not None:
+        raise ConfigError(f"model.quantization: {config.location[0]} is quantised already, by {saved_by}: leave it out")
+    if (saved_by or "bitsandbytes") == "bitsandbytes" and find_spec("bitsandbytes") is None:
         raise MissingPackage("bitsandbytes", "quantization")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it says at every product that 8-bit inputs are float16
-    four_bit = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": load_dtype(config)}
+    where, dtype = {"device_map": {"": device_of(config.device)}}, load_dtype(config)
+    if config.quantization is None:
+        computed_in(settings, dtype)
+        return where
+    four_bit = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": dtype}
     kinds: dict[str, dict[str, Any]] = {"int8": {"load_in_8bit": True}, "nf4": {"load_in_4bit": True, **four_bit}}
-    return {"quantization_config": BitsAndBytesConfig(**kinds[config.quantization]), "device_map": {"": device_of(config.device)}}
+    return {"quantization_config": BitsAndBytesConfig(**kinds[config.quantization]), **where}
 
 
 def load_settings(config: ModelConfig) -> Any:
@@ -89,7 +96,7 @@ def _from_pretrained(kind: Any, wanted: ModelConfig, **how: Any) -> Any:
                 name, places = str(_unpacked(wanted)), {}
             given = {key: value for key, value in places.items() if value is not None}
             return kind.from_pretrained(name, trust_remote_code=wanted.trust_remote_code, **given, **how)
-        except (OSError, ValueError, ImportError, KeyError) as error:
+        except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
             raise ModelError(_cannot_load(name, gguf_file, address, error)) from None
 
 
