@@ -154,3 +154,29 @@ def test_what_is_not_installed_is_said_in_a_sentence(folder, said, wants):
     assert str(told.value).startswith(f"{folder}: cannot be loaded as a model: ")
     assert wants in str(told.value)
     assert "\n" not in str(told.value)
+
+
+def test_compressed_tensors_are_unpacked_and_trained_on(folder, make_config, tmp_path):
+    quantization = pytest.importorskip("compressed_tensors.quantization")
+    from compressed_tensors.compressors import ModelCompressor
+
+    weights = quantization.QuantizationArgs(num_bits=4, type="int", symmetric=True, strategy="group", group_size=32)
+    groups = {"all": quantization.QuantizationScheme(targets=["Linear"], weights=weights)}
+    settings = quantization.QuantizationConfig(config_groups=groups, ignore=["lm_head"], format="pack-quantized")
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    quantization.apply_quantization_config(model, settings)
+    for module in model.modules():
+        if hasattr(module, "weight_scale"):
+            module.weight_scale.data = module.weight.detach().unflatten(1, (-1, 32)).abs().amax(dim=-1) / 7.5
+    compressor = ModelCompressor(quantization_config=settings)
+    compressor.compress_model(model)
+    model.save_pretrained(tmp_path / "saved")
+    compressor.update_config(tmp_path / "saved")
+    tiny.tiny_tokenizer().save_pretrained(tmp_path / "saved")
+    assert "model.layers.0.mlp.up_proj.weight_packed" in load_file(tmp_path / "saved" / "model.safetensors")
+    config = make_config(f"model.name={tmp_path / 'saved'}", "model.dtype=float32", "train.steps=8")
+    assert load_base(config.model).shares_prefix
+    assert make_plan(config).memory.weights == make_plan(make_config(f"model.name={folder}", "model.dtype=float32")).memory.weights
+    *_, finished = train(config)
+    assert finished.result["eval_loss_after"] < finished.result["eval_loss_before"]
+    assert load_prompt(config.train.out, load_base(config.model)).soft.rows_PH.shape[1] == 64

@@ -15,14 +15,13 @@ def method_of(settings: Any) -> str | None:
 
 
 def bits_of(settings: Any) -> int | None:
-    """Bits of a quantised weight, or None where the configuration does not say."""
+    """Bits that a quantised weight is held in, or None where the configuration does not say, and where transformers unpacks it."""
     said = _said(settings)
+    if method_of(settings) == "compressed-tensors":
+        return None
     if method_of(settings) == "bitsandbytes":
         return 8 if said.get("load_in_8bit") else 4
-    groups = said.get("config_groups") or {}
-    weights = [group.get("weights") or {} for group in groups.values() if isinstance(group, dict)]
-    found = said.get("bits") or next((one["num_bits"] for one in weights if one.get("num_bits")), None)
-    return 8 if found is None and "fp8" in str(method_of(settings)) else found
+    return 8 if "fp8" in str(method_of(settings)) else said.get("bits")
 
 
 def computed_in(settings: Any, dtype: torch.dtype) -> None:
