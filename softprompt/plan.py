@@ -14,15 +14,13 @@ from softprompt.encode import make_encoder
 from softprompt.engine.dryrun import prefix_width, step_peak
 from softprompt.engine.family import backbone_of, empty_model
 from softprompt.engine.loading import device_of, load_dtype, load_settings, load_tokenizer, refuse_unsupported
-from softprompt.engine.memory import activation_bytes, token_budget
+from softprompt.engine.memory import activation_bytes, token_budget, weight_bytes
 from softprompt.engine.model import check_context, context_length
 from softprompt.engine.quantized import bits_of
 from softprompt.init import prompt_length
 from softprompt.rows import load_rows
 
 FRAGMENTATION = {"cpu": 1.4}  # what the allocator cannot use again: 1.3 to 1.55 measured on a CPU (LOG.md), next to nothing on a GPU
-QUANTIZED_BYTES = {8: 1.0, 4: 0.516}  # of a weight by its bits, scales included: one byte for 64, and four for 64 x 256
-BITS = {"int8": 8, "nf4": 4}  # by model.quantization
 BYTES_PER_FULL_PARAMETER = 16  # fp32 weight, gradient and Adam's two moments
 
 
@@ -91,7 +89,7 @@ def make_plan(config: Config) -> Plan:
     widths = {"prompt": width, "prefix": prefix_width(settings, dtype) if "prefix" in methods else 0}
     num_trainable = sum(widths[method] * own for method, own in zip(methods, lengths, strict=True))
     memory = Memory(
-        weights=_weights(model, dtype, BITS.get(config.model.quantization or "") or bits_of(settings)),
+        weights=weight_bytes(model, dtype, bits_of(settings, config.model.quantization)),
         activations=_activations(config, settings, model, lengths),
         prompt=2 * 4 * num_trainable,
         optimizer=2 * 4 * num_trainable,
@@ -110,16 +108,6 @@ def make_plan(config: Config) -> Plan:
         memory=memory,
         full_finetuning_bytes=BYTES_PER_FULL_PARAMETER * model.num_parameters(),
     )
-
-
-def _weights(model: Any, dtype: torch.dtype, bits: int | None) -> int:
-    """Bytes of the base; of a quantised one, embeddings, norms and the head stay as they are."""
-    kept = sum(parameter.numel() for parameter in model.parameters())
-    if bits is None:
-        return kept * dtype.itemsize
-    linear = [module.weight for module in backbone_of(model).modules() if isinstance(module, torch.nn.Linear)]
-    packed = sum(weight.numel() for weight in linear)
-    return round((kept - packed) * dtype.itemsize + packed * QUANTIZED_BYTES.get(bits, bits / 8))
 
 
 def _activations(config: Config, settings: Any, model: Any, lengths: Sequence[int]) -> int:

@@ -40,7 +40,7 @@ LAYERS = [
 ENGINE_MAY_IMPORT = {"errors", "config", "hub", "atomic"}
 ENGINE = [
     {"tokens", "world", "precise", "head", "memory", "unpack", "family", "quantized", "optim"},
-    {"offload"},
+    {"offload", "places"},
     {"prefix", "batch"},
     {"model"},
     {"loss", "prompt", "loading", "likelihood"},

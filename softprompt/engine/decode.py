@@ -158,7 +158,7 @@ def drop(batch: OpenBatch, rows: set[int]) -> OpenBatch:
     index = torch.tensor([row for row, number in enumerate(owners) if number not in rows], device=batch.base.device)
     past = batch.past
     holes = past.mask_BS.shape[1] - int(past.mask_BS[index].sum(dim=1).max())  # on the left, where no row is as long any more
-    layers = tuple((k[index, :, holes:], v[index, :, holes:]) for k, v in past.layers)
+    layers = tuple((k[index.to(k.device), :, holes:], v[index.to(v.device), :, holes:]) for k, v in past.layers)
     return replace(batch, answers=kept, past=Continued(past.hidden_BTH[index], layers, past.mask_BS[index, holes:]))
 
 

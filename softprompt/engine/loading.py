@@ -13,14 +13,17 @@ from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
 from softprompt.config import ModelConfig
-from softprompt.engine.family import class_of
+from softprompt.engine.family import class_of, empty_model
 from softprompt.engine.model import FrozenBase, freeze
 from softprompt.engine.offload import from_files
-from softprompt.engine.quantized import computed_in, method_of, settle
+from softprompt.engine.places import device_map, free_memory
+from softprompt.engine.quantized import bits_of, computed_in, method_of, settle
 from softprompt.engine.unpack import keep_unpacked, unpacked_folder
 from softprompt.errors import ConfigError, MissingPackage, ModelError
 from softprompt.hub import hub
 
+NO_MEMORY = 'the device ran out of memory: try model.quantization = "nf4" or a smaller base; softprompt plan says what a run needs'
+SMALL = 10**9  # bytes of files
 MOVED = "if the base was moved, model.name=FOLDER says where it lies; its weights decide whether it is the same"
 
 
@@ -35,8 +38,11 @@ def load_base(config: ModelConfig, *, layers_in_files: Path | None = None) -> Fr
     refuse_unsupported(settings)
     tokenizer = load_tokenizer(config)
     how = {"config": settings, "dtype": load_dtype(config), **_quantization(config, settings)}
-    if layers_in_files and "device_map" not in how and (gguf_file is None or _unpacked(config).is_dir()):
+    whole = config.quantization or method_of(settings) or (gguf_file is not None and not _unpacked(config).is_dir())
+    if layers_in_files and not whole:
         how |= from_files(settings, device_of(config.device), layers_in_files, trust_remote_code=config.trust_remote_code)
+    else:
+        how |= _place(config, settings)
     model, info = _from_pretrained(class_of(settings), config, output_loading_info=True, **how)
     if info["missing_keys"]:
         raise ModelError(
@@ -46,9 +52,10 @@ def load_base(config: ModelConfig, *, layers_in_files: Path | None = None) -> Fr
         model.hf_quantizer.remove_quantization_config(model)  # the weights are plain numbers by now
         keep_unpacked(model, tokenizer, _unpacked(config))
     settle(model, load_dtype(config))
-    if "device_map" not in how:  # a quantised one is where it belongs and may not be moved
-        model = model.to(device_of(config.device))
-    return freeze(model, tokenizer, name if gguf_file is None else f"{name}/{gguf_file}")
+    try:
+        return freeze(model, tokenizer, name if gguf_file is None else f"{name}/{gguf_file}")
+    except torch.OutOfMemoryError:
+        raise ModelError(f"{name}: {NO_MEMORY}") from None
 
 
 def _quantization(config: ModelConfig, settings: Any) -> dict[str, Any]:
@@ -66,13 +73,30 @@ def _quantization(config: ModelConfig, settings: Any) -> dict[str, Any]:
     if (saved_by or "bitsandbytes") == "bitsandbytes" and find_spec("bitsandbytes") is None:
         raise MissingPackage("bitsandbytes", "quantization")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it says at every product that 8-bit inputs are float16
-    where, dtype = {"device_map": {"": device_of(config.device)}}, load_dtype(config)
+    dtype = load_dtype(config)
     if config.quantization is None:
         computed_in(settings, dtype)
-        return where
+        return {}
     four_bit = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": dtype}
     kinds: dict[str, dict[str, Any]] = {"int8": {"load_in_8bit": True}, "nf4": {"load_in_4bit": True, **four_bit}}
-    return {"quantization_config": BitsAndBytesConfig(**kinds[config.quantization]), **where}
+    return {"quantization_config": BitsAndBytesConfig(**kinds[config.quantization])}
+
+
+def _place(config: ModelConfig, settings: Any) -> dict[str, Any]:
+    """On which device, or devices, transformers is told to put the weights. Raises ModelError where they do not fit."""
+    device = device_of(config.device)
+    if _is_small(config.location[0]):
+        return {"device_map": {"": device}}
+    with torch.device("meta"):
+        model = empty_model(settings, load_dtype(config), trust_remote_code=config.trust_remote_code)
+    free = free_memory(device, all_gpus=config.device == "auto")
+    places = device_map(model, load_dtype(config), bits_of(settings, config.quantization), free, config.location[0])
+    return {"device_map": {"": device} if len(places) == 1 else places}
+
+
+def _is_small(name: str) -> bool:
+    """Whether a folder's files are so small that they fit anywhere."""
+    return Path(name).is_dir() and sum(file.stat().st_size for file in Path(name).iterdir()) < SMALL
 
 
 def load_settings(config: ModelConfig) -> Any:
@@ -96,6 +120,8 @@ def _from_pretrained(kind: Any, wanted: ModelConfig, **how: Any) -> Any:
                 name, places = str(_unpacked(wanted)), {}
             given = {key: value for key, value in places.items() if value is not None}
             return kind.from_pretrained(name, trust_remote_code=wanted.trust_remote_code, **given, **how)
+        except torch.OutOfMemoryError:
+            raise ModelError(f"{name}: {NO_MEMORY}") from None
         except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
             raise ModelError(_cannot_load(name, gguf_file, address, error)) from None
 

@@ -130,7 +130,7 @@ def as_prefixes(read: Continued) -> Prefix:
     holes = read.mask_BS.shape[1] - max(lengths)
 
     def moved(states: Tensor) -> Tensor:
-        return states.gather(2, order_BS[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[3]))[:, :, holes:]
+        return states.gather(2, order_BS.to(states.device)[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[3]))[:, :, holes:]
 
     layers = tuple((moved(k), moved(v)) for k, v in read.layers)
     return Prefix(layers, tuple(read.hidden_BTH.new_zeros(length, 0) for length in lengths))
@@ -175,7 +175,7 @@ def _spread(states_K: Tensor, which_B: Tensor, dtype: torch.dtype) -> Tensor:
     that the rows' gradients are summed in float32."""
     if states_K.shape[0] == 1:
         return states_K.expand(len(which_B), -1, -1, -1).to(dtype)
-    return states_K.index_select(0, which_B).to(dtype)
+    return states_K.index_select(0, which_B.to(states_K.device)).to(dtype)
 
 
 def continue_plain(backbone: Any, embeds_BTH: Tensor, prefix: Prefix, which_B: Tensor, mask_BT: Tensor) -> Continued:
@@ -200,10 +200,14 @@ def checkpointed(backbone: Any) -> Iterator[None]:
     layers = [module for module in backbone.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not layers:
         raise ModelError(f"{type(backbone).__name__} does not mark its layers: train.checkpoint_activations cannot be used with it")
+    before = [vars(layer).get("forward") for layer in layers]  # accelerate's, where layers lie on several devices
     for layer in layers:
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
     try:
         yield
     finally:
-        for layer in layers:
-            del layer.forward
+        for layer, forward in zip(layers, before, strict=True):
+            if forward is None:
+                del layer.forward
+            else:
+                layer.forward = forward

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 
+BITS = {"int8": 8, "nf4": 4}  # by model.quantization
 PLAIN = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -14,8 +15,11 @@ def method_of(settings: Any) -> str | None:
     return None if method is None or method == "gguf" else str(getattr(method, "value", method)).removesuffix("_4bit").removesuffix("_8bit")
 
 
-def bits_of(settings: Any) -> int | None:
-    """Bits that a quantised weight is held in, or None where the configuration does not say, and where transformers unpacks it."""
+def bits_of(settings: Any, quantization: str | None = None) -> int | None:
+    """Bits that a quantised weight is held in, with `model.quantization` or by what the base's configuration says; None where it is not
+    quantised, the configuration does not say, or transformers unpacks it."""
+    if quantization is not None:
+        return BITS[quantization]
     said = _said(settings)
     if method_of(settings) == "compressed-tensors":
         return None
