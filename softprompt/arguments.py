@@ -8,7 +8,7 @@ from typing import Any
 
 from softprompt.artifact import StoredPrompt, find_prompt, find_prompts, load_prompt, read_card
 from softprompt.checkpoint import load_start
-from softprompt.config import Config, load_config
+from softprompt.config import Config, load_config, relocated
 from softprompt.data import Loaded, load_examples
 from softprompt.engine.loading import load_base
 from softprompt.engine.model import FrozenBase
@@ -80,7 +80,7 @@ def read_arguments(prompt: Path, others: Sequence[Path], data: str | None, shots
             prompts[_free(path.parent.name if path.name == "prompt" else path.name, prompts)] = path
     card = read_card(first)
     own: dict[str, Any] = {
-        "model": card.model_config_of_base.model_dump(exclude_none=True),
+        "model": relocated(card.model_config_of_base, overrides).model_dump(exclude_none=True),
         "data": {"label_words": card.data.label_words, **({} if data is None else {"eval": data})},
     }
     run = run_of(first)

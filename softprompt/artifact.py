@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 
 from softprompt.config import Config, ModelConfig
 from softprompt.encode import Encoder, make_encoder
-from softprompt.engine.model import FrozenBase
+from softprompt.engine.model import FrozenBase, same_weights
 from softprompt.engine.prompt import DeepPrompt, Prompt, SoftPrompt, shapes_of
 from softprompt.errors import ArtifactError
 from softprompt.runlog import package_versions
@@ -42,17 +42,24 @@ class CardModel(BaseModel):
 
 
 class BaseCard(CardModel):
-    """The base a prompt was trained for."""
+    """The base a prompt was trained for. `dtype`: as it was asked for."""
 
     name: str
     gguf_file: str | None
     revision: str | None
     quantization: Literal["int8", "nf4"] | None = None
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     model_type: str
     hidden_size: int
     fingerprint: str
+    sample: str = ""
     tokenizer_fingerprint: str
     chat_template_sha256: str | None
+
+    def is_of(self, base: FrozenBase) -> bool:
+        """Whether a base has the weights that the prompt was trained on, whatever precision either of them is in."""
+        in_float16 = self.dtype == "float16" or base.dtype == torch.float16
+        return same_weights((self.fingerprint, self.sample), (base.fingerprint, base.sample), in_float16=in_float16)
 
 
 class DataCard(CardModel):
@@ -90,9 +97,7 @@ class Card(CardModel):
     @property
     def model_config_of_base(self) -> ModelConfig:
         """Where to load the base from. Remote code stays off, whatever the folder says."""
-        return ModelConfig(
-            name=self.base.name, gguf_file=self.base.gguf_file, revision=self.base.revision, quantization=self.base.quantization
-        )
+        return ModelConfig(**self.base.model_dump(include={"name", "gguf_file", "revision", "quantization", "dtype"}))
 
 
 @dataclass(frozen=True)
@@ -247,7 +252,7 @@ def _without_bos(rows: torch.Tensor, card: Card) -> torch.Tensor:
 
 
 def _check_fingerprints(folder: Path, card: Card, base: FrozenBase) -> None:
-    if card.base.fingerprint != base.fingerprint:
+    if not card.base.is_of(base):
         raise ArtifactError(f"{folder} was trained on {card.base.name}, whose weights differ from those of {base.name}: {ANYWAY}")
     if card.base.tokenizer_fingerprint != base.tokenizer_fingerprint:
         raise ArtifactError(f"{folder} was trained with another tokenizer than that of {base.name}: {ANYWAY}")
@@ -281,9 +286,11 @@ def base_card(model: ModelConfig, base: FrozenBase) -> BaseCard:
         gguf_file=gguf_file,
         revision=model.revision,
         quantization=model.quantization,
+        dtype=model.dtype,
         model_type=base.model.config.model_type,
         hidden_size=base.hidden_size,
         fingerprint=base.fingerprint,
+        sample=base.sample,
         tokenizer_fingerprint=base.tokenizer_fingerprint,
         chat_template_sha256=chat_template_hash(base.tokenizer),
     )

@@ -3,7 +3,7 @@
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -25,7 +25,7 @@ def new_folder(path: Path) -> Iterator[Path]:
             if file.is_file():
                 _flush(file)
         draft.rename(path)
-        _flush(path.parent)
+        _flush_folder(path.parent)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
 
@@ -34,17 +34,23 @@ def write_text(path: Path, text: str) -> None:
     """Replaces a file's text in one motion."""
     draft = path.parent / f".{path.name}.{os.getpid()}.draft"
     try:
-        draft.write_text(text, encoding="utf-8")
+        draft.write_text(text, encoding="utf-8", newline="\n")
         _flush(draft)
         draft.replace(path)
-        _flush(path.parent)
+        _flush_folder(path.parent)
     finally:
         draft.unlink(missing_ok=True)
 
 
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+def _flush(path: Path, how: int = os.O_RDWR) -> None:
+    descriptor = os.open(path, how)  # Windows flushes only what may be written to
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _flush_folder(path: Path) -> None:
+    """Makes a renaming last. Windows opens no folders, and some network shares flush none: the file itself is flushed by then."""
+    with suppress(OSError):
+        _flush(path, os.O_RDONLY)

@@ -18,6 +18,7 @@ from softprompt.errors import ConfigError
 
 RANGE = re.compile(r"^(?P<source>.*?)\[(?P<start>\d*):(?P<stop>\d*)\]$")  # behind the name of a data source
 Source = Literal["text", "labels", "vocab", "examples", "random", "file"]
+PLACE = ("name", "gguf_file", "revision")  # where a base lies
 Positive = Annotated[int, Field(ge=1)]
 
 
@@ -299,13 +300,30 @@ def _explain(item: Any, where: str) -> str:
     return f"{where}: {key}: {message[0].lower()}{message[1:]} (got {item['input']!r})" if key.count(".") else f"{where}: {key}: {message}"
 
 
+def relocated(model: ModelConfig, overrides: Sequence[str]) -> ModelConfig:
+    """A stored base with a command's overrides: where `model.name` or `model.gguf_file` says that it lies, its old place and revision
+    are forgotten, and all else stays. A GGUF file keeps its name in a folder that holds it."""
+    said = load_config(None, overrides).model
+    kept = model.model_dump(exclude_none=True)
+    if "gguf_file" in said.model_fields_set and said.gguf_file is not None and Path(said.gguf_file).is_file():
+        kept = {key: value for key, value in kept.items() if key not in PLACE}
+    elif "name" in said.model_fields_set and said.name is not None:
+        gguf_file, folder = kept.get("gguf_file"), Path(said.name)
+        stays = gguf_file is not None and not said.name.endswith(".gguf") and ((folder / gguf_file).is_file() or not folder.exists())
+        kept = {key: value for key, value in kept.items() if key not in PLACE or (key == "gguf_file" and stays)}
+    return load_config({"model": kept}, overrides).model
+
+
 def with_absolute_paths(config: Config) -> Config:
     """Local paths made absolute, so that the run can be resumed and the prompt used from any folder."""
 
     def absolute(source: str | None) -> str | None:
-        match = RANGE.match(source or "")
-        path, rest = (match["source"], (source or "")[len(match["source"]) :]) if match else (source, "")
-        return f"{Path(path).absolute()}{rest}" if path and Path(path.partition(":")[0]).exists() else source
+        if not source:
+            return source
+        match = RANGE.match(source)
+        path = match["source"] if match else source
+        names = [path[: colon.start()] for colon in re.finditer(":|$", path)]  # rows.jsonl:train, C:\rows.jsonl:train
+        return f"{Path(path).absolute()}{source[len(path) :]}" if any(Path(name).exists() for name in names) else source
 
     def moved(prompt: dict[str, Any]) -> dict[str, Any]:
         return {**prompt, "file": absolute(prompt["file"])} if prompt.get("file") else prompt

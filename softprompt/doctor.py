@@ -18,7 +18,7 @@ from torch.nn.functional import cosine_similarity
 
 from softprompt.artifact import load_prompt
 from softprompt.checkpoint import load_start
-from softprompt.config import USUAL_RATE, Config, OptimConfig
+from softprompt.config import USUAL_RATE, Config, OptimConfig, relocated
 from softprompt.encode import Encoder, make_encoder
 from softprompt.engine.loading import load_base
 from softprompt.engine.model import FrozenBase
@@ -246,14 +246,15 @@ def case_of(
 # ---- a finished run, with what its prompts have to beat ------------------------------------------------------------
 
 
-def diagnose(run: str | Path, base: FrozenBase | None = None) -> dict[str, list[str]]:
-    """Findings of every prompt of a finished run, by name, with everything measured. Raises an Error for what is none.
+def diagnose(run: str | Path, base: FrozenBase | None = None, overrides: Sequence[str] = ()) -> dict[str, list[str]]:
+    """Findings of every prompt of a finished run, by name, with everything measured. `overrides`: of [model], for a base that was moved.
+    Raises an Error for what is none.
 
     What the run said of its training rows before its first step still holds: they are not read again.
     """
     folder = RunFolder.reopen(Path(run))
     config = folder.config()
-    base = base or load_base(config.model)
+    base = base or load_base(relocated(config.model, overrides))
     encoder, loaded = make_encoder(base.tokenizer, config.data.template), load_held(config)
     held = None if loaded is None else encode_rows(encoder, loaded, config.data.max_length)
     events, members, findings = folder.events(), config.members(), {}

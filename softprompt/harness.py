@@ -3,6 +3,7 @@
 The rows stand in the prefix, so the logits of a request are those of its own tokens: there is no slice to get wrong.
 """
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from softprompt.answers import cut_at, until
 from softprompt.artifact import load_prompt, read_card
+from softprompt.config import relocated
 from softprompt.engine.batch import batches
 from softprompt.engine.decode import Question, Sampling, decode_whole
 from softprompt.engine.loading import load_base
@@ -25,27 +27,31 @@ from softprompt.errors import ConfigError
 
 @register_model("softprompt")
 class SoftPromptLM(TemplateLM):  # type: ignore[misc]
-    """`prompt`: a prompt, checkpoint or run folder. `device`, `dtype`: of the base, as in the configuration. `template`: put every
-    context into the template that the prompt was trained with; otherwise the text stands behind the prompt as the task writes it."""
+    """`prompt`: a prompt, checkpoint or run folder. `device`, `dtype`: of the base, as in the configuration; every `model.key` can be
+    given too, `model.name=FOLDER` for a base that was moved. `template`: put every context into the template that the prompt was trained
+    with; otherwise the text stands behind the prompt as the task writes it."""
 
     def __init__(
         self,
         prompt: str,
         device: str | None = None,
-        dtype: str = "auto",
+        dtype: str | None = None,
         template: bool = False,
         allow_other_base: bool = False,
         max_gen_toks: int = 256,
         **given: Any,
     ) -> None:
         super().__init__()
-        unknown = sorted(set(given) - {"batch_size", "max_batch_size"})  # the harness passes these two to every model
+        of_base = {key: value for key, value in given.items() if key.startswith("model.")}
+        unknown = sorted(set(given) - set(of_base) - {"batch_size", "max_batch_size"})  # the harness passes these two to every model
         if unknown:
             raise ConfigError(
-                f"--model_args {unknown[0]}: softprompt knows prompt, device, dtype, template, allow_other_base, max_gen_toks"
+                f"--model_args {unknown[0]}: softprompt knows prompt, device, dtype, template, allow_other_base, max_gen_toks, "
+                "model.name and its kin"
             )
-        settings = read_card(prompt).model_config_of_base.model_copy(update={"device": device or "auto", "dtype": dtype})
-        self.base = load_base(settings)
+        named = {"model.device": device, "model.dtype": dtype, **of_base}
+        overrides = [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in named.items() if value is not None]
+        self.base = load_base(relocated(read_card(prompt).model_config_of_base, overrides))
         self.stored = load_prompt(Path(prompt), self.base, allow_other_base=bool(allow_other_base))
         self.tokenizer, self.template, self.max_gen_toks = self.base.tokenizer, bool(template), int(max_gen_toks)
         self.context = (self.stored.soft, ())

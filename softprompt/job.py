@@ -190,8 +190,12 @@ def _where_it_stands(run: RunFolder, setup: Setup) -> tuple[Checkpoint | None, C
     counters = checkpoint.counters if checkpoint else fresh
     if counters.data_fingerprint != fresh.data_fingerprint:
         raise RunError(f"the training rows have changed since {run.path} started: they must be the same to resume")
-    if counters.base_fingerprint != fresh.base_fingerprint:
+    began_with = run.read("run.json") or {}
+    if {counters.base_fingerprint, began_with.get("base_fingerprint", base.fingerprint)} != {base.fingerprint}:
         raise RunError(f"{base.name} has other weights than when {run.path} started: they must be the same to resume")
+    if began_with.get("tokenizer_fingerprint", base.tokenizer_fingerprint) != base.tokenizer_fingerprint:
+        raise RunError(f"{base.name} has another tokenizer than when {run.path} started: it must be the same to resume")
+    run.note_place(setup.config.model)
     run.forget_after(counters.step if checkpoint else -1)
     return checkpoint, counters
 
@@ -241,7 +245,7 @@ def data_facts(setup: Setup) -> dict[str, Any]:
 def data_card(config: Config, rows: Rows, held: Rows | None) -> DataCard:
     assert config.data.train is not None
     return DataCard(
-        train=Path(config.data.train).name if config.data.train.startswith("/") else config.data.train,
+        train=Path(config.data.train).name if Path(config.data.train).is_absolute() else config.data.train,
         num_train=len(rows.encoded),
         train_fingerprint=rows.fingerprint,
         num_eval=len(held.encoded) if held else 0,

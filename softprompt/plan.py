@@ -8,19 +8,19 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
 
 from softprompt.config import Config
 from softprompt.encode import make_encoder
 from softprompt.engine.dryrun import prefix_width, step_peak
+from softprompt.engine.family import backbone_of, empty_model
 from softprompt.engine.loading import device_of, load_dtype, load_settings, load_tokenizer, refuse_unsupported
-from softprompt.engine.memory import activation_bytes, token_budget
+from softprompt.engine.memory import activation_bytes, token_budget, weight_bytes
 from softprompt.engine.model import check_context, context_length
+from softprompt.engine.quantized import bits_of
 from softprompt.init import prompt_length
 from softprompt.rows import load_rows
 
 FRAGMENTATION = {"cpu": 1.4}  # what the allocator cannot use again: 1.3 to 1.55 measured on a CPU (LOG.md), next to nothing on a GPU
-QUANTIZED_BYTES = {"int8": 1.0, "nf4": 0.516}  # of a weight, scales included: one byte for 64, and four for 64 x 256
 BYTES_PER_FULL_PARAMETER = 16  # fp32 weight, gradient and Adam's two moments
 
 
@@ -80,7 +80,7 @@ def make_plan(config: Config) -> Plan:
     settings = load_settings(config.model)
     refuse_unsupported(settings)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(settings, dtype=load_dtype(config.model), trust_remote_code=config.model.trust_remote_code)
+        model = empty_model(settings, load_dtype(config.model), trust_remote_code=config.model.trust_remote_code)
     text = settings.get_text_config(decoder=True)
     width = model.get_input_embeddings()(torch.zeros(1, dtype=torch.long, device="meta")).shape[-1]
     lengths, methods = _lengths(config), [own.prompt.method for own in config.members().values()]
@@ -89,7 +89,7 @@ def make_plan(config: Config) -> Plan:
     widths = {"prompt": width, "prefix": prefix_width(settings, dtype) if "prefix" in methods else 0}
     num_trainable = sum(widths[method] * own for method, own in zip(methods, lengths, strict=True))
     memory = Memory(
-        weights=_weights(model, dtype, config.model.quantization),
+        weights=weight_bytes(model, dtype, bits_of(settings, config.model.quantization)),
         activations=_activations(config, settings, model, lengths),
         prompt=2 * 4 * num_trainable,
         optimizer=2 * 4 * num_trainable,
@@ -110,25 +110,15 @@ def make_plan(config: Config) -> Plan:
     )
 
 
-def _weights(model: Any, dtype: torch.dtype, quantization: str | None) -> int:
-    """Bytes of the base; bitsandbytes leaves embeddings, norms and the head as they are."""
-    kept = sum(parameter.numel() for parameter in model.parameters())
-    if quantization is None:
-        return kept * dtype.itemsize
-    linear = [module.weight for module in model.base_model.modules() if isinstance(module, torch.nn.Linear)]
-    packed = sum(weight.numel() for weight in linear)
-    return round((kept - packed) * dtype.itemsize + packed * QUANTIZED_BYTES[quantization])
-
-
 def _activations(config: Config, settings: Any, model: Any, lengths: Sequence[int]) -> int:
     """Bytes of a step beside weights, prompt and optimizer, with the largest micro-batch that the configuration can have."""
     width, device = config.data.max_length, device_of(config.model.device)
-    budget = token_budget(model.base_model, device, config.train.tokens_per_batch)
+    budget = token_budget(backbone_of(model), device, config.train.tokens_per_batch)
     rows = max(1, min(budget // width, config.train.examples_per_step * len(lengths)))
     try:
         peak = step_peak(settings, model.dtype, [length + 1 for length in lengths], (rows, width), config.train.checkpoint_activations)
     except Exception:  # what some layers do depends on numbers, which a plan has none of: experts, for one
-        peak = rows * (width + max(lengths)) * activation_bytes(model.base_model)
+        peak = rows * (width + max(lengths)) * activation_bytes(backbone_of(model))
     return round(peak * FRAGMENTATION.get(device.type, 1.0))
 
 

@@ -42,5 +42,5 @@ class Predictions:
         """Keeps and writes one answer."""
         self.answers[answer["contestant"], answer["row"]] = answer
         if self.path is not None:
-            with open(self.path, "a", encoding="utf-8") as file:
+            with open(self.path, "a", encoding="utf-8", newline="\n") as file:
                 file.write(json.dumps(answer, ensure_ascii=False) + "\n")

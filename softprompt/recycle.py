@@ -17,7 +17,7 @@ from softprompt.artifact import StoredPrompt, base_card, find_prompt, load_promp
 from softprompt.atomic import new_folder
 from softprompt.config import Config, ModelConfig, load_config, with_absolute_paths
 from softprompt.data import Loaded
-from softprompt.engine.loading import load_base
+from softprompt.engine.loading import MOVED, load_base
 from softprompt.engine.model import FrozenBase
 from softprompt.engine.prompt import no_prompt
 from softprompt.errors import ConfigError, DataError, Error
@@ -123,10 +123,11 @@ def move(path: str | Path, overrides: Sequence[str], data: str | None = None) ->
     card = read_card(path)
     old = given.of_run.model if given.of_run else card.model_config_of_base
     model = _other(old, overrides)
+    old = old.model_copy(update={"trust_remote_code": model.trust_remote_code})
     loaded = given.rows()[0]
     loss, unknown = (None, "its weights have changed") if model == old else _on_old_base(path, old, given, loaded)
     base = load_base(model)
-    if model == old and base.fingerprint == card.base.fingerprint:
+    if model == old and card.base.is_of(base):
         raise ConfigError(
             f"{base.name} is the base that {path} was trained on: name another, e.g. model.name=FOLDER or model.quantization=int8"
         )
@@ -139,8 +140,10 @@ def move(path: str | Path, overrides: Sequence[str], data: str | None = None) ->
     if card.base.tokenizer_fingerprint != base.tokenizer_fingerprint:
         loss, unknown = None, "another tokenizer makes other tokens, whose losses cannot be compared"
     budget = base.budget(given.config.train.tokens_per_batch)
-    losses = (held_out_loss(base, soft, held, budget) for soft in (prompt.soft, no_prompt(base, prompt.encoder.bos_id)))
-    return Moved(path, given, tuple(overrides), model, base, prompt, held, loss, None if loss is not None else unknown, *losses)
+    now, bare = (held_out_loss(base, soft, held, budget) for soft in (prompt.soft, no_prompt(base, prompt.encoder.bos_id)))
+    if loss is None and card.base.is_of(base) and card.base.tokenizer_fingerprint == base.tokenizer_fingerprint:
+        loss = now  # its own base, only moved
+    return Moved(path, given, tuple(overrides), model, base, prompt, held, loss, None if loss is not None else unknown, now, bare)
 
 
 def _other(old: ModelConfig, overrides: Sequence[str]) -> ModelConfig:
@@ -158,7 +161,7 @@ def _on_old_base(path: Path, old: ModelConfig, given: Arguments, loaded: Loaded)
         base = load_base(old)
         prompt = load_prompt(path, base)
     except Error as error:
-        return None, str(error)
+        return None, str(error).removesuffix(f"; {MOVED}")
     held = encode_rows(prompt.encoder, loaded, prompt.card.max_length)
     loss = held_out_loss(base, prompt.soft, held, base.budget(given.config.train.tokens_per_batch))
     del base, prompt

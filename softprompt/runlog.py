@@ -8,21 +8,23 @@ evaluations/     what softprompt eval measured       inspection.json    what the
                                                      result.json        the finished run in numbers
 """
 
-import fcntl
 import json
+import logging
 import os
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from softprompt.atomic import new_folder, write_text
-from softprompt.config import Config, load_config
+from softprompt.config import PLACE, Config, ModelConfig, load_config
 from softprompt.data import Rejected
 from softprompt.errors import RunError
 from softprompt.events import Event, Finished, Found, Saved, Searching, Started, from_line, to_line
@@ -85,20 +87,33 @@ class RunFolder:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Keeps a second process out of the same run. Raises RunError when one is in it."""
-        with open(self.path / ".lock", "w") as file:
+        """Keeps a second process out of the same run. Raises RunError when one is in it. A file system that knows no locks, some
+        network shares, is said, and the run goes on."""
+        lock = FileLock(self.path / ".lock", blocking=False)
+        with ExitStack() as held:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
+                held.enter_context(lock)
+            except Timeout:
                 raise RunError(f"{self.path}: another process is running this run") from None
+            except (OSError, NotImplementedError) as error:
+                reason = getattr(error, "strerror", None) or str(error)
+                logging.getLogger(__name__).warning("%s: no locks here (%s): start no second process on this run", self.path, reason)
             for draft in (*self.path.glob(".*.draft"), *self.checkpoints.glob(".*.draft")):  # left half-written by a kill
                 shutil.rmtree(draft) if draft.is_dir() else draft.unlink()
             yield
 
     def config(self) -> Config:
-        """The configuration as it was resolved, with the folder's present place."""
+        """The configuration as it was resolved, with the folder's present place. Remote code stays off, whatever the folder says."""
         config = load_config(self.path / "config.toml")
-        return config.model_copy(update={"train": config.train.model_copy(update={"out": str(self.path)})})
+        train, model = config.train.model_copy(update={"out": str(self.path)}), config.model.model_copy(update={"trust_remote_code": False})
+        return config.model_copy(update={"train": train, "model": model})
+
+    def note_place(self, model: ModelConfig) -> None:
+        """Keeps where the run's base lies now."""
+        config, place = load_config(self.path / "config.toml"), {key: getattr(model, key) for key in PLACE}
+        if config.model.model_copy(update=place) != config.model:
+            moved = config.model_copy(update={"model": config.model.model_copy(update=place)})
+            write_text(self.path / "config.toml", moved.to_toml())
 
     def write_rejected(self, rejected: Sequence[Rejected]) -> None:
         lines = [json.dumps(asdict(item), ensure_ascii=False) + "\n" for item in rejected]
@@ -106,7 +121,7 @@ class RunFolder:
 
     def append(self, event: Event) -> None:
         """Adds an event to the stream; with the last one, result.json."""
-        with open(self.events_file, "a", encoding="utf-8") as file:
+        with open(self.events_file, "a", encoding="utf-8", newline="\n") as file:
             file.write(to_line(event) + "\n")
         if isinstance(event, Finished):
             self.write("result.json", event.result)

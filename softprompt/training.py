@@ -5,8 +5,8 @@ engine/step.py's, what a run works with is put together in job.py; here are step
 """
 
 import math
-import resource
 import signal
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -16,6 +16,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import psutil
 import torch
 
 from softprompt.answers import limit_of
@@ -104,6 +105,8 @@ def _find_rate(config: Config, base: FrozenBase) -> Events:
 def _write_setup(setup: Setup, early: list[Event]) -> None:
     """Makes the run folder, with all that is known before the first step."""
     with RunFolder.creating(setup.config) as draft:
+        of_base = {"base_fingerprint": setup.base.fingerprint, "tokenizer_fingerprint": setup.base.tokenizer_fingerprint}
+        draft.write("run.json", {**(draft.read("run.json") or {}), **of_base})
         draft.write_rejected(setup.rejected)
         draft.write("data.json", data_facts(setup))
         save_start(draft.start, {name: one.prompt for name, one in setup.untrained.items()})
@@ -168,8 +171,10 @@ def _step(job: Job, counters: Counters) -> tuple[Step, Counters]:
     losses = losses_K.tolist()
     for one, loss in zip(job.trainees, losses, strict=True):
         if not math.isfinite(loss):
+            overflow = ", or float16 overflows: use bfloat16 or float32" if job.base.dtype == torch.float16 else ""
             raise RunError(
-                f"{one.name}: the loss of step {counters.step + 1} is not finite: lower optim.relative_lr; the last checkpoint is kept"
+                f"{one.name}: the loss of step {counters.step + 1} is not finite: lower optim.relative_lr{overflow}; "
+                "the last checkpoint is kept"
             )
     norms, rates = zip(*(one.optimizer.step(counters.step) for one in job.trainees), strict=True)
     seconds = time.perf_counter() - began
@@ -336,4 +341,8 @@ def peak_bytes(device: torch.device) -> int:
     """Most memory used so far: of the process on a CPU, of the allocator on a GPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    try:
+        import resource
+    except ImportError:  # Windows
+        return int(psutil.Process().memory_info().peak_wset)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -25,38 +25,10 @@ SAID = re.compile(
 )
 UNBUILT = ("cohere_compass_text", "dbrx", "dots3_note", "gemma4_assistant", "gemma4_unified_assistant", "qwen4_exp", "qwen4_exp_text")
 PEOPLE_USE = [
-    "llama",
-    "qwen2",
-    "qwen3",
-    "qwen3_moe",
-    "qwen3_5_text",
-    "qwen3_5_moe_text",
-    "qwen3_next",
-    "gemma2",
-    "gemma3_text",
-    "mistral",
-    "mixtral",
-    "phi3",
-    "gpt_oss",
-    "bloom",
-    "gpt2",
-    "opt",
-    "granitemoehybrid",
-    "bamba",
-    "falcon_h1",
-    "nemotron_h",
-    "lfm2",
-    "lfm2_moe",
-    "lfm3",
-    "kimi_linear",
-    "olmo_hybrid",
-    "mamba2",
-    "bailing_hybrid",
-    "glm_moe_dsa",
-    "deepseek_v3",
-    "deepseek_v32",
-    "llama4_text",
-]
+    "llama", "qwen2", "qwen3", "qwen3_moe", "qwen3_5_text", "qwen3_5_moe_text", "qwen3_next", "gemma2", "gemma3_text", "mistral",
+    "mixtral", "phi3", "gpt_oss", "bloom", "gpt2", "opt", "granitemoehybrid", "bamba", "falcon_h1", "nemotron_h", "lfm2", "lfm2_moe",
+    "lfm3", "kimi_linear", "olmo_hybrid", "mamba2", "bailing_hybrid", "glm_moe_dsa", "deepseek_v3", "deepseek_v32", "llama4_text",
+]  # fmt: skip
 
 
 def verdict(family: str, dtype: torch.dtype = torch.float32) -> str:
@@ -113,9 +85,10 @@ def page() -> str:
 Every causal language model of transformers {transformers.__version__}, tried with small random weights
 (`python tests/test_families.py` writes this page; `tests/test_families.py` holds it).
 
-{count[SHARED]} of {len(found)} families share their prefix: a prompt is run once and every text continues from what the layers keep of it, keys and
-values or recurrent states. {count[WHOLE]} are read whole: [prompt][text], in batches padded on the right. The rest is refused when it is
-loaded, for the reason given. Whatever the table says, every base is tried with a few tokens when it is loaded.
+{count[SHARED]} of {len(found)} families share their prefix: a prompt is run once and every text continues from what the layers keep
+of it, keys and values or recurrent states. {count[WHOLE]} are read whole: [prompt][text], in batches padded on the right.
+The rest is refused when it is loaded, for the reason given. Whatever the table says, every base is tried with a few tokens
+when it is loaded.
 
 | family | what becomes of it |
 |---|---|

@@ -39,7 +39,8 @@ LAYERS = [
 ]
 ENGINE_MAY_IMPORT = {"errors", "config", "hub", "atomic"}
 ENGINE = [
-    {"tokens", "world", "precise", "head", "memory", "unpack", "offload", "optim", "layers"},
+    {"tokens", "world", "precise", "head", "memory", "unpack", "family", "quantized", "optim", "layers"},
+    {"offload", "places"},
     {"prefix", "batch"},
     {"trial"},
     {"model"},

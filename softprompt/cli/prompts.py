@@ -184,6 +184,6 @@ def lm_eval(context: typer.Context) -> None:
 def base_config(prompt: Path, overrides: list[str]) -> Any:
     """The base that a stored prompt was trained for, then the overrides."""
     from softprompt.artifact import read_card
-    from softprompt.config import load_config
+    from softprompt.config import relocated
 
-    return load_config({"model": read_card(prompt).model_config_of_base.model_dump(exclude_none=True)}, overrides).model
+    return relocated(read_card(prompt).model_config_of_base, overrides)

@@ -36,13 +36,14 @@ def train(
 @app.command()
 def doctor(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a finished run.")],
+    overrides: Overrides = None,
     json_file: Json = None,
 ) -> None:
     """Say what is wrong with a finished run, with the number and what to do; compares it with what it must beat."""
     from softprompt.doctor import diagnose
     from softprompt.screen.run import draw_findings
 
-    findings = diagnose(run)
+    findings = diagnose(run, overrides=overrides or [])
     draw_findings(findings)
     write_json(json_file, {"run": str(run), "findings": findings})
 
@@ -98,8 +99,13 @@ def followed(config: Any, **how: Any) -> dict[str, Any]:
 
 
 def _resumed(run: Path, settings: list[str] | None) -> Any:
+    """A run goes on as it began, wherever its base lies now."""
+    from softprompt.config import PLACE, relocated, with_absolute_paths
     from softprompt.runlog import RunFolder
 
-    if settings:
-        raise ConfigError(f"--resume takes its settings from {run}: leave out {settings[0]}")
-    return RunFolder.reopen(run).config()
+    may = tuple(f"model.{key}=" for key in (*PLACE, "trust_remote_code"))
+    for setting in settings or ():
+        if not setting.startswith(may):
+            raise ConfigError(f"--resume takes its settings from {run}, but for {', '.join(key[:-1] for key in may)}: leave out {setting}")
+    config = RunFolder.reopen(run).config()
+    return with_absolute_paths(config.model_copy(update={"model": relocated(config.model, settings or ())}))

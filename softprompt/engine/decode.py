@@ -152,7 +152,10 @@ def drop(batch: OpenBatch, rows: set[int]) -> OpenBatch:
     index = torch.tensor([row for row, number in enumerate(owners) if number not in rows], device=batch.base.device)
     past = batch.past
     holes = past.mask_BS.shape[1] - int(past.mask_BS[index].sum(dim=1).max())  # on the left, where no row is as long any more
-    layers = tuple(layer.changed(lambda part: part[index][..., holes:, :], lambda part: part[index]) for layer in past.layers)
+    layers = tuple(
+        layer.changed(lambda part: part[index.to(part.device)][..., holes:, :], lambda part: part[index.to(part.device)])
+        for layer in past.layers
+    )
     return replace(batch, answers=kept, past=Continued(past.hidden_BTH[index], layers, past.mask_BS[index, holes:]))
 
 

@@ -16,9 +16,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoModelForCausalLM
 
 from softprompt.engine.batch import Batch
+from softprompt.engine.family import empty_model
 from softprompt.engine.model import FrozenBase, head_of
 from softprompt.engine.prefix import checkpointed
 from softprompt.engine.prompt import flat
@@ -79,7 +79,7 @@ def prefix_width(settings: Any, dtype: torch.dtype) -> int:
 
 def _without_numbers(settings: Any, dtype: torch.dtype) -> FrozenBase:
     """A base of fake tensors; what only its numbers could tell (fingerprints, spread of the rows) is left empty."""
-    model = AutoModelForCausalLM.from_config(settings, dtype=dtype).eval().requires_grad_(False)
+    model = empty_model(settings, dtype).eval().requires_grad_(False)
     nothing_H = torch.zeros(model.get_input_embeddings()(torch.zeros(1, dtype=torch.long)).shape[-1])
     base = FrozenBase("", model, None, torch.device("cpu"), head_of(model), nothing_H, nothing_H)
     try:

@@ -123,7 +123,7 @@ def _losses(
         states = [_states(base, prefix, rows, numbers, tokens_per_batch) for prefix, rows in zip(prefixes, own, strict=True)]
         source_N, targets_N, into_N = torch.tensor(scored).T
         losses_N, _ = base.head.losses_after(torch.stack(states), source_N.to(base.device), targets_N.to(base.device))
-        sums = torch.zeros(len(group) * num_candidates, dtype=torch.float64).index_add_(0, into_N, losses_N.double().cpu())
+        sums = torch.zeros(len(group) * num_candidates, dtype=torch.float64).index_add_(0, into_N, losses_N.cpu().double())
         sums_RC[group] = sums.view(len(group), num_candidates)
     return sums_RC
 

@@ -8,16 +8,23 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig
 from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
 from softprompt.config import ModelConfig
+from softprompt.engine.family import class_of, empty_model
 from softprompt.engine.model import FrozenBase, freeze
 from softprompt.engine.offload import from_files
+from softprompt.engine.places import device_map, free_memory
+from softprompt.engine.quantized import bits_of, computed_in, method_of, settle
 from softprompt.engine.unpack import keep_unpacked, unpacked_folder
 from softprompt.errors import ConfigError, MissingPackage, ModelError
 from softprompt.hub import hub
+
+NO_MEMORY = 'the device ran out of memory: try model.quantization = "nf4" or a smaller base; softprompt plan says what a run needs'
+SMALL = 10**9  # bytes of files
+MOVED = "if the base was moved, model.name=FOLDER says where it lies; its weights decide whether it is the same"
 
 
 def load_base(config: ModelConfig, *, layers_in_files: Path | None = None) -> FrozenBase:
@@ -30,10 +37,13 @@ def load_base(config: ModelConfig, *, layers_in_files: Path | None = None) -> Fr
     settings = load_settings(config)
     refuse_unsupported(settings)
     tokenizer = load_tokenizer(config)
-    how = {"config": settings, "dtype": load_dtype(config), **_quantization(config)}
-    if layers_in_files and config.quantization is None and (gguf_file is None or _unpacked(config).is_dir()):
+    how = {"config": settings, "dtype": load_dtype(config), **_quantization(config, settings)}
+    whole = config.quantization or method_of(settings) or (gguf_file is not None and not _unpacked(config).is_dir())
+    if layers_in_files and not whole:
         how |= from_files(settings, device_of(config.device), layers_in_files, trust_remote_code=config.trust_remote_code)
-    model, info = _from_pretrained(AutoModelForCausalLM, config, output_loading_info=True, **how)
+    else:
+        how |= _place(config, settings)
+    model, info = _from_pretrained(class_of(settings), config, output_loading_info=True, **how)
     if info["missing_keys"]:
         raise ModelError(
             f"{name}: the files lack weights ({', '.join(sorted(info['missing_keys'])[:3])} ...): the base would be partly random"
@@ -41,28 +51,52 @@ def load_base(config: ModelConfig, *, layers_in_files: Path | None = None) -> Fr
     if getattr(model, "hf_quantizer", None) is not None and gguf_file is not None:
         model.hf_quantizer.remove_quantization_config(model)  # the weights are plain numbers by now
         keep_unpacked(model, tokenizer, _unpacked(config))
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):  # bitsandbytes' way for inference repacks 4-bit weights and has no gradient
-            module.support_avx512bf16_for_cpu = False
-    if model.device != device_of(config.device):  # a quantised one is where it belongs and may not be moved
-        model = model.to(device_of(config.device))
-    return freeze(model, tokenizer, name if gguf_file is None else f"{name}/{gguf_file}")
+    settle(model, load_dtype(config))
+    try:
+        return freeze(model, tokenizer, name if gguf_file is None else f"{name}/{gguf_file}")
+    except torch.OutOfMemoryError:
+        raise ModelError(f"{name}: {NO_MEMORY}") from None
 
 
-def _quantization(config: ModelConfig) -> dict[str, Any]:
-    """What transformers is told to load a base in 8 or 4 bits. Raises ConfigError for a GGUF file, and MissingPackage."""
-    if config.quantization is None:
+def _quantization(config: ModelConfig, settings: Any) -> dict[str, Any]:
+    """What transformers is told to load a base in 8 or 4 bits, or one that was saved in few bits: these are computed with in the
+    precision of the rest. Raises ConfigError for a GGUF file and for a base that is quantised already, and MissingPackage."""
+    saved_by = method_of(settings)
+    if saved_by is None and config.quantization is None:
         return {}
-    if config.location[1] is not None:
+    if config.location[1] is not None and config.quantization is not None:
         raise ConfigError(
             "model.quantization: a GGUF file is unpacked to full precision: name the base's Hugging Face folder or id instead"
         )
-    if find_spec("bitsandbytes") is None:
+    if saved_by is not None and config.quantization is not None:
+        raise ConfigError(f"model.quantization: {config.location[0]} is quantised already, by {saved_by}: leave it out")
+    if (saved_by or "bitsandbytes") == "bitsandbytes" and find_spec("bitsandbytes") is None:
         raise MissingPackage("bitsandbytes", "quantization")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it says at every product that 8-bit inputs are float16
-    four_bit = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": load_dtype(config)}
+    dtype = load_dtype(config)
+    if config.quantization is None:
+        computed_in(settings, dtype)
+        return {}
+    four_bit = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": dtype}
     kinds: dict[str, dict[str, Any]] = {"int8": {"load_in_8bit": True}, "nf4": {"load_in_4bit": True, **four_bit}}
-    return {"quantization_config": BitsAndBytesConfig(**kinds[config.quantization]), "device_map": {"": device_of(config.device)}}
+    return {"quantization_config": BitsAndBytesConfig(**kinds[config.quantization])}
+
+
+def _place(config: ModelConfig, settings: Any) -> dict[str, Any]:
+    """On which device, or devices, transformers is told to put the weights. Raises ModelError where they do not fit."""
+    device = device_of(config.device)
+    if _is_small(config.location[0]):
+        return {"device_map": {"": device}}
+    with torch.device("meta"):
+        model = empty_model(settings, load_dtype(config), trust_remote_code=config.trust_remote_code)
+    free = free_memory(device, all_gpus=config.device == "auto")
+    places = device_map(model, load_dtype(config), bits_of(settings, config.quantization), free, config.location[0])
+    return {"device_map": {"": device} if len(places) == 1 else places}
+
+
+def _is_small(name: str) -> bool:
+    """Whether a folder's files are so small that they fit anywhere."""
+    return Path(name).is_dir() and sum(file.stat().st_size for file in Path(name).iterdir()) < SMALL
 
 
 def load_settings(config: ModelConfig) -> Any:
@@ -86,7 +120,9 @@ def _from_pretrained(kind: Any, wanted: ModelConfig, **how: Any) -> Any:
                 name, places = str(_unpacked(wanted)), {}
             given = {key: value for key, value in places.items() if value is not None}
             return kind.from_pretrained(name, trust_remote_code=wanted.trust_remote_code, **given, **how)
-        except (OSError, ValueError, ImportError, KeyError) as error:
+        except torch.OutOfMemoryError:
+            raise ModelError(f"{name}: {NO_MEMORY}") from None
+        except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
             raise ModelError(_cannot_load(name, gguf_file, address, error)) from None
 
 
@@ -143,12 +179,14 @@ def load_dtype(config: ModelConfig) -> torch.dtype:
 def _cannot_load(name: str, gguf_file: str | None, address: str, error: Exception) -> str:
     path, reason = Path(name), (str(error).strip().splitlines() or [type(error).__name__])[0]
     if gguf_file is not None and path.is_dir() and not (path / gguf_file).is_file():
-        return f"{path / gguf_file}: no such GGUF file"
+        return f"{path / gguf_file}: no such GGUF file; {MOVED}"
+    if "trust_remote_code" in str(error):
+        return f"{name} comes with code of its own: read it, then allow it on the command line with model.trust_remote_code=true"
     if path.exists():
         return f"{name}: cannot be loaded as a model: {reason}"
     if path.is_absolute() or name.startswith(("./", "../", "~")) or name.count("/") > 1:
-        return f"{name}: no such model folder"
-    return f"{name}: no such folder here, and as a hub id it cannot be loaded from {address} (HF_ENDPOINT sets a mirror): {reason}"
+        return f"{name}: no such model folder; {MOVED}"
+    return f"{name}: no such folder here, and as a hub id it cannot be loaded from {address} (HF_ENDPOINT sets a mirror): {reason}; {MOVED}"
 
 
 def device_of(name: str) -> torch.device:

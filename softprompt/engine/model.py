@@ -6,6 +6,7 @@ positions are the same for every example. `prefill` computes them once; everythi
 Shapes: B rows, T text tokens, K prefixes, S prefix positions (BOS included), H hidden size, V vocabulary.
 """
 
+import base64
 import hashlib
 import math
 from collections.abc import Sequence
@@ -16,22 +17,25 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from softprompt.engine.family import backbone_of, weights_of
 from softprompt.engine.head import Head
 from softprompt.engine.layers import filled_cache, layers_of
 from softprompt.engine.memory import token_budget
 from softprompt.engine.offload import values_of
 from softprompt.engine.prefix import Continued, Prefix, continue_plain, continue_shared, embedded, prefill, run
-from softprompt.engine.trial import WELL, Sharing, backbone_of, check, embed_scale
+from softprompt.engine.trial import WELL, Sharing, check, embed_scale
 from softprompt.errors import ConfigError
 
 MULTIPLIED, DIVIDED = ("logit_scale", "lm_head_multiplier"), ("logits_scaling", "logits_mup_width_multiplier")  # what families call it
 SAMPLE = 4096  # embedding rows looked at for their mean, spread and RMS
+SAMPLED = 64  # weights kept as they are beside the fingerprint
 
 
 @dataclass(frozen=True)
 class FrozenBase:
     """A causal language model that is only looked at, with its tokenizer.
 
+    `fingerprint` and `sample`: of its weights; see `same_weights`.
     `shelf`: prefixes that answers continue from, by prompt and the ids behind it (shelf.py).
     """
 
@@ -46,6 +50,7 @@ class FrozenBase:
     sharing: Sharing = WELL
     stop_ids: frozenset[int] = frozenset()
     fingerprint: str = ""
+    sample: str = ""
     tokenizer_fingerprint: str = ""
     shelf: WeakKeyDictionary[Any, dict[tuple[int, ...], Prefix]] = field(default_factory=WeakKeyDictionary, init=False, repr=False)
 
@@ -134,6 +139,7 @@ def freeze(model: Any, tokenizer: Any, name: str) -> FrozenBase:
     model.eval().requires_grad_(False)
     sample_VH = _sample_rows(model)
     head = head_of(model)
+    fingerprint, sample = _fingerprint(model)
     stop = [tokenizer.eos_token_id, model.generation_config.eos_token_id if model.generation_config else None]
     return FrozenBase(
         name=name,
@@ -146,7 +152,8 @@ def freeze(model: Any, tokenizer: Any, name: str) -> FrozenBase:
         rms=sample_VH.square().mean().sqrt().item(),
         sharing=check(model, head, name),
         stop_ids=frozenset(token for item in stop for token in (item if isinstance(item, list) else [item]) if token is not None),
-        fingerprint=_fingerprint(model),
+        fingerprint=fingerprint,
+        sample=sample,
         tokenizer_fingerprint=_tokenizer_fingerprint(tokenizer),
     )
 
@@ -189,14 +196,30 @@ def head_of(model: Any) -> Head:
 
 
 @torch.no_grad()
-def _fingerprint(model: Any) -> str:
-    """sha256 over names, shapes and evenly sampled values of all weights, rounded to bfloat16: the same in any precision."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+def _fingerprint(model: Any) -> tuple[str, str]:
+    """(sha256 over names, shapes and evenly sampled values of all weights, rounded to bfloat16: the same in float32 and bfloat16;
+    some of these values as they are, float32 in base64: what is left of them in float16 can be compared with it)."""
+    digest, tensors = hashlib.sha256(), weights_of(model)
+    floating = [name for _, name, tensor in tensors if tensor.is_floating_point()]
+    looked_at = set(floating[:: max(1, len(floating) // SAMPLED)][:SAMPLED])
+    some: list[float] = []
+    for alone, name, tensor in tensors:
         flat = values_of(model, name, tensor).reshape(-1)
-        picked = flat[:: max(1, flat.numel() // 256)].to(torch.bfloat16).float().cpu().numpy()
-        digest.update(f"{name}{tuple(tensor.shape)}".encode() + picked.tobytes())
-    return digest.hexdigest()
+        picked = flat[:: max(1, flat.numel() // 256)]
+        digest.update(f"{alone}{tuple(tensor.shape)}".encode() + picked.to(torch.bfloat16).float().cpu().numpy().tobytes())
+        some += [picked[len(picked) // 3].item()] if name in looked_at else []
+    return digest.hexdigest(), base64.b64encode(torch.tensor(some, dtype=torch.float32).numpy().tobytes()).decode()
+
+
+def same_weights(first: tuple[str, str], second: tuple[str, str], *, in_float16: bool) -> bool:
+    """Whether two (fingerprint, sample) are of the same weights. `in_float16`: one of them was in float16, which rounds otherwise than
+    bfloat16 does, and small numbers more: then the sampled values decide, within the rounding of both."""
+    if first[0] == second[0] or not in_float16:
+        return first[0] == second[0]
+    ours, theirs = (
+        torch.frombuffer(bytearray(base64.b64decode(one[1])), dtype=torch.float32) if one[1] else None for one in (first, second)
+    )
+    return ours is not None and theirs is not None and len(ours) == len(theirs) and torch.allclose(ours, theirs, rtol=2**-8, atol=2**-23)
 
 
 def _tokenizer_fingerprint(tokenizer: Any) -> str:

@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
 from transformers.integrations.accelerate import load_offloaded_parameter
+
+from softprompt.engine.family import empty_model
 
 EVERYTHING = {"": "disk"}  # the device map of a model of which nothing is kept
 
@@ -22,7 +23,7 @@ def from_files(settings: Any, device: torch.device, spare: Path, *, trust_remote
     """
     logging.getLogger("accelerate.big_modeling").setLevel(logging.ERROR)  # it warns of what is asked for here
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(settings, trust_remote_code=trust_remote_code)
+        model = empty_model(settings, torch.bfloat16, trust_remote_code=trust_remote_code)
     kept = {model.get_input_embeddings(), model.get_output_embeddings()}
     return {"device_map": _places("", model, kept, str(device)), "offload_folder": str(spare)}
 

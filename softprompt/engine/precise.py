@@ -20,11 +20,11 @@ class float32_products(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is linear and _mixed(args):
+        if func is linear and _mixed(args, kwargs):
             return _Product.apply(args[0], args[1].t(), wide(_third(args, kwargs)))  # type: ignore[no-untyped-call]
-        if func is torch.addmm and _mixed(args):  # GPT-2's Conv1D: addmm(bias, input, weight)
+        if func is torch.addmm and _mixed(args, kwargs):  # GPT-2's Conv1D: addmm(bias, input, weight)
             return _Product.apply(args[1], args[2], wide(args[0]))  # type: ignore[no-untyped-call]
-        if func in SMALL and _mixed((*args, *kwargs.values())):
+        if func in SMALL and _mixed(args, kwargs):
             return func(*(wide(arg) for arg in args), **{name: wide(value) for name, value in kwargs.items()})
         return func(*args, **kwargs)
 
@@ -44,8 +44,8 @@ class _Product(torch.autograd.Function):
         return grad_outputs[0] @ weight_IO.t().float(), None, None
 
 
-def _mixed(args: Any) -> bool:
-    tensors = [arg for arg in args if isinstance(arg, Tensor)]
+def _mixed(args: Any, kwargs: Any) -> bool:
+    tensors = [arg for arg in (*args, *kwargs.values()) if isinstance(arg, Tensor)]  # layer_norm comes with its weights named
     return any(tensor.dtype in HALF for tensor in tensors) and any(tensor.dtype == torch.float32 for tensor in tensors)
 
 

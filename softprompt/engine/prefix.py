@@ -133,7 +133,7 @@ def as_prefixes(read: Continued) -> Prefix:
 def _taken(part: Tensor, index_BS: Tensor) -> Tensor:
     """[B, ..., S, size] in the order that `index_BS` has the positions."""
     index = index_BS.view(len(index_BS), *(1,) * (part.dim() - 3), index_BS.shape[1], 1)
-    return part.gather(-2, index.expand(*part.shape[:-2], index_BS.shape[1], part.shape[-1]))
+    return part.gather(-2, index.to(part.device).expand(*part.shape[:-2], index_BS.shape[1], part.shape[-1]))
 
 
 def _prefill_same(backbone: Any, embeds_KSH: Tensor, exact: bool) -> Layers:
@@ -196,14 +196,14 @@ def _continue_by_length(backbone: Any, embeds_BTH: Tensor, prefix: Prefix, which
 
 def _spread(layers: Layers, which_B: Tensor, dtype: torch.dtype) -> Layers:
     """What layers keep for every row of a batch; growing parts are views where all rows share one prefix. Spread first and rounded
-    then, so that the rows' gradients are summed in float32. Recurrent states stay in float32, as layers keep them."""
+    then, so that the rows' gradients are summed in float32."""
 
     def growing(part: Tensor) -> Tensor:
-        rows = part.expand(len(which_B), *part.shape[1:]) if len(part) == 1 else part.index_select(0, which_B)
+        rows = part.expand(len(which_B), *part.shape[1:]) if len(part) == 1 else part.index_select(0, which_B.to(part.device))
         return rows.to(dtype)
 
     def states(part: Tensor) -> Tensor:
-        return part.index_select(0, which_B).to(dtype)
+        return part.index_select(0, which_B.to(part.device)).to(dtype)
 
     return tuple(layer.changed(growing, states) for layer in layers)
 
@@ -237,10 +237,14 @@ def checkpointed(backbone: Any) -> Iterator[None]:
     layers = [module for module in backbone.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not layers:
         raise ModelError(f"{type(backbone).__name__} does not mark its layers: train.checkpoint_activations cannot be used with it")
+    before = [vars(layer).get("forward") for layer in layers]  # accelerate's, where layers lie on several devices
     for layer in layers:
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
     try:
         yield
     finally:
-        for layer in layers:
-            del layer.forward
+        for layer, forward in zip(layers, before, strict=True):
+            if forward is None:
+                del layer.forward
+            else:
+                layer.forward = forward

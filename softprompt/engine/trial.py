@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from softprompt.engine.family import backbone_of
 from softprompt.engine.head import Head
 from softprompt.engine.precise import float32_products
 from softprompt.engine.prefix import Continued, Prefix, continue_plain, continue_shared, embedded, prefill, read_whole
@@ -30,11 +31,6 @@ class Sharing:
 
 
 WELL = Sharing()
-
-
-def backbone_of(model: Any) -> Any:
-    """The layers of a causal language model, without its head."""
-    return model.model if model.base_model is model else model.base_model  # Llama 4 and Mllama call their layers by another name
 
 
 def embed_scale(model: Any) -> float:
@@ -64,6 +60,8 @@ def check(model: Any, head: Head, name: str) -> Sharing:
         logits = head.logits(hidden_BTH)
     except Exception as error:  # a family's own code may raise anything
         raise ModelError(f"{name} does not take embeddings from outside, so a soft prompt cannot be used with it: {_said(error)}") from None
+    if model.dtype == torch.float16 and not (own.isfinite().all() and given.isfinite().all()):
+        raise ModelError(f'{name}: float16 overflows with this base: use model.dtype = "bfloat16" or "float32"')
     if not _close(given, own, tolerance):
         raise ModelError(f"{name}: the same text gives other logits when its embeddings come from outside: this family is not supported")
     if not _close(shorter_BTH, hidden_BTH[:, :5], tolerance):

@@ -54,14 +54,14 @@ def export(wanted: Wanted, model: ModelConfig | None = None, *, allow_other_base
         raise ConfigError(f"--default {wanted.default}: there is no such prompt among {', '.join(names)}")
     first = wanted.prompts[0]
     config = model or read_card(first).model_config_of_base
+    move = f"move it there first, softprompt recycle {first} --out DIR model.name={config.name if config.quantization else 'FOLDER'}"
     if config.quantization is not None and wanted.format in ("vocab", "gguf"):
-        raise ArtifactError(
-            f"{first} was trained on its base in {config.quantization}, and an exported model has the full weights: move it there "
-            f"first, softprompt recycle {first} --out DIR model.name={config.name}"
-        )
+        raise ArtifactError(f"{first} was trained on its base in {config.quantization}, and an exported model has the full weights: {move}")
     default = wanted.default or (next(iter(names)) if len(names) == 1 else None)
     with tempfile.TemporaryDirectory() as spare:
         base = load_base(config, layers_in_files=Path(spare))
+        if wanted.format == "gguf" and getattr(base.model, "is_quantized", False):
+            raise ArtifactError(f"{first} was trained on a base in few bits, and a GGUF file has other weights: {move}")
         carried = tuple(_carried(name, path, base, allow_other_base) for name, path in names.items())
         written = _write(wanted, lambda draft: Goal(base, carried, draft, Path(spare), default, config, wanted.gguf_file))
     return {"out": str(wanted.out), **written}

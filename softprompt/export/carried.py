@@ -124,7 +124,7 @@ class Exported:
 def embedding_scale(base: FrozenBase) -> float:
     """What the embedding module multiplies its table's rows by: 1, or sqrt(H) in the Gemma family. Measured, not looked up."""
     ids = torch.arange(min(64, base.model.get_input_embeddings().weight.shape[0]), device=base.device)
-    given, held = base.embed(ids).double(), base.model.get_input_embeddings().weight[ids].double()
+    given, held = base.embed(ids).cpu().double(), base.model.get_input_embeddings().weight[ids].cpu().double()
     scale = ((given * held).sum() / held.square().sum()).item()
     if not torch.allclose(given, held * scale, rtol=1e-2, atol=1e-6):
         raise ArtifactError(f"{base.name} does more to its embeddings than scaling them: a prompt cannot be an entry of its vocabulary")

@@ -14,11 +14,13 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
+from softprompt.engine.family import class_of
 from softprompt.engine.loading import folder_of
 from softprompt.engine.model import FrozenBase
 from softprompt.engine.offload import EVERYTHING
+from softprompt.engine.quantized import bits_of, computed_in, method_of, settle
 from softprompt.errors import ArtifactError, ModelError
 from softprompt.export.carried import QUESTIONS, Carried, Exported, Goal, states_behind
 from softprompt.export.chat import chat_ids, check_ids, extended_tokenizer
@@ -188,11 +190,18 @@ def _read_back(goal: Goal, ids: list[int], rounded: Goal) -> dict[str, float]:
     Returns the largest relative error of the logits, and the part of ours that comes from rounding; raises ArtifactError where they
     differ.
     """
-    tokenizer = AutoTokenizer.from_pretrained(goal.draft)
+    trusted = goal.model.trust_remote_code
+    tokenizer = AutoTokenizer.from_pretrained(goal.draft, trust_remote_code=trusted)
     for prompt in goal.prompts:
         check_ids(prompt, tokenizer)
-    model = AutoModelForCausalLM.from_pretrained(goal.draft, dtype=goal.base.dtype, device_map=EVERYTHING, offload_folder=goal.spare).eval()
-    worst, rounding, tolerance = 0.0, 0.0, TOLERANCE.get(goal.base.dtype, 0.05)
+    settings = AutoConfig.from_pretrained(goal.draft, trust_remote_code=trusted)
+    computed_in(settings, goal.base.dtype)
+    places = EVERYTHING if method_of(settings) is None else {"": goal.base.device}  # weights in few bits cannot lie in files
+    how = {"config": settings, "dtype": goal.base.dtype, "device_map": places, "offload_folder": goal.spare, "trust_remote_code": trusted}
+    model = class_of(settings).from_pretrained(goal.draft, **how).eval()
+    settle(model, goal.base.dtype)
+    in_8_bits = bits_of(settings) == 8  # which rounds states too, by what else is in their batch
+    worst, rounding, tolerance = 0.0, 0.0, 0.05 if in_8_bits else TOLERANCE.get(goal.base.dtype, 0.05)
     for exact, prompt in zip(goal.prompts, rounded.prompts, strict=True):
         for question, exact_TV, ours_TV in _ours(goal.base, exact, prompt):
             given = torch.tensor([chat_ids(tokenizer, prompt, question)])
