@@ -12,7 +12,7 @@ Only safetensors and JSON are read. Nothing in the folder can make code run: tem
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -68,7 +68,8 @@ class DataCard(CardModel):
 
 
 class Card(CardModel):
-    """What a prompt is, and what it may be loaded onto."""
+    """What a prompt is, and what it may be loaded onto. `date`: the day that its template is told, where it asks for one; `system`: the
+    system turn that all its rows had; `end_ids`: the tokens that end its answers."""
 
     format: Literal[1] = 1
     base: BaseCard
@@ -78,6 +79,9 @@ class Card(CardModel):
     position: Literal["after_bos", "start"]
     bos_id: int | None
     template: str
+    date: str | None = None
+    system: str | None = None
+    end_ids: tuple[int, ...] = ()
     max_length: int
     init: str
     text: str | None
@@ -103,10 +107,16 @@ class StoredPrompt:
     card: Card
     encoder: Encoder
 
+    def told(self, system: str | None) -> "StoredPrompt":
+        """The same with another system turn than that of its rows; none where it is empty."""
+        return replace(self, encoder=self.encoder.told(system))
+
 
 def chat_template_hash(tokenizer: Any) -> str | None:
-    """sha256 of the tokenizer's chat template, or None."""
-    return hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest() if tokenizer.chat_template else None
+    """sha256 of the tokenizer's chat template, or of all where it has several; None without."""
+    known = tokenizer.chat_template
+    text = json.dumps(known, sort_keys=True) if isinstance(known, dict) else known
+    return hashlib.sha256(text.encode()).hexdigest() if text else None
 
 
 def write_prompt(folder: Path, soft: Prompt, card: Card, base: FrozenBase) -> None:
@@ -215,7 +225,7 @@ def load_prompt(path: str | Path, base: FrozenBase, *, allow_other_base: bool = 
     _check_width(folder, card, rows, base)
     if not allow_other_base:
         _check_fingerprints(folder, card, base)
-    encoder = make_encoder(base.tokenizer, card.template)
+    encoder = make_encoder(base.tokenizer, card.template, date=card.date, system=card.system, num_tokens=base.num_tokens)
     if encoder.bos_id != card.bos_id and not allow_other_base:
         raise ArtifactError(f"{folder} was trained with another use of the BOS token than that of {base.name}'s tokenizer: {ANYWAY}")
     own = _without_bos(rows, card).to(base.device)
@@ -299,6 +309,9 @@ def make_card(config: Config, base: FrozenBase, soft: Prompt, encoder: Encoder, 
         position=soft.position,  # type: ignore[arg-type]
         bos_id=soft.bos_id,
         template=encoder.template.name,
+        date=encoder.template.date,
+        system=encoder.system,
+        end_ids=tuple(sorted(encoder.end_ids or {base.tokenizer.eos_token_id})),
         max_length=config.data.max_length,
         init=note,
         text=config.prompt.text,

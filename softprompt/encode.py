@@ -1,199 +1,79 @@
 """Template + tokenizer -> ids and which of them are supervised, built in one motion, never searched for afterwards.
 
-A template turns an example into segments of text, each supervised or not. Segments are tokenized one by one, as
+A template turns an example into segments of text, each supervised or not (templates.py). Segments are tokenized one by one, as
 generation will see them: the model continues from the tokens of the question, whatever the answer begins with.
 The BOS token is kept out of the ids: it belongs to the prefix (engine/prefix.py), once, before everything else.
+
+What a row says is text, whatever it spells: where it holds the name of a control token, that is marked before the template is filled
+in, so that the template's own control tokens are the only ones.
 """
 
-from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+import copy
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
-from pathlib import Path
+from functools import cached_property
+from itertools import pairwise
 from typing import Any
-
-import jinja2
-import jinja2.sandbox
 
 from softprompt.data import Example, Message
 from softprompt.engine.tokens import Encoded, num_shared
 from softprompt.errors import ConfigError, DataError
+from softprompt.templates import Segment, Template, Tokenizer, control_tokens, make_template
+from softprompt.thinking import Thinking
 
-Tokenizer = Any  # a transformers PreTrainedTokenizerBase; transformers is not imported here
-
-
-@dataclass(frozen=True)
-class Segment:
-    """A piece of text. `ends`: the EOS token follows it, supervised like the text."""
-
-    text: str
-    supervised: bool = False
-    ends: bool = False
-
-
-def joined(segments: Iterable[Segment]) -> list[Segment]:
-    """The same text in one piece up to each EOS, nothing of it supervised: tokens may cross from a question into its answer."""
-    pieces, text = [], ""
-    for segment in segments:
-        text += segment.text
-        if segment.ends:
-            pieces.append(Segment(text, ends=True))
-            text = ""
-    return [*pieces, Segment(text)] if text else pieces
-
-
-# ---- the templates -------------------------------------------------------------------------------------------------
-
-
-class Template(ABC):
-    """How an example becomes text, and how a text ends. `name`: what a card holds, a name of NAMES or Jinja text.
-
-    `knows_turns`: whether earlier turns of a conversation are written. `writes_bos`: whether BOS may stand in the text itself.
-    """
-
-    name: str
-    knows_turns = True
-    writes_bos = False
-
-    @abstractmethod
-    def segments(self, example: Example) -> list[Segment]:
-        """Raises DataError for an example that cannot be written."""
-
-    def ended(self, ids: list[int], segment: Segment, tokenizer: Tokenizer) -> tuple[list[int], int]:
-        """(the segment's ids with its end, how many of them count as the segment's own)."""
-        return ([*ids, tokenizer.eos_token_id], len(ids) + 1) if segment.ends else (ids, len(ids))
-
-
-class HumanAssistant(Template):
-    """`Human: ...\\n\\nAssistant: ` + response + EOS, as the bloom-1b4-zh tutorial writes it; a system turn stands first."""
-
-    name = "human-assistant"
-
-    def segments(self, example: Example) -> list[Segment]:
-        segments: list[Segment] = []
-        for message in example.messages:
-            if message.role == "system":
-                segments.append(Segment(message.content + "\n\n"))
-            elif message.role == "user":
-                between = "\n\n" if segments and segments[-1].ends else ""
-                segments.append(Segment(between + ("Human: " + message.content).strip() + "\n\nAssistant: "))
-            else:
-                segments.append(Segment(message.content, supervised=True, ends=True))
-        return segments
-
-
-class Chat(Template):
-    """The tokenizer's own chat template; every assistant turn is supervised up to its end-of-turn token."""
-
-    name = "chat"
-    writes_bos = True
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self.tokenizer = tokenizer
-
-    def segments(self, example: Example) -> list[Segment]:
-        turns = [{"role": message.role, "content": message.content} for message in example.messages]
-        segments: list[Segment] = []
-        shown = ""
-        for index, turn in enumerate(turns):
-            if turn["role"] != "assistant":
-                continue
-            asked = self._render(turns[:index], True, example)
-            answered = self._render(turns[: index + 1], False, example)
-            if not asked.startswith(shown) or not answered.startswith(asked):
-                raise DataError(
-                    "this chat template writes earlier turns differently once a conversation goes on; "
-                    "split the conversation into rows with one answer each, or use a template of your own",
-                    example.source,
-                )
-            segments += [Segment(asked[len(shown) :]), Segment(answered[len(asked) :], supervised=True)]
-            shown = answered
-        if turns[-1]["role"] != "assistant":
-            segments.append(Segment(self._render(turns, True, example)[len(shown) :]))
-        return segments
-
-    def ended(self, ids: list[int], segment: Segment, tokenizer: Tokenizer) -> tuple[list[int], int]:
-        """A chat template writes the end of a turn itself, and something after it, which nobody need learn."""
-        if not segment.supervised:
-            return ids, len(ids)
-        special = set(tokenizer.all_special_ids)
-        ends = [index for index, token in enumerate(ids) if token in special]
-        return (ids, ends[-1] + 1) if ends else ([*ids, tokenizer.eos_token_id], len(ids) + 1)
-
-    def _render(self, turns: list[dict[str, str]], ask: bool, example: Example) -> str:
-        try:
-            return self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=ask)
-        except Exception as error:  # a template may raise anything
-            raise DataError(f"the chat template refuses this conversation: {error}", example.source) from None
-
-
-class OwnTemplate(Template):
-    """A template of the user's: renders what stands before the last response from the row's fields and `messages`."""
-
-    knows_turns = False  # it may look at the last one alone
-
-    def __init__(self, text: str) -> None:
-        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
-        self.name = text
-        try:
-            self.template = environment.from_string(text)
-        except jinja2.TemplateSyntaxError as error:
-            raise ConfigError(f"data.template: line {error.lineno}: {error.message}") from None
-
-    def segments(self, example: Example) -> list[Segment]:
-        answered = example.messages[-1].role == "assistant"
-        before = example.messages[:-1] if answered else example.messages
-        system = "".join(message.content + "\n" for message in before if message.role == "system")
-        turns = [{"role": message.role, "content": message.content} for message in before if message.role != "system"]
-        try:
-            question = Segment(system + self.template.render({**example.fields, "messages": turns}))
-        except Exception as error:  # a template is the user's program: 1 / 0 raises as freely as an undefined name
-            raise DataError(f"data.template cannot be filled in: {error}", example.source) from None
-        return [question, Segment(example.response, supervised=True, ends=True)] if answered else [question]
-
-
-NAMES = (HumanAssistant.name, Chat.name)
-
-
-def make_template(tokenizer: Tokenizer, wanted: str) -> Template:
-    """Looks a template up by name, or takes it as Jinja text or a `.jinja` file. Raises ConfigError."""
-    if wanted == Chat.name:
-        if not tokenizer.chat_template:
-            raise ConfigError('the tokenizer has no chat template: use data.template = "human-assistant" or a Jinja template')
-        return Chat(tokenizer)
-    if wanted == HumanAssistant.name:
-        return HumanAssistant()
-    if "{{" in wanted or "{%" in wanted:
-        return OwnTemplate(wanted)
-    if wanted.endswith(".jinja"):
-        try:
-            return OwnTemplate(Path(wanted).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"data.template: cannot read {wanted}: {error}") from None
-    near = get_close_matches(wanted, NAMES, n=1)
-    hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(NAMES)}, Jinja text with {{{{ }}}}, or a .jinja file"
-    raise ConfigError(f"data.template: unknown template {wanted!r}: {hint}")
-
-
-# ---- encoding ------------------------------------------------------------------------------------------------------
+MARKS = "\ufdd0", "\ufdd1"  # around control tokens that a row spells; Unicode keeps these two from ever being characters
+MARKED = re.compile(f"{MARKS[0]}([^{MARKS[0]}{MARKS[1]}]*){MARKS[1]}")
 
 
 @dataclass(frozen=True)
 class Encoder:
-    """A tokenizer with a template. `bos_id` is set where rows begin with BOS."""
+    """A tokenizer with a template. `bos_id` is set where rows begin with BOS. `system`: the system turn of conversations that have none
+    of their own. `num_tokens`: how many tokens the base has embeddings for, where that is known."""
 
     tokenizer: Tokenizer
     template: Template
     bos_id: int | None
+    system: str | None = None
+    num_tokens: int | None = None
+
+    @property
+    def end_ids(self) -> frozenset[int]:
+        """Tokens that end an answer beside the base's own end-of-text tokens."""
+        return self.template.end_ids
+
+    @property
+    def thinking(self) -> Thinking | None:
+        """The block in front of answers that is no part of them."""
+        return self.template.thinking
+
+    def told(self, system: str | None) -> "Encoder":
+        """The same with another system turn; none where it is empty."""
+        return replace(self, system=system or None)
+
+    def completed(self, example: Example) -> Example:
+        """The example with the system turn, unless it has one of its own."""
+        if self.system is None or any(message.role == "system" for message in example.messages):
+            return example
+        return replace(example, messages=(Message("system", self.system), *example.messages))
 
     def segments(self, example: Example) -> list[Segment]:
         """The row as text. Raises DataError for one that the template cannot write."""
-        return self.template.segments(example)
+        return self.template.segments(self._marked(self.completed(example)))
+
+    def num_unlearned(self, example: Example, row: Encoded) -> int:
+        """Answers of a conversation that are read and not learned, because the template writes them otherwise once it goes on."""
+        answers = sum(message.role == "assistant" for message in example.messages)
+        if answers < 2 or not self.template.knows_turns:
+            return 0
+        if row.num_cut:
+            return answers - sum(segment.supervised for segment in self.segments(example))
+        return answers - sum(on and not before for before, on in pairwise((False, *row.supervised)))
 
     def encode(self, example: Example, max_length: int | None = None) -> Encoded:
         """Ids and supervision of a whole row, cut at `max_length` tokens (BOS counted).
 
-        Raises DataError when the question is empty or nothing supervised is left.
+        Raises DataError when the question is empty, nothing supervised is left, or a token has no embedding.
         """
         return _cut(self.encode_segments(self.segments(example), example.source), max_length, self.bos_id is not None)
 
@@ -209,20 +89,32 @@ class Encoder:
             raise DataError("the question is empty: there is nothing to answer", source)
         if self._begins_with_bos(ids):
             ids, supervised = ids[1:], supervised[1:]
+        self.check_ids(ids, source)
         return Encoded(tuple(ids), tuple(supervised), source)
 
     def question(self, text: str | Sequence[Message]) -> tuple[int, ...]:
-        """Ids of a question that waits for its answer, without BOS."""
+        """Ids of a question, or of a conversation that ends with one, that waits for its answer, without BOS."""
         messages = (Message("user", text),) if isinstance(text, str) else tuple(text)
         asked = Example(messages, "question", fields=_question_fields(messages[-1].content))
         ids = tuple(token for segment in self.segments(asked) for token in self._tokenize(segment)[0])
+        self.check_ids(ids, "question")
         return ids[1:] if self._begins_with_bos(ids) else ids
+
+    def check_ids(self, ids: Sequence[int], source: str) -> None:
+        """Raises DataError for a token that the base has no embedding for."""
+        if self.num_tokens is not None and max(ids, default=0) >= self.num_tokens:
+            token = max(ids)
+            raise DataError(
+                f"the token {self.tokenizer.convert_ids_to_tokens(token)!r} (number {token}) has no embedding: the base's table ends at "
+                f"{self.num_tokens - 1}; take it out of the text",
+                source,
+            )
 
     def opening(self, example: Example) -> str:
         """What every question begins with, whatever it asks, of rows with the fields of this one; without blanks around it."""
         asked = [Example((Message("user", text),), example.source, fields=dict.fromkeys(example.fields, text)) for text in "01"]
         try:
-            texts = [self.segments(one)[0].text for one in asked]
+            texts = [self.template.segments(one)[0].text for one in asked]
         except DataError:  # a template may be unable to fill in such fields
             return ""
         return texts[0][: num_shared(texts)].strip()
@@ -233,8 +125,76 @@ class Encoder:
 
     def _tokenize(self, segment: Segment) -> tuple[list[int], int]:
         """The segment's ids and how many of them count as the segment's own."""
-        ids = self.tokenizer(segment.text, add_special_tokens=False)["input_ids"]
+        ids = self._literal(segment.text) if MARKS[0] in segment.text else self._ids(segment.text)
         return self.template.ended(ids, segment, self.tokenizer)
+
+    def _ids(self, text: str, **how: bool) -> list[int]:
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False, **how)["input_ids"]
+        return ids
+
+    # ---- control tokens that a row spells
+
+    @cached_property
+    def _control(self) -> re.Pattern[str]:
+        names = sorted(control_tokens(self.tokenizer).values(), key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, names)) or "(?!)")
+
+    def spelled(self, example: Example) -> tuple[str, ...]:
+        """The control tokens that a row spells, in order of appearance."""
+        return tuple(dict.fromkeys(found for message in example.messages for found in self._control.findall(message.content)))
+
+    def _marked(self, example: Example) -> Example:
+        """The example with marks around the control tokens that it spells."""
+        if any(mark in message.content for message in example.messages for mark in MARKS):
+            raise DataError(f"the row holds U+{ord(MARKS[0]):X} or U+{ord(MARKS[1]):X}, which are no characters", example.source)
+
+        def marked(text: Any) -> Any:
+            return self._control.sub(rf"{MARKS[0]}\g<0>{MARKS[1]}", text) if isinstance(text, str) else text
+
+        if not self.spelled(example) and not any(self._control.search(text) for text in example.fields.values() if isinstance(text, str)):
+            return example
+        messages = tuple(replace(message, content=marked(message.content)) for message in example.messages)
+        return replace(example, messages=messages, fields={key: marked(text) for key, text in example.fields.items()})
+
+    @cached_property
+    def _aliased(self) -> tuple[Tokenizer, dict[str, str], dict[int, int]]:
+        """A copy of the tokenizer that knows its control tokens by other names too, these names by token, and tokens by the copy's."""
+        from tokenizers import AddedToken
+
+        tokenizer, names = copy.deepcopy(self.tokenizer), control_tokens(self.tokenizer)
+        aliases = {text: f"{MARKS[0]}{token}{MARKS[1]}" for token, text in names.items()}
+        known = {token: self.tokenizer.added_tokens_decoder.get(token) for token in names}
+        strips = {token: {"lstrip": one.lstrip, "rstrip": one.rstrip} if one else {} for token, one in known.items()}
+        tokenizer.add_tokens([AddedToken(aliases[text], normalized=False, **strips[token]) for token, text in names.items()])
+        return tokenizer, aliases, {tokenizer.convert_tokens_to_ids(aliases[text]): token for token, text in names.items()}
+
+    def _literal(self, text: str) -> list[int]:
+        """Ids of a text with marks: what stands between them is text, all else as ever."""
+        pieces = MARKED.split(text)  # every second one is marked
+        if not self.tokenizer.is_fast:  # one that is written in Python splits at every token that it knows, or at none
+            ids = [self._ids(_bare(piece), split_special_tokens=bool(number % 2)) for number, piece in enumerate(pieces) if piece]
+            return [token for piece in ids for token in piece]
+        tokenizer, aliases, tokens = self._aliased
+        renamed = [
+            _bare(piece) if number % 2 else self._control.sub(lambda found: aliases[found.group()], _bare(piece))
+            for number, piece in enumerate(pieces)
+        ]
+        found = tokenizer("".join(renamed), add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        return [tokens.get(token, token) for token in found]
+
+    def stubborn(self, example: Example) -> tuple[str, ...]:
+        """The control tokens that a row spells and that this tokenizer makes even of plain text."""
+        return tuple(text for text in self.spelled(example) if text in self._stubborn)
+
+    @cached_property
+    def _stubborn(self) -> frozenset[str]:
+        names = control_tokens(self.tokenizer)
+        return frozenset(text for token, text in names.items() if token in self._ids(text, split_special_tokens=True))
+
+
+def _bare(text: str) -> str:
+    """Without marks that a template has torn apart."""
+    return text.replace(MARKS[0], "").replace(MARKS[1], "")
 
 
 def _question_fields(text: str) -> Mapping[str, str]:
@@ -251,12 +211,29 @@ def _cut(row: Encoded, max_length: int | None, has_bos: bool) -> Encoded:
     return row
 
 
-def make_encoder(tokenizer: Tokenizer, template: str) -> Encoder:
-    """Raises ConfigError for an unknown name, a faulty template, or a tokenizer without EOS or chat template."""
+def shared_system(examples: Sequence[Example]) -> str | None:
+    """The system turn that all rows begin with, or None."""
+
+    def systems() -> Iterator[str | None]:
+        for example in examples:
+            first = example.messages[0]
+            yield first.content if first.role == "system" else None
+
+    found = set(systems())
+    return found.pop() if len(found) == 1 else None
+
+
+def make_encoder(
+    tokenizer: Tokenizer, template: str, *, date: str | None = None, system: str | None = None, num_tokens: int | None = None
+) -> Encoder:
+    """`date`: the day that a template with a clock is told; left out, today. `system` and `num_tokens`: see Encoder.
+
+    Raises ConfigError for an unknown name, a faulty template, or a tokenizer without EOS or chat template.
+    """
     if tokenizer.eos_token_id is None:
         raise ConfigError("the tokenizer has no EOS token: answers would never end")
-    found = make_template(tokenizer, template)
-    return Encoder(tokenizer, found, _bos_id(tokenizer, found))
+    found = make_template(tokenizer, template, date)
+    return Encoder(tokenizer, found, _bos_id(tokenizer, found), system or None, num_tokens)
 
 
 def _bos_id(tokenizer: Tokenizer, template: Template) -> int | None:
@@ -265,7 +242,7 @@ def _bos_id(tokenizer: Tokenizer, template: Template) -> int | None:
     if bos_id is None or tokenizer("a")["input_ids"][0] == bos_id:
         return bos_id
     if template.writes_bos and bos_id != tokenizer.eos_token_id:
-        shown = tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False, add_generation_prompt=True)
+        shown = template.segments(Example((Message("user", "a"),), "a question"))[0].text
         return bos_id if shown.startswith(tokenizer.bos_token) and shown.count(tokenizer.bos_token) == 1 else None
     return None
 

@@ -141,7 +141,11 @@ SOURCES: dict[str, Source] = {
 
 
 def _rows(material: Material, ids: Sequence[int]) -> Tensor:
-    return material.base.embed_ids(ids)
+    base = material.base
+    if max(ids, default=0) >= base.num_tokens:
+        name = base.tokenizer.convert_ids_to_tokens(max(ids))
+        raise ConfigError(f"prompt.text or a label holds the token {name!r}, which {base.name} has no embedding for: take it out")
+    return base.embed_ids(ids)
 
 
 def _text_ids(config: PromptConfig, tokenizer: object) -> list[int]:
