@@ -80,7 +80,8 @@ class SoftPromptLM(TemplateLM):  # type: ignore[misc]
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         if self.template:
-            return list(self.stored.encoder.question(context)), self.tok_encode(continuation.strip())
+            encoder = self.stored.encoder
+            return list(encoder.question(context)), self.tok_encode(encoder.template.before_answer + continuation.strip())
         return super()._encode_pair(context, continuation)
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:

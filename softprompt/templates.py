@@ -52,8 +52,8 @@ class Template(ABC):
     """How an example becomes text, and how a text ends. `name`: what a card holds, a name of NAMES or Jinja text.
 
     `knows_turns`: whether earlier turns of a conversation are written. `writes_bos`: whether BOS may stand in the text itself.
-    `end_ids`: tokens other than EOS that end an answer. `thinking`: the block it writes in front of answers. `date`: the day that it is
-    told, where it asks for one.
+    `end_ids`: tokens other than EOS that end an answer. `thinking`: the block it writes in front of answers, `before_answer`: that as
+    text, empty. `date`: the day that it is told, where it asks for one.
     """
 
     name: str
@@ -61,6 +61,7 @@ class Template(ABC):
     writes_bos = False
     end_ids: frozenset[int] = frozenset()
     thinking: Thinking | None = None
+    before_answer = ""
     date: str | None = None
 
     @abstractmethod
@@ -194,7 +195,7 @@ class Chat(Template):
         """A chat template writes the end of a turn itself, and something after it, which nobody need learn."""
         if not segment.supervised:
             return ids, len(ids)
-        for known in (self.end_ids, set(tokenizer.all_special_ids)):
+        for known in (self.end_ids, self._control):
             ends = [index for index, token in enumerate(ids) if token in known]
             if ends:
                 return ids, ends[-1] + 1
@@ -216,10 +217,18 @@ class Chat(Template):
         ids: list[int] = self.tokenizer(self._around[1], add_special_tokens=False)["input_ids"]
         return frozenset(ids) & control_tokens(self.tokenizer, also_plain=True).keys()
 
+    @property
+    def before_answer(self) -> str:  # type: ignore[override]
+        return self._around[0]
+
     @cached_property
     def thinking(self) -> Thinking | None:  # type: ignore[override]
-        found, special = find_block(self._around[0]), self.tokenizer.all_special_tokens
-        return None if found is None or found.end in special else found  # special tokens are no text of an answer
+        found = find_block(self._around[0])  # special tokens are no text of an answer
+        return None if found is None or found.end in self._control.values() else found
+
+    @cached_property
+    def _control(self) -> dict[int, str]:
+        return control_tokens(self.tokenizer)
 
     def _render(self, messages: Sequence[Message], ask: bool, example: Example) -> str:
         turns = [{"role": message.role, "content": message.content} for message in messages]

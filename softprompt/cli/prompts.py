@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from softprompt.cli.options import HeldOut, Json, OtherBase, Overrides, PromptPath, app, write_json
+from softprompt.cli.options import HeldOut, Json, OtherBase, Overrides, PromptPath, SystemTurn, app, write_json
 from softprompt.errors import ConfigError, MissingPackage
 
 if TYPE_CHECKING:
@@ -143,9 +143,7 @@ def generate(
     together: Annotated[
         Together | None, typer.Option("--ensemble", help="All prompts give one answer together, those of a bank's run folder included.")
     ] = None,
-    system: Annotated[
-        str | None, typer.Option(metavar="TEXT", help='System turn, instead of the one that all training rows had; "" is none.')
-    ] = None,
+    system: SystemTurn = None,
     allow_other_base: OtherBase = False,
     json_file: Json = None,
 ) -> None:
@@ -164,17 +162,16 @@ def generate(
     given = [prompt, *(other or [])]
     paths = [path for place in given for path in find_prompts(place)] if together else given
     base = load_base(base_config(paths[0], overrides))
-    stored = [load_prompt(path, base, allow_other_base=allow_other_base) for path in paths]
-    if system is not None:
-        stored = [one.told(system) for one in stored]
+    loaded = (load_prompt(path, base, allow_other_base=allow_other_base) for path in paths)
+    stored = [one if system is None else one.told(system) for one in loaded]
     each: list[tuple[Path, StoredPrompt | Ensemble]] = (
         [(prompt, Ensemble(tuple(stored), together.value))] if together else list(zip(paths, stored, strict=True))
     )
     jobs = [(path, one, text) for text in asked for path, one in each]
     headings = [f"{text}  ({path})" if len(each) > 1 else text for path, _, text in jobs]
     thoughts = [""] * len(jobs)
-    pieces = stream(base, [one for _, one, _ in jobs], [text for _, _, text in jobs], sampling)
-    answers = draw_stream(_keeping_thoughts(pieces, thoughts), headings)
+    pieces = _keeping_thoughts(stream(base, [one for _, one, _ in jobs], [text for _, _, text in jobs], sampling), thoughts)
+    answers = draw_stream(pieces, headings)
     rows = [
         {"prompt": str(path), "text": text, "answer": answer, "thought": thought}
         for (path, _, text), answer, thought in zip(jobs, answers, thoughts, strict=True)

@@ -18,7 +18,11 @@ def shelved(base: FrozenBase, contexts: Sequence[Context]) -> Prefix:
         return kept[0]
     if not base.shares_prefix:
         return Prefix((), tuple(embeds for one in kept for embeds in one.embeds))
-    return assemble([layers for one in kept for layers in one.separate()])
+    full = next((one for one in kept if one.layers), None)
+    if full is None:  # nothing stands before any of the texts
+        return kept[0]
+    nothing = tuple((k[0, :, :0], v[0, :, :0]) for k, v in full.layers)
+    return assemble([layers for one in kept for layers in (one.separate() if one.layers else [nothing])])
 
 
 def _kept(base: FrozenBase, prompt: Prompt, ids: tuple[int, ...]) -> Prefix:
