@@ -299,6 +299,11 @@ def base_card(model: ModelConfig, base: FrozenBase) -> BaseCard:
     )
 
 
+def end_ids(encoder: Encoder) -> tuple[int, ...]:
+    """The tokens that answers in this template end with."""
+    return tuple(sorted(encoder.end_ids or {encoder.tokenizer.eos_token_id}))
+
+
 def make_card(config: Config, base: FrozenBase, soft: Prompt, encoder: Encoder, data: DataCard, note: str, metrics: dict[str, Any]) -> Card:
     """The card of a prompt as it is now."""
     return Card(
@@ -311,7 +316,7 @@ def make_card(config: Config, base: FrozenBase, soft: Prompt, encoder: Encoder, 
         template=encoder.template.name,
         date=encoder.template.date,
         system=encoder.system,
-        end_ids=tuple(sorted(encoder.end_ids or {base.tokenizer.eos_token_id})),
+        end_ids=end_ids(encoder),
         max_length=config.data.max_length,
         init=note,
         text=config.prompt.text,
@@ -320,6 +325,13 @@ def make_card(config: Config, base: FrozenBase, soft: Prompt, encoder: Encoder, 
         metrics=metrics,
         versions=package_versions(),
     )
+
+
+def _around(card: Card) -> str:
+    """What else the texts of a prompt had, in sentences."""
+    said = [f" Its clock showed {card.date}."] if card.date else []
+    said += [f" All began with the system turn {json.dumps(card.system, ensure_ascii=False)}."] if card.system else []
+    return "".join(said) + (f" Answers end with token {' or '.join(map(str, card.end_ids))}." if card.end_ids else "")
 
 
 def model_card(card: Card, repo_id: str | None = None) -> str:
@@ -361,7 +373,7 @@ from peft import PeftModel
 model = PeftModel.from_pretrained(base_model, "{place}")
 ```
 {bos}
-Texts were rendered with the template `{card.template if "{" not in card.template else "given in card.json"}`.
+Texts were rendered with the template `{card.template if "{" not in card.template else "given in card.json"}`.{_around(card)}
 
 ## Licence
 

@@ -85,12 +85,15 @@ class DataConfig(Section):
     max_rejected: Annotated[int, Field(ge=0)] = 0
     """Rows that may be rejected before the run is stopped; each is listed with its reason."""
 
-    @field_validator("date")
+    @field_validator("date", mode="before")
     @classmethod
-    def _a_day(cls, value: str | None) -> str | None:
-        if value is not None:
-            datetime.date.fromisoformat(value)
-        return value
+    def _a_day(cls, value: Any) -> Any:
+        if isinstance(value, datetime.date):  # TOML knows days
+            return value.isoformat()
+        try:
+            return value if value is None else datetime.date.fromisoformat(value).isoformat()
+        except (ValueError, TypeError):
+            raise ValueError("must be a day, e.g. 2026-11-26") from None
 
     @model_validator(mode="after")
     def _one_split(self) -> "DataConfig":

@@ -6,7 +6,7 @@ from tiny import CLOCK, EMPTY_THOUGHT, EOS, OPENED_THOUGHT, TURN_END, TURNS, cha
 from tokenizers import AddedToken
 
 from softprompt.artifact import load_prompt, read_card
-from softprompt.config import ModelConfig
+from softprompt.config import ModelConfig, load_config
 from softprompt.data import Example, Message, load_examples
 from softprompt.encode import make_encoder, shared_system
 from softprompt.engine.loading import load_base
@@ -28,7 +28,8 @@ def ask(question, answer="red"):
 
 
 def text_of(encoder, row):
-    return encoder.tokenizer.decode(row.ids), encoder.tokenizer.decode([token for token, on in zip(row.ids, row.supervised) if on])
+    learned = [token for token, on in zip(row.ids, row.supervised, strict=True) if on]
+    return encoder.tokenizer.decode(row.ids), encoder.tokenizer.decode(learned)
 
 
 def encoder_of(template, **how):
@@ -66,16 +67,21 @@ def test_an_answer_that_ends_with_eos_needs_no_other_end(template):
 # ---- thinking blocks -----------------------------------------------------------------------------------------------
 
 
+ASKED, OPENED = "<|turn|>user\nrose?<|end|>\n<|turn|>assistant\n", "[rose?]<|turn|><think>\n"
+THOUGHT = "<think>\nHm.\n</think>\n\nred"
+NO_BREAKS = OPENED_THOUGHT.replace("'<|turn|>' + m.content", "'<|turn|><think></think>' + m.content")
+
+
 @pytest.mark.parametrize(
     ("template", "answer", "question", "learned"),
     [
-        (EMPTY_THOUGHT, "red", "<|turn|>user\nrose?<|end|>\n<|turn|>assistant\n", "<think>\n\n</think>\n\nred<|end|>"),
-        (EMPTY_THOUGHT, "<think>\nHm.\n</think>\n\nred", "<|turn|>user\nrose?<|end|>\n<|turn|>assistant\n", "<think>\nHm.\n</think>\n\nred<|end|>"),
-        (OPENED_THOUGHT, "red", "[rose?]<|turn|><think>\n", "\n</think>\n\nred</s>"),
-        (OPENED_THOUGHT, "<think>\nHm.\n</think>\n\nred", "[rose?]<|turn|><think>\n", "Hm.\n</think>\n\nred</s>"),
-        (OPENED_THOUGHT.replace("'<|turn|>' + m.content", "'<|turn|><think></think>' + m.content"), "red", "[rose?]<|turn|><think>\n", "</think>red</s>"),
+        (EMPTY_THOUGHT, "red", ASKED, "<think>\n\n</think>\n\nred<|end|>"),
+        (EMPTY_THOUGHT, THOUGHT, ASKED, f"{THOUGHT}<|end|>"),
+        (OPENED_THOUGHT, "red", OPENED, "\n</think>\n\nred</s>"),
+        (OPENED_THOUGHT, THOUGHT, OPENED, "Hm.\n</think>\n\nred</s>"),
+        (NO_BREAKS, "red", OPENED, "</think>red</s>"),
     ],
-)  # fmt: skip
+)
 def test_an_answer_is_learned_with_the_block_in_front_of_it(template, answer, question, learned):
     encoder = encoder_of(template)
     row = encoder.encode(ask("rose?", answer))
@@ -369,6 +375,12 @@ def test_a_run_that_is_resumed_on_another_day_has_the_same_texts(tmp_path, make_
     assert read_card(tmp_path / "stopped").date == "2020-01-01"
 
 
+@pytest.mark.parametrize("day", ["2026-11-26", "'2026-11-26'", "20261126"])
+def test_a_day_is_read_in_every_form_of_toml(make_config, day, tmp_path):
+    (tmp_path / "a.toml").write_text(f"[data]\ndate = {day if '-' in day else repr(day)}\n", encoding="utf-8")
+    assert load_config(tmp_path / "a.toml").data.date == make_config(f"data.date={day}").data.date == "2026-11-26"
+
+
 def test_a_day_that_is_none_is_refused(make_config):
-    with pytest.raises(ConfigError, match=r"data\.date"):
+    with pytest.raises(ConfigError, match=r"data\.date: must be a day, e\.g\. 2026-11-26 \(got 'someday'\)"):
         make_config("data.date=someday")

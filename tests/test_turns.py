@@ -112,7 +112,7 @@ def test_references_are_compared_without_thoughts(case, tmp_path):
 
 
 def test_the_command_line_keeps_the_thoughts(case, tmp_path, capsys):
-    base, folder, thought = case
+    _, folder, thought = case
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
             "sys.argv", ["softprompt", "generate", str(folder), "rose?", "model.device=cpu", "--json", str(tmp_path / "said.json")]
@@ -261,5 +261,5 @@ def test_a_row_with_a_token_that_has_no_embedding_is_rejected_with_its_place(sma
 def test_a_text_to_start_from_with_such_a_token_is_refused(small, make_config):
     from softprompt.errors import ConfigError
 
-    with pytest.raises(ConfigError, match="holds the token '<image>', which .* has no embedding for"):
+    with pytest.raises(ConfigError, match=r"holds the token '<image>', which .* has no embedding for"):
         list(train(make_config(f"model.name={small}", "prompt.text=see <image>", "train.steps=1")))

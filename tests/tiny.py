@@ -133,7 +133,8 @@ TURNS = (  # the end of a turn is not EOS
 EMPTY_THOUGHT = (  # an empty thinking block in front of the last answer alone; thoughts that the answer has are written there
     "{%- for m in messages %}{%- set said = m.content %}{%- set thought = '' %}"
     "{%- if m.role == 'assistant' and '</think>' in said %}"
-    "{%- set thought = said.split('</think>')[0].split('<think>')[-1].strip('\n') %}{%- set said = said.split('</think>')[-1].lstrip('\n') %}"
+    "{%- set thought = said.split('</think>')[0].split('<think>')[-1].strip('\n') %}"
+    "{%- set said = said.split('</think>')[-1].lstrip('\n') %}"
     "{%- endif %}{{ '<|turn|>' + m.role + '\n' }}"
     "{%- if m.role == 'assistant' and loop.last %}{{ '<think>\n' + thought + '\n</think>\n\n' }}{%- endif %}"
     "{{ said + '<|end|>\n' }}{%- endfor %}"

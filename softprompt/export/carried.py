@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from softprompt.artifact import end_ids
 from softprompt.config import ModelConfig
 from softprompt.data import Message
 from softprompt.encode import Encoder
@@ -47,7 +48,7 @@ class Carried:
     @property
     def end_ids(self) -> list[int]:
         """The tokens that its answers end with."""
-        return sorted(self.encoder.end_ids or {self.encoder.tokenizer.eos_token_id})
+        return list(end_ids(self.encoder))
 
     def asked(self, question: str) -> tuple[int, ...]:
         """Ids of a question in the prompt's template, without BOS."""
