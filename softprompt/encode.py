@@ -4,26 +4,20 @@ A template turns an example into segments of text, each supervised or not (templ
 generation will see them: the model continues from the tokens of the question, whatever the answer begins with.
 The BOS token is kept out of the ids: it belongs to the prefix (engine/prefix.py), once, before everything else.
 
-What a row says is text, whatever it spells: where it holds the name of a control token, that is marked before the template is filled
-in, so that the template's own control tokens are the only ones.
+What a row says is text, whatever it spells (literal.py).
 """
 
-import copy
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
-from typing import Any
 
 from softprompt.data import Example, Message
 from softprompt.engine.tokens import Encoded, num_shared
 from softprompt.errors import ConfigError, DataError
-from softprompt.templates import Segment, Template, Tokenizer, control_tokens, make_template
+from softprompt.literal import MARKS, Literal, Tokenizer
+from softprompt.templates import Segment, Template, make_template
 from softprompt.thinking import Thinking
-
-MARKS = "\ufdd0", "\ufdd1"  # around control tokens that a row spells; Unicode keeps these two from ever being characters
-MARKED = re.compile(f"{MARKS[0]}([^{MARKS[0]}{MARKS[1]}]*){MARKS[1]}")
 
 
 @dataclass(frozen=True)
@@ -125,76 +119,28 @@ class Encoder:
 
     def _tokenize(self, segment: Segment) -> tuple[list[int], int]:
         """The segment's ids and how many of them count as the segment's own."""
-        ids = self._literal(segment.text) if MARKS[0] in segment.text else self._ids(segment.text)
+        marked = MARKS[0] in segment.text
+        ids = self._literal.ids(segment.text) if marked else self.tokenizer(segment.text, add_special_tokens=False)["input_ids"]
         return self.template.ended(ids, segment, self.tokenizer)
-
-    def _ids(self, text: str, **how: bool) -> list[int]:
-        ids: list[int] = self.tokenizer(text, add_special_tokens=False, **how)["input_ids"]
-        return ids
 
     # ---- control tokens that a row spells
 
     @cached_property
-    def _control(self) -> re.Pattern[str]:
-        names = sorted(control_tokens(self.tokenizer).values(), key=len, reverse=True)
-        return re.compile("|".join(map(re.escape, names)) or "(?!)")
+    def _literal(self) -> Literal:
+        return Literal(self.tokenizer)
 
-    def spelled(self, example: Example) -> tuple[str, ...]:
-        """The control tokens that a row spells, in order of appearance."""
-        return tuple(dict.fromkeys(found for message in example.messages for found in self._control.findall(message.content)))
+    def stubborn(self, example: Example) -> tuple[str, ...]:
+        """The control tokens that a row spells and that this tokenizer makes even of plain text."""
+        spelled = dict.fromkeys(found for message in example.messages for found in self._literal.spelled(message.content))
+        return tuple(text for text in spelled if text in self._literal.stubborn)
 
     def _marked(self, example: Example) -> Example:
         """The example with marks around the control tokens that it spells."""
         if any(mark in message.content for message in example.messages for mark in MARKS):
             raise DataError(f"the row holds U+{ord(MARKS[0]):X} or U+{ord(MARKS[1]):X}, which are no characters", example.source)
-
-        def marked(text: Any) -> Any:
-            return self._control.sub(rf"{MARKS[0]}\g<0>{MARKS[1]}", text) if isinstance(text, str) else text
-
-        if not self.spelled(example) and not any(self._control.search(text) for text in example.fields.values() if isinstance(text, str)):
-            return example
-        messages = tuple(replace(message, content=marked(message.content)) for message in example.messages)
-        return replace(example, messages=messages, fields={key: marked(text) for key, text in example.fields.items()})
-
-    @cached_property
-    def _aliased(self) -> tuple[Tokenizer, dict[str, str], dict[int, int]]:
-        """A copy of the tokenizer that knows its control tokens by other names too, these names by token, and tokens by the copy's."""
-        from tokenizers import AddedToken
-
-        tokenizer, names = copy.deepcopy(self.tokenizer), control_tokens(self.tokenizer)
-        aliases = {text: f"{MARKS[0]}{token}{MARKS[1]}" for token, text in names.items()}
-        known = {token: self.tokenizer.added_tokens_decoder.get(token) for token in names}
-        strips = {token: {"lstrip": one.lstrip, "rstrip": one.rstrip} if one else {} for token, one in known.items()}
-        tokenizer.add_tokens([AddedToken(aliases[text], normalized=False, **strips[token]) for token, text in names.items()])
-        return tokenizer, aliases, {tokenizer.convert_tokens_to_ids(aliases[text]): token for token, text in names.items()}
-
-    def _literal(self, text: str) -> list[int]:
-        """Ids of a text with marks: what stands between them is text, all else as ever."""
-        pieces = MARKED.split(text)  # every second one is marked
-        if not self.tokenizer.is_fast:  # one that is written in Python splits at every token that it knows, or at none
-            ids = [self._ids(_bare(piece), split_special_tokens=bool(number % 2)) for number, piece in enumerate(pieces) if piece]
-            return [token for piece in ids for token in piece]
-        tokenizer, aliases, tokens = self._aliased
-        renamed = [
-            _bare(piece) if number % 2 else self._control.sub(lambda found: aliases[found.group()], _bare(piece))
-            for number, piece in enumerate(pieces)
-        ]
-        found = tokenizer("".join(renamed), add_special_tokens=False, split_special_tokens=True)["input_ids"]
-        return [tokens.get(token, token) for token in found]
-
-    def stubborn(self, example: Example) -> tuple[str, ...]:
-        """The control tokens that a row spells and that this tokenizer makes even of plain text."""
-        return tuple(text for text in self.spelled(example) if text in self._stubborn)
-
-    @cached_property
-    def _stubborn(self) -> frozenset[str]:
-        names = control_tokens(self.tokenizer)
-        return frozenset(text for token, text in names.items() if token in self._ids(text, split_special_tokens=True))
-
-
-def _bare(text: str) -> str:
-    """Without marks that a template has torn apart."""
-    return text.replace(MARKS[0], "").replace(MARKS[1], "")
+        messages = tuple(replace(message, content=self._literal.marked(message.content)) for message in example.messages)
+        fields = {key: self._literal.marked(text) if isinstance(text, str) else text for key, text in example.fields.items()}
+        return replace(example, messages=messages, fields=fields)
 
 
 def _question_fields(text: str) -> Mapping[str, str]:

@@ -18,7 +18,7 @@ from softprompt.config import PromptConfig
 from softprompt.engine.model import FrozenBase
 from softprompt.engine.tokens import Encoded
 from softprompt.errors import ConfigError
-from softprompt.templates import control_tokens
+from softprompt.literal import control_tokens
 
 LENGTH_WITHOUT_TEXT = 16
 COMMON_TOKENS = 5000  # as in Lester et al. (2021)

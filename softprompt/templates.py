@@ -20,9 +20,9 @@ import jinja2.sandbox
 
 from softprompt.data import Example, Message
 from softprompt.errors import ConfigError, DataError
+from softprompt.literal import Tokenizer, control_tokens
 from softprompt.thinking import BLOCKS, Thinking, find_block
 
-Tokenizer = Any  # a transformers PreTrainedTokenizerBase; transformers is not imported here
 CLOCK = "strftime_now"
 DIRECTIVES = "aAbBdeHIjmMpSuUVwWxXyYzZcDFGgT"  # of strftime; `-` stands between some of them and the percent sign
 ANSWER = "0192837465"  # to be found again in what a template writes
@@ -236,13 +236,6 @@ class Chat(Template):
             return self.render(turns, ask)
         except Exception as error:  # a template may raise anything
             raise DataError(f"the chat template refuses this conversation: {error}", example.source) from None
-
-
-def control_tokens(tokenizer: Tokenizer, *, also_plain: bool = False) -> dict[int, str]:
-    """The special tokens by id, those of white space alone left out; `also_plain`: and all others that were added to the vocabulary."""
-    named = dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
-    added = {token: one.content for token, one in tokenizer.added_tokens_decoder.items() if one.special or also_plain}
-    return {token: text for token, text in (added | named).items() if text.strip()}
 
 
 def chat_text(tokenizer: Tokenizer, tools: Sequence[Any] = ()) -> str:
