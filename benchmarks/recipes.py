@@ -190,7 +190,7 @@ def _scored(
         return Outcome(curve, min(point[2] for point in curve), None, num_trainable)
     encoder = make_encoder(base.tokenizer, config.data.template)
     test = config.model_copy(update={"data": config.data.model_copy(update={"train": str(task.test), "eval": None})})
-    rows, _ = load_rows(test, encoder)
+    encoder, rows, _ = load_rows(test, encoder)
     with torch.no_grad():
         prefix = prompt.prefix(base)
     if not task.labelled:
@@ -294,7 +294,7 @@ def _peft(kind: str, task: Task, config: Config, base: FrozenBase, rate: float) 
     of the evaluated states on the held-out rows is the one that is tested."""
     torch.manual_seed(config.train.seed)
     encoder = make_encoder(base.tokenizer, config.data.template)
-    rows, held = load_rows(with_absolute_paths(config), encoder)
+    encoder, rows, held = load_rows(with_absolute_paths(config), encoder)
     assert held is not None
     peer = PEERS[kind](base, task, encoder.bos_id)
     optimizer = torch.optim.AdamW(peer.trained, lr=rate, weight_decay=0.0)

@@ -12,7 +12,7 @@ Only safetensors and JSON are read. Nothing in the folder can make code run: tem
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -75,7 +75,8 @@ class DataCard(CardModel):
 
 
 class Card(CardModel):
-    """What a prompt is, and what it may be loaded onto."""
+    """What a prompt is, and what it may be loaded onto. `date`: the day that its template is told, where it asks for one; `system`: the
+    system turn that all its rows had; `end_ids`: the tokens that end its answers."""
 
     format: Literal[1] = 1
     base: BaseCard
@@ -85,6 +86,9 @@ class Card(CardModel):
     position: Literal["after_bos", "start"]
     bos_id: int | None
     template: str
+    date: str | None = None
+    system: str | None = None
+    end_ids: tuple[int, ...] = ()
     max_length: int
     init: str
     text: str | None
@@ -108,10 +112,16 @@ class StoredPrompt:
     card: Card
     encoder: Encoder
 
+    def told(self, system: str | None) -> "StoredPrompt":
+        """The same with another system turn than that of its rows; none where it is empty."""
+        return replace(self, encoder=self.encoder.told(system))
+
 
 def chat_template_hash(tokenizer: Any) -> str | None:
-    """sha256 of the tokenizer's chat template, or None."""
-    return hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest() if tokenizer.chat_template else None
+    """sha256 of the tokenizer's chat template, or of all where it has several; None without."""
+    known = tokenizer.chat_template
+    text = json.dumps(known, sort_keys=True) if isinstance(known, dict) else known
+    return hashlib.sha256(text.encode()).hexdigest() if text else None
 
 
 def write_prompt(folder: Path, soft: Prompt, card: Card, base: FrozenBase) -> None:
@@ -220,7 +230,7 @@ def load_prompt(path: str | Path, base: FrozenBase, *, allow_other_base: bool = 
     _check_width(folder, card, rows, base)
     if not allow_other_base:
         _check_fingerprints(folder, card, base)
-    encoder = make_encoder(base.tokenizer, card.template)
+    encoder = make_encoder(base.tokenizer, card.template, date=card.date, system=card.system, num_tokens=base.num_tokens)
     if encoder.bos_id != card.bos_id and not allow_other_base:
         raise ArtifactError(f"{folder} was trained with another use of the BOS token than that of {base.name}'s tokenizer: {ANYWAY}")
     own = _without_bos(rows, card).to(base.device)
@@ -296,6 +306,11 @@ def base_card(model: ModelConfig, base: FrozenBase) -> BaseCard:
     )
 
 
+def end_ids(encoder: Encoder) -> tuple[int, ...]:
+    """The tokens that answers in this template end with."""
+    return tuple(sorted(encoder.end_ids or {encoder.tokenizer.eos_token_id}))
+
+
 def make_card(config: Config, base: FrozenBase, soft: Prompt, encoder: Encoder, data: DataCard, note: str, metrics: dict[str, Any]) -> Card:
     """The card of a prompt as it is now."""
     return Card(
@@ -306,6 +321,9 @@ def make_card(config: Config, base: FrozenBase, soft: Prompt, encoder: Encoder, 
         position=soft.position,  # type: ignore[arg-type]
         bos_id=soft.bos_id,
         template=encoder.template.name,
+        date=encoder.template.date,
+        system=encoder.system,
+        end_ids=end_ids(encoder),
         max_length=config.data.max_length,
         init=note,
         text=config.prompt.text,
@@ -314,6 +332,13 @@ def make_card(config: Config, base: FrozenBase, soft: Prompt, encoder: Encoder, 
         metrics=metrics,
         versions=package_versions(),
     )
+
+
+def _around(card: Card) -> str:
+    """What else the texts of a prompt had, in sentences."""
+    said = [f" Its clock showed {card.date}."] if card.date else []
+    said += [f" All began with the system turn {json.dumps(card.system, ensure_ascii=False)}."] if card.system else []
+    return "".join(said) + (f" Answers end with token {' or '.join(map(str, card.end_ids))}." if card.end_ids else "")
 
 
 def model_card(card: Card, repo_id: str | None = None) -> str:
@@ -355,7 +380,7 @@ from peft import PeftModel
 model = PeftModel.from_pretrained(base_model, "{place}")
 ```
 {bos}
-Texts were rendered with the template `{card.template if "{" not in card.template else "given in card.json"}`.
+Texts were rendered with the template `{card.template if "{" not in card.template else "given in card.json"}`.{_around(card)}
 
 ## Licence
 

@@ -4,6 +4,7 @@ Precedence, last wins: the defaults below, then the TOML file, then ``section.ke
 An unknown key is an error that names the nearest known one. This module does not import torch.
 """
 
+import datetime
 import difflib
 import re
 import tomllib
@@ -70,7 +71,12 @@ class DataConfig(Section):
     eval_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of the different training rows to hold out (seeded by `train.seed`) when `eval` is not set; copies stay on one side."""
     template: str = "human-assistant"
-    """human-assistant, chat (the tokenizer's own), inline Jinja, or a `.jinja` file. Renders all but the response."""
+    """human-assistant, chat (the tokenizer's own), inline Jinja, or a `.jinja` file. Jinja that uses `messages` and
+    `add_generation_prompt` is a chat template, in the dialect of transformers; any other renders all but the response, from the row's
+    fields and the `messages` before it."""
+    date: str | None = None
+    """The day, e.g. 2026-11-26, that a chat template is told where it asks for the date (Llama 3). Left out: the day on which the run
+    begins, which its prompt keeps."""
     max_length: Annotated[int, Field(ge=2)] = 256
     """Tokens of a row at most, BOS included, virtual tokens not; the rest is cut and counted."""
     limit: Positive | None = None
@@ -79,6 +85,16 @@ class DataConfig(Section):
     """For text/label rows: the word that stands for each label, e.g. {0 = "negative", 1 = "positive"}."""
     max_rejected: Annotated[int, Field(ge=0)] = 0
     """Rows that may be rejected before the run is stopped; each is listed with its reason."""
+
+    @field_validator("date", mode="before")
+    @classmethod
+    def _a_day(cls, value: Any) -> Any:
+        if isinstance(value, datetime.date):  # TOML knows days
+            return value.isoformat()
+        try:
+            return value if value is None else datetime.date.fromisoformat(value).isoformat()
+        except (ValueError, TypeError):
+            raise ValueError("must be a day, e.g. 2026-11-26") from None
 
     @model_validator(mode="after")
     def _one_split(self) -> "DataConfig":

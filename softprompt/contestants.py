@@ -12,7 +12,7 @@ from pathlib import Path
 
 from softprompt.artifact import StoredPrompt
 from softprompt.data import Example, Message
-from softprompt.encode import Encoder, Segment, joined
+from softprompt.encode import Encoder
 from softprompt.engine.head import Head
 from softprompt.engine.model import FrozenBase
 from softprompt.engine.prompt import Prompt
@@ -21,6 +21,8 @@ from softprompt.engine.tokens import Encoded, num_shared
 from softprompt.engine.trial import check
 from softprompt.errors import ArtifactError, DataError, ModelError
 from softprompt.generation import without_prompt
+from softprompt.templates import Segment, joined
+from softprompt.thinking import Thinking
 
 MAX_SHOTS, SHOT_TOKENS = 16, 1024  # a few-shot context has at most so many examples, and at most so many tokens
 
@@ -79,7 +81,8 @@ class Contestant:
 class Reading:
     """How one member of a contestant reads the rows: their [rows][candidates] continue from `soft`, their questions from `context`.
 
-    `tokens`: how many each request has more than the bare base's.
+    `tokens`: how many each request has more than the bare base's. `stop_ids`: what ends its answers beside the base's own tokens;
+    `thinking`: the block in front of them.
     """
 
     soft: Prompt
@@ -87,6 +90,8 @@ class Reading:
     context: Context
     questions: list[tuple[int, ...]]
     tokens: float
+    stop_ids: frozenset[int] = frozenset()
+    thinking: Thinking | None = None
 
 
 def read_rows(contestant: Contestant, member: int, examples: Sequence[Sequence[Example]], plain: Sequence[Sequence[Encoded]]) -> Reading:
@@ -99,10 +104,11 @@ def read_rows(contestant: Contestant, member: int, examples: Sequence[Sequence[E
     questions = [contestant.question(prompt.encoder, own[0], read[0]) for own, read in zip(examples, plain, strict=True)]
     longer = sum(len(own[0]) - len(read[0]) for own, read in zip(rows, plain, strict=True))
     tokens = longer / len(rows) + prompt.soft.length
+    how = prompt.encoder.end_ids, prompt.encoder.thinking
     if contestant.wish is None and not contestant.shots:
-        return Reading(prompt.soft, rows, (prompt.soft, ()), questions, tokens)
+        return Reading(prompt.soft, rows, (prompt.soft, ()), questions, tokens, *how)
     count = num_shared(ids[:-1] for ids in questions)  # the last one predicts
-    return Reading(prompt.soft, rows, (prompt.soft, questions[0][:count]), [ids[count:] for ids in questions], tokens)
+    return Reading(prompt.soft, rows, (prompt.soft, questions[0][:count]), [ids[count:] for ids in questions], tokens, *how)
 
 
 # ---- text before the rows ------------------------------------------------------------------------------------------
@@ -110,12 +116,13 @@ def read_rows(contestant: Contestant, member: int, examples: Sequence[Sequence[E
 
 def _told(encoder: Encoder, example: Example, wish: str) -> list[Segment]:
     """The row with a text prompt as its system turn, or in its first turn where the template knows no system."""
+    example = encoder.completed(example)
     system = [message.content for message in example.messages if message.role == "system"]
     spoken = tuple(message for message in example.messages if message.role != "system")
     first = Message("user", "\n".join([wish, *system, spoken[0].content]))
     for turns in ((Message("system", "\n".join([wish, *system])), *spoken), (first, *spoken[1:])):
         try:
-            return encoder.segments(replace(example, messages=turns))
+            return encoder.told(None).segments(replace(example, messages=turns))
         except DataError as error:  # some chat templates know no system turn
             refused = error
     raise refused
@@ -125,6 +132,7 @@ def _shown(encoder: Encoder, example: Example, shots: Sequence[Example]) -> list
     """The row as the last turns of a conversation that the examples begin; row behind row where a template knows one turn only."""
     if not encoder.template.knows_turns:
         return [segment for one in (*shots, example) for segment in encoder.segments(one)]
+    example = encoder.completed(example)
     turns = [message for one in (*shots, example) for message in one.messages]
     system = [message for message in example.messages if message.role == "system"]
     return encoder.segments(replace(example, messages=(*system, *(turn for turn in turns if turn.role != "system"))))

@@ -149,9 +149,9 @@ def _from_messages(row: Mapping[str, Any], place: str, label_words: Mapping[str,
 def _from_instruction(row: Mapping[str, Any], place: str, label_words: Mapping[str, str]) -> Example:
     instruction, given, output = _text(row, "instruction"), _text(row, "input", ""), _text(row, "output")
     _not_empty(output, "output")
-    question = "\n".join([instruction, given])
+    question = f"{instruction}\n{given}" if given else instruction
     turns = (Message("user", question), Message("assistant", output))
-    return Example(turns, place, fields={"instruction": instruction, "input": given, "prompt": question.strip()})
+    return Example(turns, place, fields={"instruction": instruction, "input": given, "prompt": question})
 
 
 def _from_prompt(row: Mapping[str, Any], place: str, label_words: Mapping[str, str]) -> Example:

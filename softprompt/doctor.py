@@ -19,7 +19,7 @@ from torch.nn.functional import cosine_similarity
 from softprompt.artifact import load_prompt
 from softprompt.checkpoint import load_start
 from softprompt.config import USUAL_RATE, Config, OptimConfig, relocated
-from softprompt.encode import Encoder, make_encoder
+from softprompt.encode import Encoder
 from softprompt.engine.loading import load_base
 from softprompt.engine.model import FrozenBase
 from softprompt.engine.optim import relative_rate
@@ -89,6 +89,14 @@ def cut_answers(rows: Rows, held: Rows | None) -> Iterator[str]:
     share = cut / (cut + rows.num_supervised)
     if share > CUT:
         yield f"{share:.0%} of the answers' tokens lie beyond data.max_length and are cut away: raise data.max_length"
+
+
+def unlearned_answers(rows: Rows, held: Rows | None) -> Iterator[str]:
+    if rows.num_unlearned:
+        yield (
+            f"{rows.num_unlearned} earlier answers of conversations are read and not learned: the chat template writes them otherwise "
+            "than a last one; rows with one answer each teach all of them"
+        )
 
 
 def unusable_rows(rows: Rows, held: Rows | None) -> Iterator[str]:
@@ -196,7 +204,13 @@ def dead_rows(case: Case) -> Iterator[str]:
         yield f"{dead} of {len(moved_P)} rows hardly moved: no text looks back that far (a sliding window); shorten prompt.length"
 
 
-OF_THE_DATA: tuple[Callable[[Rows, Rows | None], Iterator[str]], ...] = (same_to_the_model, cut_answers, unusable_rows, in_both_splits)
+OF_THE_DATA: tuple[Callable[[Rows, Rows | None], Iterator[str]], ...] = (
+    same_to_the_model,
+    cut_answers,
+    unlearned_answers,
+    unusable_rows,
+    in_both_splits,
+)
 UNDERWAY: tuple[Callable[[Case], Iterator[str]], ...] = (hardly_moved, ran_away, spikes, no_better_than_before, alike)
 AT_THE_END = (*UNDERWAY, guesses, overfitted, beaten, says_nothing, dead_rows)
 
@@ -255,16 +269,16 @@ def diagnose(run: str | Path, base: FrozenBase | None = None, overrides: Sequenc
     folder = RunFolder.reopen(Path(run))
     config = folder.config()
     base = base or load_base(relocated(config.model, overrides))
-    encoder, loaded = make_encoder(base.tokenizer, config.data.template), load_held(config)
-    held = None if loaded is None else encode_rows(encoder, loaded, config.data.max_length)
+    loaded = load_held(config)
     events, members, findings = folder.events(), config.members(), {}
     for index, (name, own) in enumerate(members.items()):
-        prompt = load_prompt(folder.prompt if len(members) == 1 else folder.prompts / name, base).soft
-        start = load_start(folder.start, name, prompt)
+        stored = load_prompt(folder.prompt if len(members) == 1 else folder.prompts / name, base)
+        held = None if loaded is None else encode_rows(stored.encoder, loaded, config.data.max_length)
+        start = load_start(folder.start, name, stored.soft)
         if start is None:
             raise RunError(f"{folder.start} is missing: without it nobody knows how far the prompt has moved; train the run again")
-        case = case_of(events, index, own.optim, start, prompt, base, None, held)
-        measured = {} if held is None else _others(base, encoder, prompt, held, own)
+        case = case_of(events, index, own.optim, start, stored.soft, base, None, held)
+        measured = {} if held is None else _others(base, stored.encoder, stored.soft, held, own)
         findings[name] = [*_said_before(events, name), *examine(replace(case, others=measured))]
     return findings
 

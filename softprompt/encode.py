@@ -1,199 +1,73 @@
 """Template + tokenizer -> ids and which of them are supervised, built in one motion, never searched for afterwards.
 
-A template turns an example into segments of text, each supervised or not. Segments are tokenized one by one, as
+A template turns an example into segments of text, each supervised or not (templates.py). Segments are tokenized one by one, as
 generation will see them: the model continues from the tokens of the question, whatever the answer begins with.
 The BOS token is kept out of the ids: it belongs to the prefix (engine/prefix.py), once, before everything else.
+
+What a row says is text, whatever it spells (literal.py).
 """
 
-from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
-from pathlib import Path
-from typing import Any
-
-import jinja2
-import jinja2.sandbox
+from functools import cached_property
+from itertools import pairwise
 
 from softprompt.data import Example, Message
 from softprompt.engine.tokens import Encoded, num_shared
 from softprompt.errors import ConfigError, DataError
-
-Tokenizer = Any  # a transformers PreTrainedTokenizerBase; transformers is not imported here
-
-
-@dataclass(frozen=True)
-class Segment:
-    """A piece of text. `ends`: the EOS token follows it, supervised like the text."""
-
-    text: str
-    supervised: bool = False
-    ends: bool = False
-
-
-def joined(segments: Iterable[Segment]) -> list[Segment]:
-    """The same text in one piece up to each EOS, nothing of it supervised: tokens may cross from a question into its answer."""
-    pieces, text = [], ""
-    for segment in segments:
-        text += segment.text
-        if segment.ends:
-            pieces.append(Segment(text, ends=True))
-            text = ""
-    return [*pieces, Segment(text)] if text else pieces
-
-
-# ---- the templates -------------------------------------------------------------------------------------------------
-
-
-class Template(ABC):
-    """How an example becomes text, and how a text ends. `name`: what a card holds, a name of NAMES or Jinja text.
-
-    `knows_turns`: whether earlier turns of a conversation are written. `writes_bos`: whether BOS may stand in the text itself.
-    """
-
-    name: str
-    knows_turns = True
-    writes_bos = False
-
-    @abstractmethod
-    def segments(self, example: Example) -> list[Segment]:
-        """Raises DataError for an example that cannot be written."""
-
-    def ended(self, ids: list[int], segment: Segment, tokenizer: Tokenizer) -> tuple[list[int], int]:
-        """(the segment's ids with its end, how many of them count as the segment's own)."""
-        return ([*ids, tokenizer.eos_token_id], len(ids) + 1) if segment.ends else (ids, len(ids))
-
-
-class HumanAssistant(Template):
-    """`Human: ...\\n\\nAssistant: ` + response + EOS, as the bloom-1b4-zh tutorial writes it; a system turn stands first."""
-
-    name = "human-assistant"
-
-    def segments(self, example: Example) -> list[Segment]:
-        segments: list[Segment] = []
-        for message in example.messages:
-            if message.role == "system":
-                segments.append(Segment(message.content + "\n\n"))
-            elif message.role == "user":
-                between = "\n\n" if segments and segments[-1].ends else ""
-                segments.append(Segment(between + ("Human: " + message.content).strip() + "\n\nAssistant: "))
-            else:
-                segments.append(Segment(message.content, supervised=True, ends=True))
-        return segments
-
-
-class Chat(Template):
-    """The tokenizer's own chat template; every assistant turn is supervised up to its end-of-turn token."""
-
-    name = "chat"
-    writes_bos = True
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self.tokenizer = tokenizer
-
-    def segments(self, example: Example) -> list[Segment]:
-        turns = [{"role": message.role, "content": message.content} for message in example.messages]
-        segments: list[Segment] = []
-        shown = ""
-        for index, turn in enumerate(turns):
-            if turn["role"] != "assistant":
-                continue
-            asked = self._render(turns[:index], True, example)
-            answered = self._render(turns[: index + 1], False, example)
-            if not asked.startswith(shown) or not answered.startswith(asked):
-                raise DataError(
-                    "this chat template writes earlier turns differently once a conversation goes on; "
-                    "split the conversation into rows with one answer each, or use a template of your own",
-                    example.source,
-                )
-            segments += [Segment(asked[len(shown) :]), Segment(answered[len(asked) :], supervised=True)]
-            shown = answered
-        if turns[-1]["role"] != "assistant":
-            segments.append(Segment(self._render(turns, True, example)[len(shown) :]))
-        return segments
-
-    def ended(self, ids: list[int], segment: Segment, tokenizer: Tokenizer) -> tuple[list[int], int]:
-        """A chat template writes the end of a turn itself, and something after it, which nobody need learn."""
-        if not segment.supervised:
-            return ids, len(ids)
-        special = set(tokenizer.all_special_ids)
-        ends = [index for index, token in enumerate(ids) if token in special]
-        return (ids, ends[-1] + 1) if ends else ([*ids, tokenizer.eos_token_id], len(ids) + 1)
-
-    def _render(self, turns: list[dict[str, str]], ask: bool, example: Example) -> str:
-        try:
-            return self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=ask)
-        except Exception as error:  # a template may raise anything
-            raise DataError(f"the chat template refuses this conversation: {error}", example.source) from None
-
-
-class OwnTemplate(Template):
-    """A template of the user's: renders what stands before the last response from the row's fields and `messages`."""
-
-    knows_turns = False  # it may look at the last one alone
-
-    def __init__(self, text: str) -> None:
-        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
-        self.name = text
-        try:
-            self.template = environment.from_string(text)
-        except jinja2.TemplateSyntaxError as error:
-            raise ConfigError(f"data.template: line {error.lineno}: {error.message}") from None
-
-    def segments(self, example: Example) -> list[Segment]:
-        answered = example.messages[-1].role == "assistant"
-        before = example.messages[:-1] if answered else example.messages
-        system = "".join(message.content + "\n" for message in before if message.role == "system")
-        turns = [{"role": message.role, "content": message.content} for message in before if message.role != "system"]
-        try:
-            question = Segment(system + self.template.render({**example.fields, "messages": turns}))
-        except Exception as error:  # a template is the user's program: 1 / 0 raises as freely as an undefined name
-            raise DataError(f"data.template cannot be filled in: {error}", example.source) from None
-        return [question, Segment(example.response, supervised=True, ends=True)] if answered else [question]
-
-
-NAMES = (HumanAssistant.name, Chat.name)
-
-
-def make_template(tokenizer: Tokenizer, wanted: str) -> Template:
-    """Looks a template up by name, or takes it as Jinja text or a `.jinja` file. Raises ConfigError."""
-    if wanted == Chat.name:
-        if not tokenizer.chat_template:
-            raise ConfigError('the tokenizer has no chat template: use data.template = "human-assistant" or a Jinja template')
-        return Chat(tokenizer)
-    if wanted == HumanAssistant.name:
-        return HumanAssistant()
-    if "{{" in wanted or "{%" in wanted:
-        return OwnTemplate(wanted)
-    if wanted.endswith(".jinja"):
-        try:
-            return OwnTemplate(Path(wanted).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"data.template: cannot read {wanted}: {error}") from None
-    near = get_close_matches(wanted, NAMES, n=1)
-    hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(NAMES)}, Jinja text with {{{{ }}}}, or a .jinja file"
-    raise ConfigError(f"data.template: unknown template {wanted!r}: {hint}")
-
-
-# ---- encoding ------------------------------------------------------------------------------------------------------
+from softprompt.literal import MARKS, Literal, Tokenizer
+from softprompt.templates import Segment, Template, make_template
+from softprompt.thinking import Thinking
 
 
 @dataclass(frozen=True)
 class Encoder:
-    """A tokenizer with a template. `bos_id` is set where rows begin with BOS."""
+    """A tokenizer with a template. `bos_id` is set where rows begin with BOS. `system`: the system turn of conversations that have none
+    of their own. `num_tokens`: how many tokens the base has embeddings for, where that is known."""
 
     tokenizer: Tokenizer
     template: Template
     bos_id: int | None
+    system: str | None = None
+    num_tokens: int | None = None
+
+    @property
+    def end_ids(self) -> frozenset[int]:
+        """Tokens that end an answer beside the base's own end-of-text tokens."""
+        return self.template.end_ids
+
+    @property
+    def thinking(self) -> Thinking | None:
+        """The block in front of answers that is no part of them."""
+        return self.template.thinking
+
+    def told(self, system: str | None) -> "Encoder":
+        """The same with another system turn; none where it is empty."""
+        return replace(self, system=system or None)
+
+    def completed(self, example: Example) -> Example:
+        """The example with the system turn, unless it has one of its own."""
+        if self.system is None or any(message.role == "system" for message in example.messages):
+            return example
+        return replace(example, messages=(Message("system", self.system), *example.messages))
 
     def segments(self, example: Example) -> list[Segment]:
         """The row as text. Raises DataError for one that the template cannot write."""
-        return self.template.segments(example)
+        return self.template.segments(self._marked(self.completed(example)))
+
+    def num_unlearned(self, example: Example, row: Encoded) -> int:
+        """Answers of a conversation that are read and not learned, because the template writes them otherwise once it goes on."""
+        answers = sum(message.role == "assistant" for message in example.messages)
+        if answers < 2 or not self.template.knows_turns:
+            return 0
+        if row.num_cut:
+            return answers - sum(segment.supervised for segment in self.segments(example))
+        return answers - sum(on and not before for before, on in pairwise((False, *row.supervised)))
 
     def encode(self, example: Example, max_length: int | None = None) -> Encoded:
         """Ids and supervision of a whole row, cut at `max_length` tokens (BOS counted).
 
-        Raises DataError when the question is empty or nothing supervised is left.
+        Raises DataError when the question is empty, nothing supervised is left, or a token has no embedding.
         """
         return _cut(self.encode_segments(self.segments(example), example.source), max_length, self.bos_id is not None)
 
@@ -209,20 +83,32 @@ class Encoder:
             raise DataError("the question is empty: there is nothing to answer", source)
         if self._begins_with_bos(ids):
             ids, supervised = ids[1:], supervised[1:]
+        self.check_ids(ids, source)
         return Encoded(tuple(ids), tuple(supervised), source)
 
     def question(self, text: str | Sequence[Message]) -> tuple[int, ...]:
-        """Ids of a question that waits for its answer, without BOS."""
+        """Ids of a question, or of a conversation that ends with one, that waits for its answer, without BOS."""
         messages = (Message("user", text),) if isinstance(text, str) else tuple(text)
         asked = Example(messages, "question", fields=_question_fields(messages[-1].content))
         ids = tuple(token for segment in self.segments(asked) for token in self._tokenize(segment)[0])
+        self.check_ids(ids, "question")
         return ids[1:] if self._begins_with_bos(ids) else ids
+
+    def check_ids(self, ids: Sequence[int], source: str) -> None:
+        """Raises DataError for a token that the base has no embedding for."""
+        if self.num_tokens is not None and max(ids, default=0) >= self.num_tokens:
+            token = max(ids)
+            raise DataError(
+                f"the token {self.tokenizer.convert_ids_to_tokens(token)!r} (number {token}) has no embedding: the base's table ends at "
+                f"{self.num_tokens - 1}; take it out of the text",
+                source,
+            )
 
     def opening(self, example: Example) -> str:
         """What every question begins with, whatever it asks, of rows with the fields of this one; without blanks around it."""
         asked = [Example((Message("user", text),), example.source, fields=dict.fromkeys(example.fields, text)) for text in "01"]
         try:
-            texts = [self.segments(one)[0].text for one in asked]
+            texts = [self.template.segments(one)[0].text for one in asked]
         except DataError:  # a template may be unable to fill in such fields
             return ""
         return texts[0][: num_shared(texts)].strip()
@@ -233,8 +119,28 @@ class Encoder:
 
     def _tokenize(self, segment: Segment) -> tuple[list[int], int]:
         """The segment's ids and how many of them count as the segment's own."""
-        ids = self.tokenizer(segment.text, add_special_tokens=False)["input_ids"]
+        marked = MARKS[0] in segment.text
+        ids = self._literal.ids(segment.text) if marked else self.tokenizer(segment.text, add_special_tokens=False)["input_ids"]
         return self.template.ended(ids, segment, self.tokenizer)
+
+    # ---- control tokens that a row spells
+
+    @cached_property
+    def _literal(self) -> Literal:
+        return Literal(self.tokenizer)
+
+    def stubborn(self, example: Example) -> tuple[str, ...]:
+        """The control tokens that a row spells and that this tokenizer makes even of plain text."""
+        spelled = dict.fromkeys(found for message in example.messages for found in self._literal.spelled(message.content))
+        return tuple(text for text in spelled if text in self._literal.stubborn)
+
+    def _marked(self, example: Example) -> Example:
+        """The example with marks around the control tokens that it spells."""
+        if any(mark in message.content for message in example.messages for mark in MARKS):
+            raise DataError(f"the row holds U+{ord(MARKS[0]):X} or U+{ord(MARKS[1]):X}, which are no characters", example.source)
+        messages = tuple(replace(message, content=self._literal.marked(message.content)) for message in example.messages)
+        fields = {key: self._literal.marked(text) if isinstance(text, str) else text for key, text in example.fields.items()}
+        return replace(example, messages=messages, fields=fields)
 
 
 def _question_fields(text: str) -> Mapping[str, str]:
@@ -251,12 +157,29 @@ def _cut(row: Encoded, max_length: int | None, has_bos: bool) -> Encoded:
     return row
 
 
-def make_encoder(tokenizer: Tokenizer, template: str) -> Encoder:
-    """Raises ConfigError for an unknown name, a faulty template, or a tokenizer without EOS or chat template."""
+def shared_system(examples: Sequence[Example]) -> str | None:
+    """The system turn that all rows begin with, or None."""
+
+    def systems() -> Iterator[str | None]:
+        for example in examples:
+            first = example.messages[0]
+            yield first.content if first.role == "system" else None
+
+    found = set(systems())
+    return found.pop() if len(found) == 1 else None
+
+
+def make_encoder(
+    tokenizer: Tokenizer, template: str, *, date: str | None = None, system: str | None = None, num_tokens: int | None = None
+) -> Encoder:
+    """`date`: the day that a template with a clock is told; left out, today. `system` and `num_tokens`: see Encoder.
+
+    Raises ConfigError for an unknown name, a faulty template, or a tokenizer without EOS or chat template.
+    """
     if tokenizer.eos_token_id is None:
         raise ConfigError("the tokenizer has no EOS token: answers would never end")
-    found = make_template(tokenizer, template)
-    return Encoder(tokenizer, found, _bos_id(tokenizer, found))
+    found = make_template(tokenizer, template, date)
+    return Encoder(tokenizer, found, _bos_id(tokenizer, found), system or None, num_tokens)
 
 
 def _bos_id(tokenizer: Tokenizer, template: Template) -> int | None:
@@ -265,7 +188,7 @@ def _bos_id(tokenizer: Tokenizer, template: Template) -> int | None:
     if bos_id is None or tokenizer("a")["input_ids"][0] == bos_id:
         return bos_id
     if template.writes_bos and bos_id != tokenizer.eos_token_id:
-        shown = tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False, add_generation_prompt=True)
+        shown = template.segments(Example((Message("user", "a"),), "a question"))[0].text
         return bos_id if shown.startswith(tokenizer.bos_token) and shown.count(tokenizer.bos_token) == 1 else None
     return None
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from softprompt.answers import answer, limit_of, stops_of
+from softprompt.answers import answer, limit_of, reference, stops_of
 from softprompt.artifact import StoredPrompt
 from softprompt.atomic import write_text
 from softprompt.contestants import Contestant, Reading, all_contestants, choose_shots, competing, read_rows
@@ -162,6 +162,7 @@ class _Work:
     base: FrozenBase
     line: list[Contestant]
     rows: Rows
+    references: tuple[str, ...]
     labels: tuple[str, ...]
     metrics: list[Metric]
     budget: int
@@ -169,7 +170,7 @@ class _Work:
     limit: int | None
     stops: tuple[str, ...]
     readings: dict[str, list[Reading]] = field(default_factory=dict)
-    plain: dict[str, list[list[Encoded]]] = field(default_factory=dict)  # by template
+    plain: dict[tuple[str | None, ...], list[list[Encoded]]] = field(default_factory=dict)  # by template, date and system turn
 
     @cached_property
     def examples(self) -> list[list[Example]]:
@@ -178,11 +179,12 @@ class _Work:
 
     def read(self, encoder: Encoder) -> list[list[Encoded]]:
         """These as the bare base reads them, encoded once; only the rows themselves are cut, never a label word."""
-        if encoder.template.name not in self.plain:
-            self.plain[encoder.template.name] = [
+        key = encoder.template.name, encoder.template.date, encoder.system
+        if key not in self.plain:
+            self.plain[key] = [
                 [encoder.encode(own, self.max_length), *(encoder.encode(other) for other in others)] for own, *others in self.examples
             ]
-        return self.plain[encoder.template.name]
+        return self.plain[key]
 
 
 @torch.no_grad()
@@ -234,7 +236,7 @@ def _prepare(
     if first.card.data.labels and not labels:
         words = ", ".join(first.card.data.labels[:5])
         raise DataError(f"the rows have no labels, the prompt was trained on rows with a text and a label ({words}): evaluate it on such")
-    references = [example.response for example in rows.examples]
+    references = tuple(reference(first.encoder, example) for example in rows.examples)
     names = contest.metrics or suiting(references, bool(labels), contest.answers)
     metrics = [metric_named(name) for name in names]
     for metric in metrics:
@@ -254,7 +256,7 @@ def _prepare(
         raise ConfigError("two contestants have the same name: rename a folder")
     budget = base.budget(tokens_per_batch)
     stops = stops_of([prompt.encoder for _, prompt in named], rows.examples)
-    return _Work(base, line, rows, labels, metrics, budget, first.card.max_length, limit, stops)
+    return _Work(base, line, rows, references, labels, metrics, budget, first.card.max_length, limit, stops)
 
 
 def _key(work: _Work, named: Sequence[tuple[str, StoredPrompt]]) -> str:
@@ -265,7 +267,10 @@ def _key(work: _Work, named: Sequence[tuple[str, StoredPrompt]]) -> str:
         f"{work.limit} {work.stops} {[metric.name for metric in work.metrics]}".encode()
     )
     for name, prompt in named:
-        digest.update(f"{name} {prompt.card.template}".encode() + prompt.soft.stored(base).float().cpu().numpy().tobytes())
+        template, system = prompt.encoder.template, prompt.encoder.system
+        digest.update(
+            f"{name} {template.name} {template.date} {system}".encode() + prompt.soft.stored(base).float().cpu().numpy().tobytes()
+        )
     for one in work.line:
         digest.update(repr((one.name, one.wish, one.shots)).encode())
         for file in sorted(one.adapter.iterdir()) if one.adapter else ():
@@ -287,8 +292,7 @@ def _likelihoods(work: _Work, base: FrozenBase, name: str) -> Table:
     rows = [own[0] for own in readings[0].rows]
     num_bytes = np.array([_num_bytes(base.tokenizer, row) for row in rows], float)
     tokens = np.array([row.num_supervised for row in rows], float)
-    references = tuple(example.response for example in work.rows.examples)
-    table = Table(references, losses=losses_RC[:, 0], tokens=tokens, num_bytes=num_bytes, labels=work.labels)
+    table = Table(work.references, losses=losses_RC[:, 0], tokens=tokens, num_bytes=num_bytes, labels=work.labels)
     if not work.labels:
         return table
     truth = np.array([work.labels.index(str(example.label)) for example in work.rows.examples])
@@ -315,7 +319,7 @@ def _answers(work: _Work, base: FrozenBase, names: Sequence[str], predictions: P
     for done, said in enumerate(answer(base, work.readings, missing, work.limit, work.stops), 1):
         example = work.rows.examples[said.row]
         question = example.messages[-2].content
-        predictions.add({**asdict(said), "source": example.source, "question": question, "reference": example.response})
+        predictions.add({**asdict(said), "source": example.source, "question": question, "reference": work.references[said.row]})
         yield Advanced("answering", len(wanted) - len(missing) + done, len(wanted))
 
 

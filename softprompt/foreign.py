@@ -81,7 +81,7 @@ def import_prompt(path: str | Path, out: Path, overrides: Sequence[str] = (), ta
     foreign = read_foreign(path, task_id)
     config = _config(path, foreign, overrides)
     base = load_base(config.model)
-    encoder = make_encoder(base.tokenizer, config.data.template)
+    encoder = make_encoder(base.tokenizer, config.data.template, date=config.data.date, num_tokens=base.num_tokens)
     soft = _on_base(path, foreign, config, base, encoder)
     words = config.data.label_words
     data = DataCard(

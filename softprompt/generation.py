@@ -11,6 +11,7 @@ from softprompt.engine.decode import Question, Sampling, Token, decode
 from softprompt.engine.model import FrozenBase
 from softprompt.engine.prompt import no_prompt
 from softprompt.errors import ConfigError, DataError
+from softprompt.thinking import Told
 
 
 @dataclass(frozen=True)
@@ -26,11 +27,12 @@ Answerer = StoredPrompt | Ensemble
 
 @dataclass(frozen=True)
 class Piece:
-    """The next piece of text number `row`'s answer; `last` when it is complete."""
+    """The next piece of text number `row`'s answer; `last` when it is complete. `thought`: of a thinking block in front of it."""
 
     row: int
     text: str
     last: bool
+    thought: str = ""
 
 
 def generate(base: FrozenBase, prompts: Answerer | Sequence[Answerer], texts: Sequence[str], sampling: Sampling = Sampling()) -> list[str]:
@@ -54,7 +56,8 @@ def stream(
     needed = max((question.length for question in questions), default=0)
     if base.context_length is not None and needed >= base.context_length:
         raise DataError(f"a text with its prompt takes {needed} tokens, the base's context is {base.context_length}: shorten the text")
-    yield from _as_text(base, decode(base, questions), len(texts))
+    told = [Told(one.prompts[0].encoder.thinking) for one in together]
+    yield from _as_text(base, decode(base, questions), told)
 
 
 def without_prompt(base: FrozenBase, prompt: StoredPrompt) -> StoredPrompt:
@@ -78,7 +81,8 @@ def check_sampling(sampling: Sampling, together: Sequence[Ensemble] = ()) -> Non
 
 def _question(one: Ensemble, text: str, sampling: Sampling) -> Question:
     ids = tuple(_ids(prompt.encoder, text) for prompt in one.prompts)
-    return Question(tuple((prompt.soft, ()) for prompt in one.prompts), ids, sampling, by=one.by)
+    stop_ids = frozenset[int]().union(*(prompt.encoder.end_ids for prompt in one.prompts))
+    return Question(tuple((prompt.soft, ()) for prompt in one.prompts), ids, sampling, by=one.by, stop_ids=stop_ids)
 
 
 def _ids(encoder: Encoder, text: str) -> tuple[int, ...]:
@@ -124,11 +128,12 @@ class Spelled:
         return text
 
 
-def _as_text(base: FrozenBase, tokens: Iterator[Token], num_rows: int) -> Iterator[Piece]:
-    spelled = [Spelled(base.tokenizer) for _ in range(num_rows)]
+def _as_text(base: FrozenBase, tokens: Iterator[Token], told: Sequence[Told]) -> Iterator[Piece]:
+    spelled = [Spelled(base.tokenizer) for _ in told]
     for token in tokens:
         text = "" if token.id is None else spelled[token.row].add(token.id)
         if token.last:
             text += spelled[token.row].end()
-        if text or token.last:
-            yield Piece(token.row, text, token.last)
+        thought, said = told[token.row].add(text, last=token.last)
+        if said or thought or token.last:
+            yield Piece(token.row, said, token.last, thought)

@@ -5,6 +5,7 @@ The rows stand in the prefix, so the logits of a request are those of its own to
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from softprompt.answers import cut_at, until
 from softprompt.artifact import load_prompt, read_card
 from softprompt.config import relocated
+from softprompt.data import Example, Message
 from softprompt.engine.batch import batches
 from softprompt.engine.decode import Question, Sampling, decode_whole
 from softprompt.engine.loading import load_base
@@ -23,6 +25,8 @@ from softprompt.engine.prompt import SoftPrompt
 from softprompt.engine.shelf import shelved
 from softprompt.engine.tokens import Encoded
 from softprompt.errors import ConfigError
+from softprompt.templates import Chat
+from softprompt.thinking import Thinking, spoken
 
 
 @register_model("softprompt")
@@ -77,16 +81,26 @@ class SoftPromptLM(TemplateLM):  # type: ignore[misc]
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         """Ids without BOS, which stands in the prefix."""
         ids = self.tokenizer(string, add_special_tokens=False)["input_ids"]
+        self.stored.encoder.check_ids(ids, "a request")
         return ids[1:] if ids and ids[0] == self.stored.soft.bos_id else ids
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         if self.template:
-            return list(self.stored.encoder.question(context)), self.tok_encode(continuation.strip())
+            encoder = self.stored.encoder
+            return list(encoder.question(context)), self.tok_encode(encoder.template.before_answer + continuation.strip())
         return super()._encode_pair(context, continuation)
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        encoder = self.stored.encoder
+        given = [Message(turn["role"], turn["content"]) for turn in chat_history]
+        turns = encoder.completed(Example(tuple(given), "a request")).messages
+        template = encoder.template if isinstance(encoder.template, Chat) else Chat(self.tokenizer)
         return self.tokenizer.apply_chat_template(
-            chat_history, tokenize=False, add_generation_prompt=add_generation_prompt, continue_final_message=not add_generation_prompt
+            [{"role": turn.role, "content": turn.content} for turn in turns],
+            chat_template=template.text(),
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=not add_generation_prompt,
         )
 
     @torch.no_grad()
@@ -138,14 +152,24 @@ class SoftPromptLM(TemplateLM):  # type: ignore[misc]
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """Greedy or sampled answers, ended by their stop texts."""
-        answers, stops, questions = [""] * len(requests), [], []
+        answers, stops, blocks, questions = [""] * len(requests), [], [], []
+        stop_ids = self.stored.encoder.end_ids
         for context, how in (request.args for request in requests):
             stops.append(self._stops(how))
-            ends = until(self.tokenizer, stops[-1])
-            questions.append(Question((self.context,), (self._question(context),), self._sampling(how), ends))
+            blocks.append(self._thinking(context))
+            ends = until(self.tokenizer, stops[-1], blocks[-1])
+            questions.append(Question((self.context,), (self._question(context),), self._sampling(how), ends, stop_ids=stop_ids))
         for number, ids, _ in decode_whole(self.base, questions):
-            answers[number] = cut_at(self.tokenizer.decode(ids, skip_special_tokens=True), stops[number])
+            said = spoken(self.tokenizer.decode(ids, skip_special_tokens=True), blocks[number])
+            answers[number] = cut_at(said, stops[number])
         return answers
+
+    def _thinking(self, context: str) -> Thinking | None:
+        """The block in front of the answer to a request, whoever has put it into a template."""
+        found = self.stored.encoder.thinking
+        if found is None or self.template:
+            return found
+        return replace(found, opened=context.rstrip().endswith(found.begin))
 
     def _question(self, context: str) -> tuple[int, ...]:
         ids = self.stored.encoder.question(context) if self.template else tuple(self.tok_encode(context))

@@ -18,6 +18,7 @@ from softprompt.config import PromptConfig
 from softprompt.engine.model import FrozenBase
 from softprompt.engine.tokens import Encoded
 from softprompt.errors import ConfigError
+from softprompt.literal import control_tokens
 
 LENGTH_WITHOUT_TEXT = 16
 COMMON_TOKENS = 5000  # as in Lester et al. (2021)
@@ -90,7 +91,7 @@ def from_labels(material: Material, room: int) -> Initial:
 
 def from_vocabulary(material: Material, room: int) -> Initial:
     """Embeddings of different tokens, drawn from the most frequent ones of the training rows, special tokens left out."""
-    special = set(material.base.tokenizer.all_special_ids)
+    special = control_tokens(material.base.tokenizer)
     counts = Counter(token for row in material.rows for token in row.ids if token not in special)
     common = [token for token, _ in counts.most_common(COMMON_TOKENS)]
     if not common:
@@ -141,7 +142,11 @@ SOURCES: dict[str, Source] = {
 
 
 def _rows(material: Material, ids: Sequence[int]) -> Tensor:
-    return material.base.embed_ids(ids)
+    base = material.base
+    if max(ids, default=0) >= base.num_tokens:
+        name = base.tokenizer.convert_ids_to_tokens(max(ids))
+        raise ConfigError(f"prompt.text or a label holds the token {name!r}, which {base.name} has no embedding for: take it out")
+    return base.embed_ids(ids)
 
 
 def _text_ids(config: PromptConfig, tokenizer: object) -> list[int]:

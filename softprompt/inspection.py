@@ -122,8 +122,8 @@ def nearest_tokens(base: FrozenBase, rows_PH: Tensor) -> list[list[tuple[str, fl
     """Of every row the NEAR tokens of the vocabulary with the largest cosine."""
     unit_PH = normalize(rows_PH.to(base.device), dim=1)
     best, ids = torch.full((len(rows_PH), 0), -1.0), torch.zeros(len(rows_PH), 0, dtype=torch.long)
-    for first in range(0, len(base.tokenizer), IDS):
-        some = torch.arange(first, min(first + IDS, len(base.tokenizer)))
+    for first in range(0, base.num_tokens, IDS):
+        some = torch.arange(first, min(first + IDS, base.num_tokens))
         cosines = (unit_PH @ normalize(base.embed_ids(some.tolist()), dim=1).T).cpu()
         every, numbers = torch.cat([best, cosines], dim=1), torch.cat([ids, some.expand(len(rows_PH), -1)], dim=1)
         best, order = every.topk(min(NEAR, every.shape[1]), dim=1)

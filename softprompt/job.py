@@ -152,14 +152,15 @@ def prepare(config: Config, base: FrozenBase | None, sources: Mapping[str, Sourc
     """
     alone = config.members()
     base = base or load_base(config.model)
-    encoder = make_encoder(base.tokenizer, config.data.template)
-    rows, held = load_rows(config, encoder)
+    plain = make_encoder(base.tokenizer, config.data.template, date=config.data.date, num_tokens=base.num_tokens)
+    encoder, rows, held = load_rows(config, plain)
     _check_rows(config, rows, held)
     untrained = {name: _untrained(own, base, encoder, rows, sources) for name, own in alone.items()}
     check_context(base.context_length, max(one.prompt.length for one in untrained.values()), config.data.max_length)
-    # the budget that was found becomes part of the run: resumed on another day, it is cut into the same micro-batches
+    # the budget that was found and the day become part of the run: resumed on another day, it has the same texts and micro-batches
     how = config.train.model_copy(update={"tokens_per_batch": base.budget(config.train.tokens_per_batch)})
-    return Setup(config.model_copy(update={"train": how}), base, encoder, rows, held, untrained)
+    data = config.data.model_copy(update={"date": encoder.template.date or config.data.date})
+    return Setup(config.model_copy(update={"train": how, "data": data}), base, encoder, rows, held, untrained)
 
 
 def _untrained(own: Config, base: FrozenBase, encoder: Encoder, rows: Rows, sources: Mapping[str, Source]) -> Untrained:

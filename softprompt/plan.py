@@ -128,5 +128,5 @@ def _lengths(config: Config) -> list[int]:
     open_ended = [prompt for prompt in prompts if prompt.length is None]
     sources = {source for prompt in open_ended for source in prompt.sources}
     tokenizer = load_tokenizer(config.model) if sources & {"text", "labels"} else None
-    labels = load_rows(config, make_encoder(tokenizer, config.data.template))[0].labels if "labels" in sources else ()
+    labels = load_rows(config, make_encoder(tokenizer, config.data.template))[1].labels if "labels" in sources else ()
     return [prompt_length(prompt, tokenizer, labels) for prompt in prompts]

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from softprompt.arguments import Arguments, read_arguments
-from softprompt.artifact import StoredPrompt, base_card, find_prompt, load_prompt, read_card, write_prompt
+from softprompt.artifact import StoredPrompt, base_card, end_ids, find_prompt, load_prompt, read_card, write_prompt
 from softprompt.atomic import new_folder
 from softprompt.config import Config, ModelConfig, load_config, with_absolute_paths
 from softprompt.data import Loaded
@@ -68,6 +68,7 @@ class Moved:
         now = {
             "base": base_card(self.model, self.base),
             "bos_id": soft.bos_id,
+            "end_ids": end_ids(self.prompt.encoder),
             "init": f"the rows of a prompt for {Path(card.base.name).name}, which was started with: {card.init}",
             "metrics": {**card.metrics, "eval_loss_before": self.loss_old_base, "eval_loss": self.loss_new_base},
             "versions": package_versions(),
@@ -102,6 +103,7 @@ class Moved:
         card, run = self.prompt.card, self.given.of_run
         if run is None:
             data = {"template": card.template, "max_length": card.max_length, "label_words": card.data.label_words}
+            data |= {"date": card.date} if card.date else {}
             return {"data": data, "prompt": {"text": card.text} if card.text else {}, "train": {"seed": card.seed}}
         members = run.members()
         own = members.get(self.path.name) or next(iter(members.values()))

@@ -7,7 +7,7 @@ from statistics import median
 
 from softprompt.config import Config
 from softprompt.data import Example, Loaded, Rejected, hold_out, load_examples
-from softprompt.encode import Encoder
+from softprompt.encode import Encoder, shared_system
 from softprompt.engine.tokens import Encoded
 from softprompt.errors import ConfigError, DataError
 from softprompt.scripts import scripts
@@ -15,13 +15,15 @@ from softprompt.scripts import scripts
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of one split: what the model sees, the examples behind it in the same order, and what was rejected."""
+    """The rows of one split: what the model sees, the examples behind it in the same order, and what was rejected. `num_unlearned`:
+    answers of conversations that are read and not learned."""
 
     encoded: tuple[Encoded, ...]
     examples: tuple[Example, ...]
     rejected: tuple[Rejected, ...]
     fingerprint: str
     labels: tuple[str, ...]
+    num_unlearned: int = 0
 
     @property
     def num_supervised(self) -> int:
@@ -38,7 +40,8 @@ def encode_rows(encoder: Encoder, loaded: Loaded, max_length: int) -> Rows:
         except DataError as error:
             rejected.append(Rejected(example.source, error.reason))
     encoded, examples = zip(*kept, strict=True) if kept else ((), ())
-    return Rows(encoded, examples, tuple(rejected), loaded.fingerprint, loaded.labels)
+    num_unlearned = sum(map(encoder.num_unlearned, examples, encoded))
+    return Rows(encoded, examples, tuple(rejected), loaded.fingerprint, loaded.labels, num_unlearned)
 
 
 def load_splits(config: Config) -> tuple[Loaded, Loaded | None]:
@@ -61,11 +64,13 @@ def load_held(config: Config) -> Loaded | None:
     return load_splits(config)[1] if config.data.eval_fraction else None
 
 
-def load_rows(config: Config, encoder: Encoder) -> tuple[Rows, Rows | None]:
-    """The rows of `load_splits`, encoded. Does not judge how many were rejected."""
+def load_rows(config: Config, encoder: Encoder) -> tuple[Encoder, Rows, Rows | None]:
+    """The rows of `load_splits`, encoded, and the encoder, which also knows the system turn that all training rows share: held-out rows
+    without one get it, as every question does. Does not judge how many were rejected."""
     train, held = load_splits(config)
+    encoder = encoder.told(shared_system(train.examples))
     rows = encode_rows(encoder, train, config.data.max_length)
-    return rows, None if held is None else encode_rows(encoder, held, config.data.max_length)
+    return encoder, rows, None if held is None else encode_rows(encoder, held, config.data.max_length)
 
 
 def check_rejected(rejected: Sequence[Rejected], max_rejected: int) -> None:

@@ -37,6 +37,7 @@ from softprompt.init import SOURCES, Source
 from softprompt.inspection import inspect
 from softprompt.job import Job, Measured, Setup, Trainee, data_card, data_facts, prepare, start_job
 from softprompt.runlog import RunFolder
+from softprompt.thinking import spoken
 from softprompt.trackers import check_trackers, tracked
 
 NUM_SAMPLES = 4  # answers that trackers are shown
@@ -309,9 +310,10 @@ def _sampled(job: Job, best: str, step: int) -> Sampled:
     assert job.held is not None
     rows, examples = job.held.encoded[:NUM_SAMPLES], job.held.examples[:NUM_SAMPLES]
     context, sampling = (load_prompt(best, job.base).soft, ()), Sampling(max_new_tokens=limit_of(rows))
-    questions = [Question((context,), (row.question,), sampling) for row in rows]
+    questions = [Question((context,), (row.question,), sampling, stop_ids=job.encoder.end_ids) for row in rows]
     said = {row: ids for row, ids, _ in decode_whole(job.base, questions)}
-    answers = [job.base.tokenizer.decode(said[row], skip_special_tokens=True) for row in range(len(rows))]
+    texts = [job.base.tokenizer.decode(said[row], skip_special_tokens=True) for row in range(len(rows))]
+    answers = [spoken(text, job.encoder.thinking) for text in texts]
     return Sampled(step, tuple((row.messages[-2].content, row.response, answer) for row, answer in zip(examples, answers, strict=True)))
 
 

@@ -122,7 +122,7 @@ def test_lora_starts_at_the_bare_base(bases, quality_task, tmp_path):
     base = bases()
     config = recipes.make_config(recipes.RECIPES["LoRA r = 8, best rate"], quality_task, base, 0.01, 0, str(tmp_path / "run"))
     encoder = make_encoder(base.tokenizer, config.data.template)
-    bare = held_out_loss(base, no_prompt(base, encoder.bos_id), load_rows(config, encoder)[1], 64)
+    bare = held_out_loss(base, no_prompt(base, encoder.bos_id), load_rows(config, encoder)[2], 64)
     outcome = recipes.run_recipe(recipes.RECIPES["LoRA r = 8, best rate"], quality_task, base, 0.01, 0, str(tmp_path / "run"))
     assert outcome.curve[0][2] == pytest.approx(bare, rel=1e-5)
 

@@ -37,7 +37,7 @@ def answers(loaded):
 # ---- shapes --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("given", "question"), [("水", "translate\n水"), ("", "translate\n")])
+@pytest.mark.parametrize(("given", "question"), [("水", "translate\n水"), ("", "translate")])
 def test_instruction_and_input_make_the_question(tmp_path, given, question):
     example = only(tmp_path, {"instruction": "translate", "input": given, "output": "water"})
     assert example.messages == (Message("user", question), Message("assistant", "water"))

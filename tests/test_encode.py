@@ -135,10 +135,10 @@ def test_a_chat_template_without_an_end_of_turn_gets_eos():
     assert supervised(encoder, encoder.encode(ask("a", "b"))) == ["b\n</s>"]
 
 
-def test_a_chat_template_that_rewrites_earlier_turns_is_refused():
+def test_a_chat_template_that_rewrites_what_it_asked_is_refused():
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = "{{ messages | length }} turns:{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
-    with pytest.raises(DataError, match=r"rows:1: this chat template writes earlier turns differently .* split the conversation into rows"):
+    with pytest.raises(DataError, match="rows:1: this chat template writes a question differently once it is answered"):
         make_encoder(tokenizer, "chat").encode(talk(*TALK))
 
 

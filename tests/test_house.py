@@ -22,9 +22,10 @@ PACKAGE = ROOT / "softprompt"
 # A module imports only from layers below its own; a folder is one module.
 LAYERS = [
     {"errors"},
-    {"config", "hub", "atomic", "scripts", "events"},
+    {"config", "hub", "atomic", "scripts", "thinking", "literal", "events"},
     {"engine", "metrics"},
     {"data", "predictions", "trackers"},
+    {"templates"},
     {"runlog", "encode"},
     {"rows", "artifact"},
     {"show", "checkpoint", "init", "generation", "inspection", "export"},
@@ -331,6 +332,7 @@ EFFECTS: dict[str, Effect] = {
     "data.eval": ("{other}", rows_loaded),
     "data.eval_fraction": ("0.25", rows_loaded),
     "data.template": ("{{{{ prompt }}}}:", rows_loaded),
+    "data.date": ("2001-02-03", rows_loaded),
     "data.max_length": ("40", rows_loaded),
     "data.limit": ("3", rows_loaded),
     "data.label_words": ('{{"0" = "no", "1" = "yes"}}', rows_loaded),
@@ -393,6 +395,15 @@ def strange_base(folder: Path) -> Path:
     return folder
 
 
+def clock_base(folder: Path) -> Path:
+    """A base whose chat template tells the date."""
+    tokenizer = tiny.tiny_tokenizer(chat=True)
+    tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }}" + tokenizer.chat_template
+    tiny.tiny_folder(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 def plain_config(key: str, make_config: Callable[..., Config], tmp_path: Path) -> Config:
     """What a setting is added to; another than three plain steps only where the setting needs something to show its effect on."""
     kind = {"prompt": "a", "completion": "b"}
@@ -410,6 +421,8 @@ def plain_config(key: str, make_config: Callable[..., Config], tmp_path: Path) -
             list(train(make_config("train.steps=2", f"train.out={tmp_path / 'other'}")))
         case "train.patience":  # rows that stand still never become better
             return make_config("train.steps=9", "optim.lr=1e-30", "train.eval_every=1")
+        case "data.date":
+            return make_config(f"model.name={clock_base(tmp_path / 'clock')}", "data.template=chat")
         case "data.max_rejected":
             bad = tiny.write_rows(tmp_path / "bad.jsonl", [*[kind] * 5, {"prompt": "a"}])
             return make_config(f"data.train={bad}", "train.steps=2")

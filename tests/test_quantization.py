@@ -143,7 +143,6 @@ def test_a_base_saved_in_few_bits_says_which_package_it_wants(saved, monkeypatch
     [
         ({"quant_method": "gptq", "bits": 4, "group_size": 128}, "optimum"),
         ({"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True}, "gptqmodel"),
-        ({"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {}}, "compressed-tensors"),
     ],
 )
 def test_what_is_not_installed_is_said_in_a_sentence(folder, said, wants):

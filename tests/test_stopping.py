@@ -31,7 +31,7 @@ def test_the_rows_with_the_lowest_held_out_loss_are_the_result(bases, make_confi
     result = events[-1].result
     assert (result["best_step"], result["eval_loss_after"], result["steps"]) == (best, losses[best], 6)
     prompt = load_prompt(config.train.out, bases())
-    held = load_rows(config, prompt.encoder)[1]
+    held = load_rows(config, prompt.encoder)[2]
     assert held_out_loss(bases(), prompt.soft, held, 256) == pytest.approx(losses[best], rel=1e-6)
     assert prompt.card.metrics["steps"] == best
     assert prompt.card.metrics["eval_loss"] == losses[best]

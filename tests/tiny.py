@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from families import small_settings
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from softprompt.config import Config, ModelConfig
@@ -125,3 +125,48 @@ def stop_after(config: Config, step: int) -> None:
         if isinstance(event, Step) and event.step == step:
             break
     events.close()  # type: ignore[attr-defined]
+
+
+# ---- chat templates in the manner of families that people use ------------------------------------------------------
+
+TURN, TURN_END = "<|turn|>", "<|end|>"
+TURNS = (  # the end of a turn is not EOS
+    "{%- for m in messages %}{{ '<|turn|>' + m.role + '\n' + m.content + '<|end|>\n' }}{%- endfor %}"
+    "{%- if add_generation_prompt %}{{ '<|turn|>assistant\n' }}{%- endif %}"
+)
+EMPTY_THOUGHT = (  # an empty thinking block in front of the last answer alone; thoughts that the answer has are written there
+    "{%- for m in messages %}{%- set said = m.content %}{%- set thought = '' %}"
+    "{%- if m.role == 'assistant' and '</think>' in said %}"
+    "{%- set thought = said.split('</think>')[0].split('<think>')[-1].strip('\n') %}"
+    "{%- set said = said.split('</think>')[-1].lstrip('\n') %}"
+    "{%- endif %}{{ '<|turn|>' + m.role + '\n' }}"
+    "{%- if m.role == 'assistant' and loop.last %}{{ '<think>\n' + thought + '\n</think>\n\n' }}{%- endif %}"
+    "{{ said + '<|end|>\n' }}{%- endfor %}"
+    "{%- if add_generation_prompt %}{{ '<|turn|>assistant\n' }}{%- endif %}"
+)
+OPENED_THOUGHT = (  # the question ends inside a block that a rendered answer does not have
+    "{{ bos_token }}{%- for m in messages %}"
+    "{%- if m.role == 'assistant' %}{{ '<|turn|>' + m.content.split('</think>')[-1] + eos_token }}{%- else %}{{ '[' + m.content + ']' }}"
+    "{%- endif %}{%- endfor %}{%- if add_generation_prompt %}{{ '<|turn|><think>\n' }}{%- endif %}"
+)
+CLOCK = (
+    "{%- if not date_string is defined %}{%- set date_string = strftime_now('%d %b %Y') %}{%- endif %}"
+    "{{ bos_token + '<|turn|>system\nToday: ' + date_string + '<|end|>' }}"
+    "{%- for m in messages %}{{ '<|turn|>' + m.role + '\n' + m.content | trim + '<|end|>' }}{%- endfor %}"
+    "{%- if add_generation_prompt %}{{ '<|turn|>assistant\n' }}{%- endif %}"
+)
+
+
+def chat_tokenizer(template: Any, *, adds_bos: bool = False) -> PreTrainedTokenizerFast:
+    """The tiny tokenizer with two more control tokens, TURN and TURN_END, and this chat template."""
+    tokenizer = tiny_tokenizer(adds_bos=adds_bos)
+    tokenizer.add_tokens([AddedToken(text, special=True, normalized=False) for text in (TURN, TURN_END)], special_tokens=True)
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def chat_folder(path: Path, template: Any, family: str = "llama", **how: Any) -> Path:
+    """A model folder with that tokenizer."""
+    tiny_folder(path, family, **how)
+    chat_tokenizer(template).save_pretrained(path)
+    return path

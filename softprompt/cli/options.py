@@ -24,6 +24,9 @@ Overrides = Annotated[list[str] | None, typer.Argument(metavar="[section.key=val
 PromptPath = Annotated[Path, typer.Argument(metavar="PROMPT", help="Prompt, checkpoint or run folder.")]
 HeldOut = Annotated[str | None, typer.Option("--data", metavar="FILE", help="Held-out rows; left out, those of the run that PROMPT is.")]
 Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the result as one JSON object.")]
+SystemTurn = Annotated[
+    str | None, typer.Option("--system", metavar="TEXT", help='System turn, instead of the one that all training rows had; "" is none.')
+]
 OtherBase = Annotated[bool, typer.Option("--allow-other-base", help="Use a prompt on a base or tokenizer that it was not trained for.")]
 
 

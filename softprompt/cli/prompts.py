@@ -2,14 +2,18 @@
 
 import re
 import sys
+from collections.abc import Iterable, Iterator
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from softprompt.cli.options import HeldOut, Json, OtherBase, Overrides, PromptPath, app, write_json
+from softprompt.cli.options import HeldOut, Json, OtherBase, Overrides, PromptPath, SystemTurn, app, write_json
 from softprompt.errors import ConfigError, MissingPackage
+
+if TYPE_CHECKING:
+    from softprompt.generation import Piece
 
 
 class Together(StrEnum):
@@ -139,6 +143,7 @@ def generate(
     together: Annotated[
         Together | None, typer.Option("--ensemble", help="All prompts give one answer together, those of a bank's run folder included.")
     ] = None,
+    system: SystemTurn = None,
     allow_other_base: OtherBase = False,
     json_file: Json = None,
 ) -> None:
@@ -157,15 +162,28 @@ def generate(
     given = [prompt, *(other or [])]
     paths = [path for place in given for path in find_prompts(place)] if together else given
     base = load_base(base_config(paths[0], overrides))
-    stored = [load_prompt(path, base, allow_other_base=allow_other_base) for path in paths]
+    loaded = (load_prompt(path, base, allow_other_base=allow_other_base) for path in paths)
+    stored = [one if system is None else one.told(system) for one in loaded]
     each: list[tuple[Path, StoredPrompt | Ensemble]] = (
         [(prompt, Ensemble(tuple(stored), together.value))] if together else list(zip(paths, stored, strict=True))
     )
     jobs = [(path, one, text) for text in asked for path, one in each]
     headings = [f"{text}  ({path})" if len(each) > 1 else text for path, _, text in jobs]
-    answers = draw_stream(stream(base, [one for _, one, _ in jobs], [text for _, _, text in jobs], sampling), headings)
-    rows = [{"prompt": str(path), "text": text, "answer": answer} for (path, _, text), answer in zip(jobs, answers, strict=True)]
+    thoughts = [""] * len(jobs)
+    pieces = _keeping_thoughts(stream(base, [one for _, one, _ in jobs], [text for _, _, text in jobs], sampling), thoughts)
+    answers = draw_stream(pieces, headings)
+    rows = [
+        {"prompt": str(path), "text": text, "answer": answer, "thought": thought}
+        for (path, _, text), answer, thought in zip(jobs, answers, thoughts, strict=True)
+    ]
     write_json(json_file, {"answers": rows})
+
+
+def _keeping_thoughts(pieces: "Iterable[Piece]", thoughts: list[str]) -> "Iterator[Piece]":
+    """The pieces as they come; what belongs to thinking blocks is added up by text."""
+    for piece in pieces:
+        thoughts[piece.row] += piece.thought
+        yield piece
 
 
 @app.command("lm-eval", context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})

@@ -47,13 +47,14 @@ class Sampling:
 @dataclass(frozen=True)
 class Question:
     """What one answer is made from: `texts[i]` continues from `contexts[i]`. Several answer together, as an ensemble that agrees on a
-    token `by` the "mean" of the log-probabilities or by "vote" (greedy only)."""
+    token `by` the "mean" of the log-probabilities or by "vote" (greedy only). `stop_ids`: tokens that end it, beside the base's."""
 
     contexts: tuple[Context, ...]
     texts: tuple[tuple[int, ...], ...]
     sampling: Sampling = Sampling()
     ends: Ends = never
     by: Literal["mean", "vote"] = "mean"
+    stop_ids: frozenset[int] = frozenset()
 
     @property
     def length(self) -> int:
@@ -132,7 +133,7 @@ def advance(batch: OpenBatch) -> tuple[list[Token], OpenBatch]:
     chosen = _choose(batch.base, batch.past, batch.answers)
     tokens, going = [], []
     for answer, token in zip(batch.answers, chosen, strict=True):
-        stop, num_said = token in batch.base.stop_ids, answer.num_said + 1
+        stop, num_said = token in batch.base.stop_ids | answer.question.stop_ids, answer.num_said + 1
         last = stop or num_said >= answer.limit or answer.question.ends(token)
         tokens.append(Token(answer.number, None if stop else token, last))
         going.append(replace(answer, num_said=num_said, last=token))

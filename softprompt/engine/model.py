@@ -81,6 +81,11 @@ class FrozenBase:
         return self.model.num_parameters()
 
     @property
+    def num_tokens(self) -> int:
+        """Tokens that have an embedding: the tokenizer of some bases knows more (Gemma 3 1B), and most tables have spare rows."""
+        return min(len(self.tokenizer), self.model.get_input_embeddings().weight.shape[0])
+
+    @property
     def context_length(self) -> int | None:
         return context_length(self.model.config)
 
@@ -97,7 +102,7 @@ class FrozenBase:
     def drawn_rows(self, count: int, seed: int) -> Tensor:
         """[count, H], float32: the rows of any tokens of the vocabulary."""
         generator = torch.Generator().manual_seed(seed)
-        return self.embed_ids(torch.randint(len(self.tokenizer), (count,), generator=generator).tolist())
+        return self.embed_ids(torch.randint(self.num_tokens, (count,), generator=generator).tolist())
 
     def prefill(self, embeds: Sequence[Tensor]) -> Prefix:
         """The prefixes of K sequences of embeddings, each [S, H]."""

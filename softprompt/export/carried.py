@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from softprompt.artifact import end_ids
 from softprompt.config import ModelConfig
 from softprompt.data import Message
 from softprompt.encode import Encoder
@@ -44,6 +45,11 @@ class Carried:
         rows = "".join(self.tokens)
         return self.bos + rows if self.soft.position == "after_bos" else rows + self.bos
 
+    @property
+    def end_ids(self) -> list[int]:
+        """The tokens that its answers end with."""
+        return list(end_ids(self.encoder))
+
     def asked(self, question: str) -> tuple[int, ...]:
         """Ids of a question in the prompt's template, without BOS."""
         return self.encoder.question((Message("user", question),))
@@ -77,8 +83,13 @@ class Goal:
         found, left = {}, list(ids)
         for prompt in self.prompts:
             own, left = left[: len(prompt.tokens)], left[len(prompt.tokens) :]
-            found[prompt.name] = {"tokens": list(prompt.tokens), "ids": own, "opening": prompt.opening}
+            found[prompt.name] = {"tokens": list(prompt.tokens), "ids": own, "opening": prompt.opening, "end_ids": prompt.end_ids}
         return found
+
+    @property
+    def new_end_ids(self) -> list[int]:
+        """Tokens that answers of the prompts end with and that the base does not stop at by itself."""
+        return sorted({token for prompt in self.prompts for token in prompt.end_ids} - self.base.stop_ids)
 
     def rounded_to(self, dtype: torch.dtype) -> "Goal":
         """The same prompts, their rows as a table of this precision holds them."""

@@ -6,7 +6,7 @@ had it in training.
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tokenizers import AddedToken
@@ -14,6 +14,7 @@ from tokenizers import AddedToken
 from softprompt.data import Example, Message
 from softprompt.errors import ArtifactError
 from softprompt.export.carried import QUESTIONS, Carried, Goal
+from softprompt.templates import Chat, HumanAssistant
 
 # A template's own text stands between these as it is; only the first newline behind a block's end would be lost.
 NAMED = """{%- set sp = namespace(name=softprompt | default(DEFAULT, true), messages=messages, last='') -%}
@@ -32,15 +33,20 @@ HUMAN_ASSISTANT = """{%- for message in sp.messages -%}
 FIELDS = """{%- for message in sp.messages if message['role'] == 'system' -%}{{ message['content'] + '\\n' }}{%- endfor -%}
 {%- set messages = sp.messages | rejectattr('role', 'equalto', 'system') | list -%}
 {%- set prompt = messages[-1]['content'] -%}{%- set instruction = prompt -%}{%- set text = prompt -%}{%- set input = '' -%}"""
+# Conversations without a system turn get that of the prompt's rows.
+SYSTEM_TURN = """{%- if not sp.messages or sp.messages[0]['role'] != 'system' -%}
+{%- set sp.messages = [{'role': 'system', 'content': SYSTEM}] + sp.messages -%}
+{%- endif -%}
+"""
 
 
 def chat_template(prompts: Sequence[Carried], own: str | None, default: str | None) -> str:
-    """`own`: the base's template, or None. `default`: the prompt of a chat that names none."""
+    """`own`: the base's template for chats without a prompt, or None. `default`: the prompt of a chat that names none."""
     known = ", ".join(prompt.name for prompt in prompts)
     parts = [NAMED.replace("DEFAULT", quoted(default or ""))]
     for prompt in prompts:
         parts.append(f"{{%- {'if' if prompt is prompts[0] else 'elif'} sp.name == {quoted(prompt.name)} -%}}")
-        parts.append(_branch(prompt, own, "{{ " + quoted(prompt.opening) + " }}"))
+        parts.append(_branch(prompt, "{{ " + quoted(prompt.opening) + " }}"))
     parts.append("{%- elif sp.name -%}{{ raise_exception('there is no soft prompt ' + sp.name + '; there are: ' + KNOWN) }}")
     tokenizer = prompts[0].encoder.tokenizer
     plain = "{{ " + quoted(prompts[0].bos) + " }}" + HUMAN_ASSISTANT.replace("EOS", quoted(tokenizer.eos_token))
@@ -48,24 +54,25 @@ def chat_template(prompts: Sequence[Carried], own: str | None, default: str | No
     return "".join(parts).replace("KNOWN", quoted(known))
 
 
-def with_rows_from_message(prompt: Carried, own: str | None) -> str:
+def with_rows_from_message(prompt: Carried) -> str:
     """A template for engines that take the rows as the content of a first system message."""
     soft = prompt.soft
     bos = "" if soft.bos_id is None else quoted(prompt.bos)
     opening = " ~ ".join(part for part in ((bos, "sp.rows") if soft.position == "after_bos" else ("sp.rows", bos)) if part)
     first = "{%- set sp = namespace(rows=messages[0]['content'], messages=messages[1:], last='') -%}"
-    return first + _branch(prompt, own, "{{ " + opening + " }}")
+    return first + _branch(prompt, "{{ " + opening + " }}")
 
 
-def _branch(prompt: Carried, own: str | None, opening: str) -> str:
+def _branch(prompt: Carried, opening: str) -> str:
     """A chat in the prompt's template, behind what opens it."""
     encoder = prompt.encoder
-    if encoder.template.name == "human-assistant":
-        return opening + HUMAN_ASSISTANT.replace("EOS", quoted(encoder.tokenizer.eos_token))
-    if encoder.template.name != "chat":
-        return opening + FIELDS + "{% if true %}" + encoder.template.name + "{% endif %}"
-    assert own is not None
-    shown = "{%- set messages = sp.messages -%}{% set shown %}" + _whole(own) + "{% endset %}" + opening
+    system = "" if encoder.system is None else SYSTEM_TURN.replace("SYSTEM", quoted(encoder.system))
+    if isinstance(encoder.template, HumanAssistant):
+        return system + opening + HUMAN_ASSISTANT.replace("EOS", quoted(encoder.tokenizer.eos_token))
+    if not isinstance(encoder.template, Chat):
+        return system + opening + FIELDS + "{% if true %}" + encoder.template.name + "{% endif %}"
+    whole = _whole(encoder.template.text())
+    shown = system + "{%- set messages = sp.messages -%}{% set shown %}" + whole + "{% endset %}" + opening
     if not prompt.bos:
         return shown + "{{ shown }}"
     bos = quoted(prompt.bos)
@@ -86,11 +93,17 @@ def quoted(text: str) -> str:
 # ---- what a chat becomes -------------------------------------------------------------------------------------------
 
 
+def own_text(tokenizer: Any) -> str | None:
+    """The chat template of a base, or None where it has none, or several and none that is the default."""
+    known = tokenizer.chat_template
+    return known.get("default") if isinstance(known, Mapping) else known
+
+
 def extended_tokenizer(goal: Goal) -> Any:
     """The base's tokenizer with the prompts' tokens and the template that chooses among them."""
     tokenizer = copy.deepcopy(goal.base.tokenizer)
     tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in goal.tokens], special_tokens=True)
-    tokenizer.chat_template = chat_template(goal.prompts, goal.base.tokenizer.chat_template, goal.default)
+    tokenizer.chat_template = chat_template(goal.prompts, own_text(tokenizer), goal.default)
     return tokenizer
 
 

@@ -4,6 +4,7 @@ Every tensor but the table and the head is copied as it is. The rows are written
 can write it; of the K and I kinds, which it can only read, the table and the head alone are rewritten in Q8_0.
 """
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from transformers.utils import cached_file
 
 from softprompt.errors import ArtifactError, ConfigError
 from softprompt.export.carried import Carried, Exported, Goal
-from softprompt.export.chat import chat_template, check_ids, extended_tokenizer, frame
+from softprompt.export.chat import chat_template, check_ids, extended_tokenizer, frame, own_text
 from softprompt.export.silence import silence
 
 FILE, TABLE, HEAD = "model.gguf", "token_embd.weight", "output.weight"
@@ -48,10 +49,10 @@ def export(goal: Goal) -> Exported:
     _write(goal, reader, ids, {TABLE: (table, kind), HEAD: (head, head_kind)})
     for prompt in goal.prompts:
         name = "Modelfile" if len(goal.prompts) == 1 else f"Modelfile.{prompt.name}"
-        (goal.draft / name).write_text(_modelfile(prompt), encoding="utf-8")
+        (goal.draft / name).write_text(_modelfile(prompt, goal.base.tokenizer.convert_ids_to_tokens(goal.new_end_ids)), encoding="utf-8")
     checked = _read_back(goal, ids)
     files = sorted(file.name for file in goal.draft.iterdir())
-    notes = (mute.note, f"table in {kind.name}, head in {head_kind.name}", *_bos_note(goal))
+    notes = (mute.note, f"table in {kind.name}, head in {head_kind.name}", *_bos_note(goal), *_end_note(goal))
     return Exported("gguf", goal.base.name, goal.facts(ids), files, checked, notes)
 
 
@@ -74,7 +75,7 @@ def _check_base(goal: Goal, reader: Any, table: Any) -> None:
     width = int(table.shape[0])
     if width != ours_VH.shape[1]:
         raise ArtifactError(f"{_source(goal)} has rows of {width} numbers, {goal.base.name} has {ours_VH.shape[1]}: it is another model")
-    some = np.linspace(0, min(len(table.data), len(goal.base.tokenizer)) - 1, SAMPLE).astype(int)
+    some = np.linspace(0, min(len(table.data), goal.base.num_tokens) - 1, SAMPLE).astype(int)
     theirs = torch.from_numpy(dequantize(table.data[some], table.tensor_type).reshape(len(some), width).copy())
     ours = ours_VH[torch.from_numpy(some).to(ours_VH.device)].float().cpu()
     if not (theirs - ours).norm() <= ALIKE * ours.norm():
@@ -147,8 +148,11 @@ def _fields(goal: Goal, reader: Any, ids: list[int], size: int, architecture: st
     vocab_size = Keys.LLM.VOCAB_SIZE.format(arch=architecture)
     if vocab_size in fields:
         fields[vocab_size] = (size, *fields[vocab_size][1:])
-    own = fields[TEMPLATE][0] if TEMPLATE in fields else goal.base.tokenizer.chat_template
+    own = fields[TEMPLATE][0] if TEMPLATE in fields else own_text(goal.base.tokenizer)
     fields[TEMPLATE] = (chat_template(goal.prompts, own, goal.default), GGUFValueType.STRING, None)
+    known = fields[Keys.Tokenizer.EOT_ID][0] if Keys.Tokenizer.EOT_ID in fields else None
+    if goal.new_end_ids and known not in goal.new_end_ids:  # an engine stops at EOS and at the end of a turn, which is one token
+        fields[Keys.Tokenizer.EOT_ID] = (goal.new_end_ids[0], GGUFValueType.UINT32, None)
     if _bos_note(goal):
         fields[Keys.Tokenizer.ADD_BOS] = (False, GGUFValueType.BOOL, None)
     return fields
@@ -161,12 +165,18 @@ def _bos_note(goal: Goal) -> tuple[str, ...]:
     return ("the file tells engines to add no BOS, for these rows stand before it: a text without a prompt must begin with it",)
 
 
-def _modelfile(prompt: Carried) -> str:
+def _end_note(goal: Goal) -> tuple[str, ...]:
+    more = [goal.base.tokenizer.convert_ids_to_tokens(token) for token in goal.new_end_ids[1:]]
+    return (f"the file names one token that ends a turn: tell the engine to stop at {', '.join(more)} too",) if more else ()
+
+
+def _modelfile(prompt: Carried, stops: Sequence[str]) -> str:
     """For Ollama, whose templates are Go's."""
     before, behind = frame(prompt)
     opening = prompt.opening.removeprefix(prompt.bos)  # a first BOS is the engine's
     text = [part.replace("{{", '{{ "{{" }}') for part in (opening, before, behind)]
-    return f'FROM ./{FILE}\nTEMPLATE """{text[0]}{text[1]}{{{{ .Prompt }}}}{text[2]}"""\n'
+    ends = "".join(f"PARAMETER stop {json.dumps(stop, ensure_ascii=False)}\n" for stop in stops)
+    return f'FROM ./{FILE}\nTEMPLATE """{text[0]}{text[1]}{{{{ .Prompt }}}}{text[2]}"""\n{ends}'
 
 
 # ---- reading back --------------------------------------------------------------------------------------------------

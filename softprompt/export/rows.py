@@ -33,7 +33,7 @@ def export_vllm(goal: Goal) -> Exported:
     """
     exported = _export(goal, "safetensors", lambda rows_PH, file: save_file({"rows": rows_PH}, file), _read_safetensors)
     for prompt in goal.prompts:
-        template = with_rows_from_message(prompt, goal.base.tokenizer.chat_template)
+        template = with_rows_from_message(prompt)
         (goal.draft / f"{prompt.name}.jinja").write_text(template, encoding="utf-8")
         exported.prompts[prompt.name] |= {"template": f"{prompt.name}.jinja", "cached_positions": _cached(prompt)}
     return exported
@@ -48,7 +48,8 @@ def _export(goal: Goal, ending: str, write: Callable[[Tensor, Path], None], read
         if not torch.equal(read(file), rows_PH):
             raise ArtifactError(f"{file.name}: read back, the rows differ from those that were written")
         soft = prompt.soft
-        prompts[prompt.name] = {"file": file.name, "shape": list(rows_PH.shape), "position": soft.position, "bos_id": soft.bos_id}
+        where = {"position": soft.position, "bos_id": soft.bos_id, "end_ids": prompt.end_ids}
+        prompts[prompt.name] = {"file": file.name, "shape": list(rows_PH.shape), **where}
     return Exported("torch" if ending == "pt" else "vllm" if ending == "safetensors" else ending, goal.base.name, prompts)
 
 

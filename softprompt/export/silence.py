@@ -80,7 +80,7 @@ def _common_direction(states_NH: Tensor) -> Tensor:
 def _states(base: FrozenBase, prompts: Sequence[Carried]) -> tuple[Tensor, Tensor]:
     """States [N, H] of random texts and of questions, bare and behind the prompts, in two halves."""
     generator = torch.Generator().manual_seed(0)
-    texts = torch.randint(len(base.tokenizer), (TEXTS, LENGTH), generator=generator).tolist()
+    texts = torch.randint(base.num_tokens, (TEXTS, LENGTH), generator=generator).tolist()
     bare = no_prompt(base, prompts[0].encoder.bos_id)
     starts: list[SoftPrompt] = [bare, *(prompt.soft for prompt in prompts)]
     rows: list[list[tuple[int, Sequence[int]]]] = [[], []]

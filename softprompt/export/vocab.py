@@ -51,7 +51,7 @@ def export(goal: Goal) -> Exported:
     _copy_rest(source, goal.draft)
     _write_weights(source, goal, embeddings, head, ids, size, mute)
     tokenizer.save_pretrained(goal.draft)
-    _write_settings(goal.draft, size, ids)
+    _write_settings(goal, size, ids)
     checked = _read_back(goal, ids, goal.rounded_to(_dtype(source, embeddings)))
     files = sorted(file.name for file in goal.draft.iterdir())
     return Exported("vocab", goal.base.name, goal.facts(ids), files, checked, (mute.note,))
@@ -164,8 +164,10 @@ def _num_bytes(file: Path) -> int:
         return sum(tensor.numel() * tensor.element_size() for tensor in map(shard.get_tensor, shard.keys()))
 
 
-def _write_settings(draft: Path, size: int, ids: list[int]) -> None:
-    """Sizes, and the head untied, wherever the configuration has them, at the top or in the part of the language model."""
+def _write_settings(goal: Goal, size: int, ids: list[int]) -> None:
+    """Sizes, and the head untied, wherever the configuration has them, at the top or in the part of the language model; the new tokens
+    are never said, and generation ends where answers of the prompts end."""
+    draft = goal.draft
     settings = json.loads((draft / "config.json").read_text(encoding="utf-8"))
     parts = [settings, *(settings[key] for key in ("text_config", "llm_config", "language_config") if isinstance(settings.get(key), dict))]
     for part in parts:
@@ -176,6 +178,8 @@ def _write_settings(draft: Path, size: int, ids: list[int]) -> None:
     file = draft / "generation_config.json"
     generation = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     generation["suppress_tokens"] = sorted({*(generation.get("suppress_tokens") or ()), *ids})
+    if goal.new_end_ids:
+        generation["eos_token_id"] = sorted({*goal.base.stop_ids, *goal.new_end_ids})
     file.write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
 
 

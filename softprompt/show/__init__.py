@@ -6,12 +6,28 @@ from functools import cached_property
 from typing import Any
 
 from softprompt.config import Config
-from softprompt.data import Rejected
+from softprompt.data import Example, Rejected
 from softprompt.encode import Encoder, make_encoder
-from softprompt.engine.loading import load_tokenizer
+from softprompt.engine.loading import load_settings, load_tokenizer
 from softprompt.engine.tokens import Encoded
 from softprompt.rows import Rows, Summary, load_rows, summarize
 from softprompt.show.findings import MEASURE, Findings, compare
+
+
+@dataclass(frozen=True)
+class Unlearned:
+    """A conversation of which `number` answers are read and not learned."""
+
+    row: str
+    number: int
+
+
+@dataclass(frozen=True)
+class ControlTokens:
+    """A row whose text holds what this tokenizer makes control tokens of."""
+
+    row: str
+    tokens: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -34,6 +50,24 @@ class Shown:
         return {name: summarize(rows, self.encoder) for name, rows in splits.items()}
 
     @property
+    def _examples(self) -> tuple[Example, ...]:
+        return self.train.examples + (self.held.examples if self.held else ())
+
+    @cached_property
+    def unlearned(self) -> tuple[Unlearned, ...]:
+        """Conversations of which the template lets the last answer alone be learned."""
+        splits = (self.train, self.held) if self.held else (self.train,)
+        pairs = [pair for rows in splits for pair in zip(rows.examples, rows.encoded, strict=True)]
+        numbers = ((example.source, self.encoder.num_unlearned(example, row)) for example, row in pairs)
+        return tuple(Unlearned(row, number) for row, number in numbers if number)
+
+    @cached_property
+    def control_tokens(self) -> tuple[ControlTokens, ...]:
+        """Rows that hold control tokens, in spite of everything."""
+        found = ((example.source, self.encoder.stubborn(example)) for example in self._examples)
+        return tuple(ControlTokens(row, tokens) for row, tokens in found if tokens)
+
+    @property
     def rejected(self) -> tuple[Rejected, ...]:
         """The rows that cannot be used: without an answer, with an answer that is cut away as a whole, and others."""
         return self.train.rejected + (self.held.rejected if self.held else ())
@@ -47,6 +81,9 @@ class Shown:
             "eval": summaries.get("eval"),
             "rows": [self.row(row) for row in self.train.encoded[:num_rows]],
             "rejected": [asdict(item) for item in self.rejected],
+            "unlearned": [asdict(row) for row in self.unlearned],
+            "control_tokens": [asdict(row) for row in self.control_tokens],
+            "system": self.encoder.system,
             **asdict(self.findings),
             **parts,
             "measure": MEASURE,
@@ -79,5 +116,7 @@ class Shown:
 
 def show(config: Config) -> Shown:
     """Loads the tokenizer and the rows of a configuration. Raises what `train` would raise about them."""
-    encoder = make_encoder(load_tokenizer(config.model), config.data.template)
-    return Shown(encoder, *load_rows(config, encoder))
+    text = load_settings(config.model).get_text_config(decoder=True)
+    num_tokens = getattr(text, "vocab_size", None)
+    encoder = make_encoder(load_tokenizer(config.model), config.data.template, date=config.data.date, num_tokens=num_tokens)
+    return Shown(*load_rows(config, encoder))

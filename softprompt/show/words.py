@@ -8,6 +8,7 @@ from softprompt.show import Shown
 from softprompt.show.findings import MEASURE, InBoth, OneAnswer
 
 QUOTED = 60  # characters
+ONLY_LAST = "the chat template writes earlier answers otherwise than the last one; rows with one answer each teach all of them"
 SPLITS = {"train": "training rows", "eval": "held-out rows"}
 LIKE = {"row": "the same row", "question": "the same question, another answer", "near question": "nearly the question"}
 
@@ -22,7 +23,7 @@ class Said:
 
 def said_of(shown: Shown) -> list[Said]:
     """One for each kind of finding; empty for sound rows."""
-    kinds = (_unusable, _cut, _duplicates, _near_duplicates, _contradictions, _in_both_splits)
+    kinds = (_unusable, _cut, _unlearned, _control_tokens, _duplicates, _near_duplicates, _contradictions, _in_both_splits)
     return [said for kind in kinds for said in kind(shown) if said.rows]
 
 
@@ -41,6 +42,19 @@ def _cut(shown: Shown) -> Iterator[Said]:
             f"cut at data.max_length, {summary.share_lost:.1%} of all supervised tokens lost: raise data.max_length or shorten the answers"
         )
         yield Said(f"{len(rows)} {SPLITS[split]} {lost}", rows)
+
+
+def _unlearned(shown: Shown) -> Iterator[Said]:
+    sentence = f"{_rows(len(shown.unlearned))} of several answers, of which only the last is learned: {ONLY_LAST}"
+    yield Said(sentence, tuple(f"{row.row}: {row.number} answer{_s(row.number)} not learned" for row in shown.unlearned))
+
+
+def _control_tokens(shown: Shown) -> Iterator[Said]:
+    sentence = (
+        f"{_rows(len(shown.control_tokens))} that the tokenizer reads as more than text: it makes control tokens of these words wherever "
+        "they stand; take them out"
+    )
+    yield Said(sentence, tuple(f"{row.row}: {' '.join(row.tokens)}" for row in shown.control_tokens))
 
 
 def _duplicates(shown: Shown) -> Iterator[Said]:
