@@ -38,6 +38,11 @@ class Shown:
         """The rows that cannot be used: without an answer, with an answer that is cut away as a whole, and others."""
         return self.train.rejected + (self.held.rejected if self.held else ())
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What was assumed about the files, and columns that are not used."""
+        return tuple(dict.fromkeys(self.train.notes + (self.held.notes if self.held else ())))
+
     def as_dict(self, num_rows: int) -> dict[str, Any]:
         """The documented JSON of `softprompt show`."""
         summaries = {name: asdict(summary) for name, summary in self.summaries.items()}
@@ -47,6 +52,7 @@ class Shown:
             "eval": summaries.get("eval"),
             "rows": [self.row(row) for row in self.train.encoded[:num_rows]],
             "rejected": [asdict(item) for item in self.rejected],
+            "notes": list(self.notes),
             **asdict(self.findings),
             **parts,
             "measure": MEASURE,
