@@ -140,3 +140,18 @@ def test_a_bad_line_and_a_long_cell_do_not_lose_the_file(tmp_path):
     assert [len(example.response) for example in loaded.examples] == [1, 200_000]
     (rejected,) = loaded.rejected
     assert rejected.source.endswith("a.csv:3")
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [({}, ["negative", "positive"]), ({"0": "bad", "1": "good"}, ["bad", "good"]), ({"negative": "N", "positive": "P"}, ["N", "P"])],
+)
+def test_numbers_of_classes_are_their_names(words, expected, tmp_path):
+    import datasets
+
+    features = datasets.Features({"sentence": datasets.Value("string"), "label": datasets.ClassLabel(names=["negative", "positive"])})
+    rows = {"sentence": ["a", "b", "c"], "label": [0, 1, -1]}
+    datasets.DatasetDict({"validation": datasets.Dataset.from_dict(rows, features=features)}).save_to_disk(str(tmp_path / "sst2"))
+    loaded = load_examples(f"{tmp_path}/sst2:validation", columns={"text": "sentence"}, label_words=words)
+    assert [example.response for example in loaded.examples] == expected
+    assert [item.reason for item in loaded.rejected] == ["label is missing"]

@@ -7,6 +7,7 @@ import io
 import json
 import shutil
 import tempfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -157,7 +158,7 @@ def _assumed(path: Path) -> tuple[str, list[tuple[str, Any]]]:
     """(the file's encoding, what to say about it)."""
     try:
         encoding = _encoding(path)
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path}: cannot be read: {error}") from None
     return encoding, [(str(path), Note("not UTF-8, read as GB18030 (GBK)"))] if encoding == "gb18030" else []
 
