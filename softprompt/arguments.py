@@ -42,9 +42,9 @@ class Arguments:
         if self.source is None:
             raise ConfigError("which rows? give --data FILE")
         data = self.config.data
-        shots = load_examples(self.shots, label_words=data.label_words) if self.shots else None
+        shots = load_examples(self.shots, label_words=data.label_words, columns=data.columns) if self.shots else None
         if data.eval is not None:
-            held = load_examples(data.eval, limit=data.limit, label_words=data.label_words)
+            held = load_examples(data.eval, limit=data.limit, label_words=data.label_words, columns=data.columns)
             return held, shots or self._training_rows()
         assert self.of_run is not None
         train, of_run = load_splits(self.of_run)

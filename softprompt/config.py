@@ -9,6 +9,8 @@ import difflib
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+from glob import glob
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -61,11 +63,15 @@ class ModelConfig(Section):
         return name, gguf_file
 
 
+COLUMNS = ("messages", "instruction", "input", "output", "prompt", "completion", "text", "label", "system", "history")
+
+
 class DataConfig(Section):
     """The rows, and how they become text."""
 
     train: str | None = None
-    """JSON, JSONL, CSV or Parquet file, `save_to_disk` folder, or hub id; may end in `:split` and `[from:to]`."""
+    """JSON, JSONL, CSV, TSV or Parquet file, plain, .gz or .zst, a pattern of names (`data/*.jsonl`), an address (`s3://`, `hf://`),
+    a `save_to_disk` folder, or a hub id; may end in `:split` or `:configuration:split`, and in `[from:to]`."""
     eval: str | None = None
     """Held-out rows, named like `train`."""
     eval_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -83,6 +89,9 @@ class DataConfig(Section):
     """Only the first N rows of `train`."""
     label_words: dict[str, str] = {}
     """For text/label rows: the word that stands for each label, e.g. {0 = "negative", 1 = "positive"}."""
+    columns: dict[str, str] = {}
+    """Where a row's parts are in files with other names: a column or a Jinja expression for each, e.g. {prompt = "question",
+    completion = "answer"}."""
     max_rejected: Annotated[int, Field(ge=0)] = 0
     """Rows that may be rejected before the run is stopped; each is listed with its reason."""
 
@@ -95,6 +104,15 @@ class DataConfig(Section):
             return value if value is None else datetime.date.fromisoformat(value).isoformat()
         except (ValueError, TypeError):
             raise ValueError("must be a day, e.g. 2026-11-26") from None
+
+    @field_validator("columns")
+    @classmethod
+    def _known_columns(cls, value: dict[str, str]) -> dict[str, str]:
+        for name in value:
+            if name not in COLUMNS:
+                near = get_close_matches(name, COLUMNS, n=1)
+                raise ValueError(f"no part {name}: " + (f"did you mean {near[0]}?" if near else f"known are {', '.join(COLUMNS)}"))
+        return value
 
     @model_validator(mode="after")
     def _one_split(self) -> "DataConfig":
@@ -339,7 +357,8 @@ def with_absolute_paths(config: Config) -> Config:
         match = RANGE.match(source)
         path = match["source"] if match else source
         names = [path[: colon.start()] for colon in re.finditer(":|$", path)]  # rows.jsonl:train, C:\rows.jsonl:train
-        return f"{Path(path).absolute()}{source[len(path) :]}" if any(Path(name).exists() for name in names) else source
+        here = "://" not in path and (any(Path(name).exists() for name in names) or glob(path))
+        return f"{Path(path).absolute()}{source[len(path) :]}" if here else source
 
     def moved(prompt: dict[str, Any]) -> dict[str, Any]:
         return {**prompt, "file": absolute(prompt["file"])} if prompt.get("file") else prompt

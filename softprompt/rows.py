@@ -24,6 +24,7 @@ class Rows:
     fingerprint: str
     labels: tuple[str, ...]
     num_unlearned: int = 0
+    notes: tuple[str, ...] = ()
 
     @property
     def num_supervised(self) -> int:
@@ -41,7 +42,7 @@ def encode_rows(encoder: Encoder, loaded: Loaded, max_length: int) -> Rows:
             rejected.append(Rejected(example.source, error.reason))
     encoded, examples = zip(*kept, strict=True) if kept else ((), ())
     num_unlearned = sum(map(encoder.num_unlearned, examples, encoded))
-    return Rows(encoded, examples, tuple(rejected), loaded.fingerprint, loaded.labels, num_unlearned)
+    return Rows(encoded, examples, tuple(rejected), loaded.fingerprint, loaded.labels, num_unlearned, loaded.notes)
 
 
 def load_splits(config: Config) -> tuple[Loaded, Loaded | None]:
@@ -49,9 +50,9 @@ def load_splits(config: Config) -> tuple[Loaded, Loaded | None]:
     if config.data.train is None:
         raise ConfigError("data.train is not set: name a file, a folder or a hub data set")
     words = config.data.label_words
-    train = load_examples(config.data.train, limit=config.data.limit, label_words=words)
+    train = load_examples(config.data.train, limit=config.data.limit, label_words=words, columns=config.data.columns)
     if config.data.eval is not None:
-        return train, load_examples(config.data.eval, label_words=words)
+        return train, load_examples(config.data.eval, label_words=words, columns=config.data.columns)
     if config.data.eval_fraction:
         return hold_out(train, config.data.eval_fraction, config.train.seed)
     return train, None
@@ -60,7 +61,7 @@ def load_splits(config: Config) -> tuple[Loaded, Loaded | None]:
 def load_held(config: Config) -> Loaded | None:
     """The held-out rows of `load_splits`, the training rows read only where these are a share of them."""
     if config.data.eval is not None:
-        return load_examples(config.data.eval, label_words=config.data.label_words)
+        return load_examples(config.data.eval, label_words=config.data.label_words, columns=config.data.columns)
     return load_splits(config)[1] if config.data.eval_fraction else None
 
 

@@ -41,7 +41,7 @@ def answers(loaded):
 def test_instruction_and_input_make_the_question(tmp_path, given, question):
     example = only(tmp_path, {"instruction": "translate", "input": given, "output": "water"})
     assert example.messages == (Message("user", question), Message("assistant", "water"))
-    assert example.fields == {"instruction": "translate", "input": given, "prompt": question.strip()}
+    assert example.fields == {"instruction": "translate", "input": given, "output": "water", "prompt": question.strip()}
 
 
 def test_input_may_be_left_out(tmp_path):
@@ -167,14 +167,14 @@ def talk(*roles):
         ('{"prompt": "a", ', "not valid JSON: .* (column 17)"),
         ("[" * 100_000, "not usable JSON: "),
         ("5", "a row must be an object with fields, this is int"),
-        ("{}", "fields (none) fit no known shape: messages, instruction/input/output, prompt/completion, text/label"),
+        ("{}", "fields (none) fit no known shape: messages, conversations, instruction/input/output, prompt/completion, text/label"),
         ('{"a": 1, "b": 2}', "fields a, b fit no known shape"),
         ('{"prompt": "a", "completion": "\\ud800"}', "field completion holds half of a surrogate pair"),
         ({"prompt": "a"}, "field completion is missing"),
         ({"instruction": "a", "output": None}, "field output is missing"),
         ({"prompt": "a", "completion": " \n"}, "completion is empty"),
         ({"instruction": "a", "output": ""}, "output is empty"),
-        ({"prompt": ["a"], "completion": "b"}, "field prompt must be text, this is list"),
+        ({"prompt": ["a"], "completion": "b"}, 'messages must be a list of {"role": ..., "content": ...}'),
         ({"instruction": "a", "input": 3, "output": "b"}, "field input must be text, this is int"),
         ({"messages": "hi"}, "messages must be a list of"),
         ({"messages": [{"role": "user"}]}, "field content is missing"),
@@ -185,7 +185,7 @@ def talk(*roles):
         (talk("user", "system", "user", "assistant"), "here: user, system, user, assistant"),
         ({"messages": [*talk("user")["messages"], {"role": "assistant", "content": ""}]}, "an assistant turn is empty"),
         ({"text": "a"}, "label is missing"),
-        ({"text": "a", "label": True}, "label must be text or a whole number, this is True"),
+        ({"text": "a", "label": True}, "label True has no word in data.label_words"),
         ({"text": "a", "label": 0.5}, "label must be text or a whole number, this is 0.5"),
         ({"text": "a", "label": 9}, "label 9 has no word in data.label_words"),
     ],
@@ -217,9 +217,8 @@ def test_a_csv_row_of_the_wrong_width_is_rejected_with_its_line(tmp_path):
         ("a.jsonl", b"\n\n", r"a\.jsonl: no rows"),
         ("a.json", b"[]", r"a\.json: no rows"),
         ("a.csv", b"prompt,completion\n", r"a\.csv: no rows"),
-        ("a.csv", b'prompt,completion\na,"b\n', r"a\.csv:2: not valid CSV"),
         ("a.parquet", b"no", r"a\.parquet: not a readable Parquet file"),
-        ("a.txt", b"hi", r"a\.txt: cannot read \.txt; known are \.json, \.jsonl, \.csv, \.parquet"),
+        ("a.txt", b"hi", r"a\.txt: cannot read \.txt; known are \.json, \.jsonl, \.csv, \.tsv, \.parquet"),
         ("a", b"hi", "cannot read a file without ending"),
     ],
 )

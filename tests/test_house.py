@@ -336,6 +336,7 @@ EFFECTS: dict[str, Effect] = {
     "data.max_length": ("40", rows_loaded),
     "data.limit": ("3", rows_loaded),
     "data.label_words": ('{{"0" = "no", "1" = "yes"}}', rows_loaded),
+    "data.columns": ('{{prompt = "completion"}}', rows_loaded),
     "data.max_rejected": ("1", error_of),
     "prompt.count": ("2", prompts_after),
     "prompt.bank": ('[{{name = "a"}}, {{name = "b", seed = 3}}]', prompts_after),

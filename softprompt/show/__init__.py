@@ -72,6 +72,11 @@ class Shown:
         """The rows that cannot be used: without an answer, with an answer that is cut away as a whole, and others."""
         return self.train.rejected + (self.held.rejected if self.held else ())
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What was assumed about the files, and columns that are not used."""
+        return tuple(dict.fromkeys(self.train.notes + (self.held.notes if self.held else ())))
+
     def as_dict(self, num_rows: int) -> dict[str, Any]:
         """The documented JSON of `softprompt show`."""
         summaries = {name: asdict(summary) for name, summary in self.summaries.items()}
@@ -84,6 +89,7 @@ class Shown:
             "unlearned": [asdict(row) for row in self.unlearned],
             "control_tokens": [asdict(row) for row in self.control_tokens],
             "system": self.encoder.system,
+            "notes": list(self.notes),
             **asdict(self.findings),
             **parts,
             "measure": MEASURE,

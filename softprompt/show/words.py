@@ -24,7 +24,7 @@ class Said:
 def said_of(shown: Shown) -> list[Said]:
     """One for each kind of finding; empty for sound rows."""
     kinds = (_unusable, _cut, _unlearned, _control_tokens, _duplicates, _near_duplicates, _contradictions, _in_both_splits)
-    return [said for kind in kinds for said in kind(shown) if said.rows]
+    return [said for kind in kinds for said in kind(shown) if said.rows] + [Said(note, ()) for note in shown.notes]
 
 
 def _unusable(shown: Shown) -> Iterator[Said]:

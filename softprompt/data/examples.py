@@ -1,0 +1,84 @@
+"""Values: one turn, one row, the rows of a source."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn: role is system, user or assistant."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True)
+class Example:
+    """One row: turns that end with the response to learn, and where it came from."""
+
+    messages: tuple[Message, ...]
+    source: str
+    label: str | None = None
+    fields: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def response(self) -> str:
+        return self.messages[-1].content
+
+    @property
+    def turns(self) -> tuple[str, ...]:
+        """The texts of all turns with runs of white space as single blanks: what rows are compared by."""
+        return tuple(" ".join(message.content.split()) for message in self.messages)
+
+    def answered(self, response: str) -> "Example":
+        """The same row with another response."""
+        return replace(self, messages=(*self.messages[:-1], Message("assistant", response)))
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """A row that is not used, and why."""
+
+    source: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """The rows of one source. `labels`: the label words seen, in order of appearance (text/label rows only);
+    `notes`: what was assumed about the file, and columns that are not used."""
+
+    examples: tuple[Example, ...]
+    rejected: tuple[Rejected, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(example.label for example in self.examples if example.label is not None))
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 over the turns of all examples, in order."""
+        digest = hashlib.sha256()
+        for example in self.examples:
+            turns = [[message.role, message.content] for message in example.messages]
+            digest.update(json.dumps(turns, ensure_ascii=False).encode() + b"\n")
+        return digest.hexdigest()
+
+
+class Unusable(Exception):
+    """The reason why a row cannot be used."""
+
+
+class ClassName(str):
+    """The name of a class of a data set, with its `number` there as text."""
+
+    number: str
+
+    def __new__(cls, name: str, number: int) -> "ClassName":
+        made = super().__new__(cls, name)
+        made.number = str(number)
+        return made

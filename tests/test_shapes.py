@@ -1,0 +1,157 @@
+"""Files as people have them: each gives rows, or one sentence that says what to do."""
+
+import csv
+import gzip
+import io
+import json
+
+import pytest
+
+from softprompt.data import load_examples
+from softprompt.errors import DataError
+
+TURNS = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+SHARE = {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}
+MNLI = {"prompt": "premise ~ ' / ' ~ hypothesis", "completion": "label"}
+
+
+def said(loaded):
+    return [[(message.role, message.content) for message in example.messages] for example in loaded.examples]
+
+
+def lines(*rows):
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+
+
+QA = [("user", "q"), ("assistant", "a")]
+ROWS = {
+    "alpaca": ({"instruction": "q", "input": "", "output": "a"}, {}, [("user", "q\n"), ("assistant", "a")]),
+    "alpaca with history": (
+        {"instruction": "q", "output": "a", "system": "s", "history": [["q1", "a1"]]},
+        {},
+        [("system", "s"), ("user", "q1"), ("assistant", "a1"), ("user", "q\n"), ("assistant", "a")],
+    ),
+    "sharegpt": (SHARE, {}, QA),
+    "sharegpt with system": ({**SHARE, "system": "s"}, {}, [("system", "s"), *QA]),
+    "belle": ({"id": "1", "conversations": [{"from": "human", "value": "q"}, {"from": "assistant", "value": "a"}]}, {}, QA),
+    "openai": ({"messages": TURNS}, {}, QA),
+    "openai parts": ({"messages": [{"role": "user", "content": [{"type": "text", "text": "q"}]}, TURNS[1]]}, {}, QA),
+    "trl turns": ({"prompt": TURNS[:1], "completion": TURNS[1:]}, {}, QA),
+    "firefly": ({"kind": "NLI", "input": "q", "target": "a"}, {"prompt": "input", "completion": "target"}, QA),
+    "dolly": ({"instruction": "q", "context": "", "response": "a"}, {"prompt": "instruction", "completion": "response"}, QA),
+    "question": ({"question": "q", "answer": "a"}, {"prompt": "question", "completion": "answer"}, QA),
+    "squad": ({"question": "q", "answers": {"text": ["a"]}}, {"prompt": "question", "completion": "answers.text[0]"}, QA),
+    "sst2": ({"sentence": "q", "label": "pos "}, {"text": "sentence"}, [("user", "q"), ("assistant", "pos")]),
+    "mnli": ({"premise": "p", "hypothesis": "h", "label": 1}, MNLI, [("user", "p / h"), ("assistant", "1")]),
+    "labels 1.0": ({"text": "q", "label": 1.0}, {}, [("user", "q"), ("assistant", "1")]),
+    "labels true": ({"text": "q", "label": True}, {}, [("user", "q"), ("assistant", "true")]),
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_a_shape_gives_its_turns(name, tmp_path):
+    row, columns, expected = ROWS[name]
+    file = tmp_path / "rows.jsonl"
+    file.write_bytes(lines(row))
+    loaded = load_examples(str(file), columns=columns)
+    assert (said(loaded), loaded.rejected, loaded.notes) == ([expected], (), ())
+    if columns:
+        assert set(row) <= set(loaded.examples[0].fields)
+
+
+REJECTED = {
+    "tool calls": ({"messages": [TURNS[0], {**TURNS[1], "tool_calls": [{"id": 1}]}]}, {}, "calls a tool"),
+    "weight": ({"messages": [TURNS[0], {**TURNS[1], "weight": 0}]}, {}, "weight 0"),
+    "image": ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}, TURNS[1]]}, {}, "part of type image_url"),
+    "misspelt column": ({"question": "q", "answer": "a"}, {"prompt": "qestion"}, "no column qestion: did you mean question"),
+    "unknown name": ({"question": "q"}, {"prompt": "'a' ~ nothing", "completion": "question"}, "'nothing' is undefined"),
+    "other columns": ({"foo": "q"}, {}, "name them in data.columns"),
+}
+
+
+@pytest.mark.parametrize("name", REJECTED)
+def test_a_row_that_cannot_be_used_says_why(name, tmp_path):
+    row, columns, reason = REJECTED[name]
+    file = tmp_path / "rows.jsonl"
+    file.write_bytes(lines(row))
+    (rejected,) = load_examples(str(file), columns=columns).rejected
+    assert reason in rejected.reason
+
+
+@pytest.mark.parametrize("column", ["system", "rejected", "tools"])
+def test_a_column_with_a_meaning_that_is_not_read_is_noted(column, tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_bytes(lines({"text": "q", "label": "a", column: "x"}))
+    assert load_examples(str(file)).notes == (f"column {column} of 1 row is not used",)
+
+
+def table(delimiter, rows):
+    text = io.StringIO()
+    csv.writer(text, delimiter=delimiter).writerows([["prompt", "completion"], *rows])
+    return text.getvalue()
+
+
+CHINESE = [["今天天气怎么样，适合出门吗", "很好，请放心出门"]]
+FILES = {
+    "a.tsv": table("\t", CHINESE).encode(),
+    "semicolons.csv": table(";", CHINESE).encode(),
+    "gbk.csv": table(";", CHINESE).encode("gbk"),
+    "utf16.tsv": table("\t", CHINESE).encode("utf-16"),
+    "a.csv.gz": gzip.compress(table(",", CHINESE).encode()),
+    "a.jsonl.gz": gzip.compress(lines(dict(zip(["prompt", "completion"], CHINESE[0], strict=True)))),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_gives_its_rows(name, tmp_path):
+    (tmp_path / name).write_bytes(FILES[name])
+    loaded = load_examples(str(tmp_path / name))
+    assert [[text for _, text in turns] for turns in said(loaded)] == CHINESE
+    assert bool(loaded.notes) == (name == "gbk.csv")
+
+
+def test_zst_patterns_and_addresses(tmp_path):
+    import fsspec
+    import pyarrow
+
+    content = lines({"prompt": "q", "completion": "a"})
+    with pyarrow.output_stream(str(tmp_path / "1.jsonl.zst"), compression="zstd") as file:
+        file.write(content)
+    (tmp_path / "2.jsonl").write_bytes(content * 2)
+    assert len(load_examples(f"{tmp_path}/*.jsonl*").examples) == 3
+    assert len(load_examples(f"{tmp_path}/*.jsonl*[1:3]").examples) == 2
+    with fsspec.open("memory://rows/a.jsonl", "wb") as file:
+        file.write(content)
+    loaded = load_examples("memory://rows/a.jsonl")
+    assert [example.source for example in loaded.examples] == ["memory://rows/a.jsonl:1"]
+    with pytest.raises(DataError, match="memory://rows/b"):
+        load_examples("memory://rows/b.jsonl")
+
+
+def test_latin_1_is_not_taken_for_chinese(tmp_path):
+    (tmp_path / "a.csv").write_bytes("prompt,completion\nété,préféré déjà\n".encode("latin-1"))
+    with pytest.raises(DataError, match="save it as UTF-8"):
+        load_examples(str(tmp_path / "a.csv"))
+
+
+def test_a_bad_line_and_a_long_cell_do_not_lose_the_file(tmp_path):
+    (tmp_path / "a.csv").write_text('prompt,completion\nq,a\n"b"c,d\nq,' + "a" * 200_000 + "\n", encoding="utf-8")
+    loaded = load_examples(str(tmp_path / "a.csv"))
+    assert [len(example.response) for example in loaded.examples] == [1, 200_000]
+    (rejected,) = loaded.rejected
+    assert rejected.source.endswith("a.csv:3")
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [({}, ["negative", "positive"]), ({"0": "bad", "1": "good"}, ["bad", "good"]), ({"negative": "N", "positive": "P"}, ["N", "P"])],
+)
+def test_numbers_of_classes_are_their_names(words, expected, tmp_path):
+    import datasets
+
+    features = datasets.Features({"sentence": datasets.Value("string"), "label": datasets.ClassLabel(names=["negative", "positive"])})
+    rows = {"sentence": ["a", "b", "c"], "label": [0, 1, -1]}
+    datasets.DatasetDict({"validation": datasets.Dataset.from_dict(rows, features=features)}).save_to_disk(str(tmp_path / "sst2"))
+    loaded = load_examples(f"{tmp_path}/sst2:validation", columns={"text": "sentence"}, label_words=words)
+    assert [example.response for example in loaded.examples] == expected
+    assert [item.reason for item in loaded.rejected] == ["label is missing"]
