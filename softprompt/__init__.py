@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from softprompt.artifact import load_prompt as load_prompt
     from softprompt.config import Config as Config
     from softprompt.config import load_config as load_config
+    from softprompt.data import Message as Message
     from softprompt.data import load_examples as load_examples
     from softprompt.engine.decode import Sampling as Sampling
     from softprompt.engine.loading import load_base as load_base
@@ -36,6 +37,7 @@ _HOMES = {
     "Event": "events",
     "Finished": "events",
     "Found": "events",
+    "Message": "data",
     "Sampled": "events",
     "Sampling": "engine.decode",
     "Saved": "events",

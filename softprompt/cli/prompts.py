@@ -8,7 +8,20 @@ from typing import Annotated, Any
 
 import typer
 
-from softprompt.cli.options import HeldOut, Json, OtherBase, Overrides, PromptPath, app, write_json
+from softprompt.cli.options import (
+    HeldOut,
+    Json,
+    MaxNewTokens,
+    OtherBase,
+    Overrides,
+    PromptPath,
+    Seed,
+    Temperature,
+    TopK,
+    TopP,
+    app,
+    write_json,
+)
 from softprompt.errors import ConfigError, MissingPackage
 
 
@@ -131,11 +144,11 @@ def generate(
     other: Annotated[
         list[Path] | None, typer.Option("--with", metavar="PROMPT", help="Answer with this prompt too, in the same batch; repeatable.")
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens of an answer at most.")] = 256,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
-    top_p: Annotated[float, typer.Option(help="Sample from the likeliest tokens of this joint probability.")] = 1.0,
-    top_k: Annotated[int, typer.Option(help="Sample from this many likeliest tokens; 0 is all.")] = 0,
-    seed: Annotated[int, typer.Option(help="Seed of sampling.")] = 0,
+    max_new_tokens: MaxNewTokens = 256,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    top_k: TopK = 0,
+    seed: Seed = 0,
     together: Annotated[
         Together | None, typer.Option("--ensemble", help="All prompts give one answer together, those of a bank's run folder included.")
     ] = None,
