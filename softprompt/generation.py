@@ -35,7 +35,9 @@ class Piece:
     last: bool
 
 
-def generate(base: FrozenBase, prompts: Answerer | Sequence[Answerer], texts: Sequence[Asked], sampling: Sampling = Sampling()) -> list[str]:
+def generate(
+    base: FrozenBase, prompts: Answerer | Sequence[Answerer], texts: Sequence[Asked], sampling: Sampling = Sampling()
+) -> list[str]:
     """One answer per text. `prompts`: one prompt or ensemble for all texts, or one for each, which may differ in length and position.
 
     A text may be a conversation instead: its messages, the one to answer last. Raises what `stream` raises.
