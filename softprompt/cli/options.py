@@ -9,6 +9,7 @@ import typer
 from typer.models import CommandInfo
 
 from softprompt import __version__
+from softprompt.cli import completion
 from softprompt.errors import ConfigError
 
 app = typer.Typer(
@@ -20,8 +21,14 @@ app = typer.Typer(
     "Settings come from a TOML file, from section.key=value, or both; the latter win.",
 )
 
-Settings = Annotated[list[str] | None, typer.Argument(metavar="[CONFIG.toml] [section.key=value ...]", help="Settings.")]
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[section.key=value ...]", help="Settings, e.g. model.name=FOLDER.")]
+Settings = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[CONFIG.toml] [section.key=value ...]", help="Settings.", autocompletion=completion.settings),
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[section.key=value ...]", help="Settings, e.g. model.name=FOLDER.", autocompletion=completion.settings),
+]
 PromptPath = Annotated[Path, typer.Argument(metavar="PROMPT", help="Prompt, checkpoint or run folder.")]
 HeldOut = Annotated[str | None, typer.Option("--data", metavar="FILE", help="Held-out rows; left out, those of the run that PROMPT is.")]
 Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the result as one JSON object.")]

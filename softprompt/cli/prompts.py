@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from softprompt.cli import completion
 from softprompt.cli.options import (
     HeldOut,
     Json,
@@ -52,7 +53,7 @@ def evaluate(
     allow_other_base: OtherBase = False,
     json_file: Json = None,
 ) -> None:
-    """Compare soft prompts with what costs nothing: the bare base, a text prompt, a few examples; on held-out rows."""
+    """Compare soft prompts with the bare base, a text prompt and a few examples, all on the same held-out rows."""
     from softprompt.arguments import read_arguments
 
     given = read_arguments(prompt, other or [], data, shots, overrides or [])
@@ -139,7 +140,12 @@ def prune(
 def generate(
     prompt: PromptPath,
     texts: Annotated[
-        list[str] | None, typer.Argument(metavar="[TEXT ...] [model.key=value ...]", help="Texts; without any, one per line of the input.")
+        list[str] | None,
+        typer.Argument(
+            metavar="[TEXT ...] [model.key=value ...]",
+            help="Texts; without any, one per line of the input.",
+            autocompletion=completion.base_settings,
+        ),
     ] = None,
     other: Annotated[
         list[Path] | None, typer.Option("--with", metavar="PROMPT", help="Answer with this prompt too, in the same batch; repeatable.")
