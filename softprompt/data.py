@@ -11,6 +11,7 @@ import json
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,11 @@ def load_examples(source: str, *, limit: int | None = None, label_words: Mapping
     if num_rows == 0:
         raise DataError(f"{source}: no rows")
     return Loaded(tuple(examples), tuple(rejected))
+
+
+def first_rows(source: str, count: int) -> list[Mapping[str, Any]]:
+    """Up to `count` rows of a source as they are, those that have fields, whatever their shape. Raises DataError as `load_examples`."""
+    return [row for _, row in islice(_rows(source), count) if isinstance(row, Mapping)]
 
 
 def hold_out(loaded: Loaded, fraction: float, seed: int) -> tuple[Loaded, Loaded]:

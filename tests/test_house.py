@@ -31,7 +31,7 @@ LAYERS = [
     {"contestants", "conversation"},
     {"answers"},
     {"evaluation", "harness"},
-    {"job", "doctor", "arguments", "foreign", "sharing"},
+    {"draft", "job", "doctor", "arguments", "foreign", "sharing"},
     {"training", "plan", "recycle", "report"},
     {"screen"},
     {"demo"},

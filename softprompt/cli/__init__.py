@@ -8,7 +8,7 @@ from softprompt.cli.options import app, arrange
 from softprompt.errors import Error
 
 GROUPS = {  # the verbs of --help, in the order of work
-    "Look at data": ("show",),
+    "Look at data": ("init", "show"),
     "Train": ("demo", "plan", "train", "doctor", "report"),
     "Judge": ("eval", "inspect", "prune", "lm-eval"),
     "Use": ("generate", "chat"),
