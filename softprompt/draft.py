@@ -197,53 +197,17 @@ def _text(examples: Sequence[Example], labelled: bool) -> str:
 
 # ---- columns of one's own ------------------------------------------------------------------------------------------
 
-ANSWERS = [
-    "completion",
-    "answer",
-    "response",
-    "output",
-    "target",
-    "summary",
-    "highlights",
-    "translation",
-    "solution",
-    "reply",
-    "答案",
-    "回答",
-    "输出",
-    "回复",
-    "摘要",
-    "译文",
-]
-LABELS = ["label", "class", "category", "sentiment", "intent", "topic", "tag", "标签", "类别", "分类", "情感", "意图"]
-QUESTIONS = [
-    "prompt",
-    "question",
-    "query",
-    "instruction",
-    "input",
-    "text",
-    "sentence",
-    "content",
-    "review",
-    "comment",
-    "message",
-    "title",
-    "document",
-    "article",
-    "dialogue",
-    "source",
-    "problem",
-    "问题",
-    "提问",
-    "指令",
-    "输入",
-    "文本",
-    "内容",
-    "句子",
-    "评论",
-    "原文",
-]
+ANSWERS = (
+    "completion", "answer", "response", "output", "target", "summary", "highlights", "translation", "solution", "reply", "答案",
+    "回答", "输出", "回复", "摘要", "译文",
+)  # fmt: skip
+LABELS = (
+    "label", "class", "category", "sentiment", "intent", "topic", "tag", "标签", "类别", "分类", "情感", "意图",
+)  # fmt: skip
+QUESTIONS = (
+    "prompt", "question", "query", "instruction", "input", "text", "sentence", "content", "review", "comment", "message", "title",
+    "document", "article", "dialogue", "source", "problem", "问题", "提问", "指令", "输入", "文本", "内容", "句子", "评论", "原文",
+)  # fmt: skip
 PAIRS = (
     ("premise", "hypothesis"), ("sentence1", "sentence2"), ("question1", "question2"), ("passage", "question"), ("context", "question"),
     ("question", "sentence"),
