@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from softprompt.events import Warned as Warned
     from softprompt.generation import Ensemble as Ensemble
     from softprompt.generation import generate as generate
+    from softprompt.screen.progress import show_progress as show_progress
     from softprompt.training import train as train
 
 _HOMES = {
@@ -51,6 +52,7 @@ _HOMES = {
     "load_config": "config",
     "load_examples": "data",
     "load_prompt": "artifact",
+    "show_progress": "screen.progress",
     "train": "training",
 }
 

@@ -139,6 +139,7 @@ def test_public_names_are_pinned():
         "load_config",
         "load_examples",
         "load_prompt",
+        "show_progress",
         "train",
     ]
     assert names == softprompt.__all__
