@@ -211,7 +211,7 @@ def test_a_notebook_shows_a_run_as_it_goes_on(kernel, make_config):
         "events = show_progress(train(config))\nseen = []\nfor event in events:\n    seen.append(event)\n"
         "    if isinstance(event, Evaluated) and event.step == 2:\n        break",
         "seen += events\nprint([type(event).__name__ for event in seen])",
-        "from softprompt.runlog import RunFolder\nprint(seen == list(RunFolder.reopen(Path(config.train.out)).follow()))",
+        "from softprompt.runlog import RunFolder\nprint(seen == [event for _, event in RunFolder.reopen(Path(config.train.out)).follow()])",
     )
     next(cells)
     (shown,) = displays(next(cells).cells[1])
