@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from softprompt.artifact import load_prompt as load_prompt
     from softprompt.config import Config as Config
     from softprompt.config import load_config as load_config
+    from softprompt.data import Message as Message
     from softprompt.data import load_examples as load_examples
     from softprompt.engine.decode import Sampling as Sampling
     from softprompt.engine.loading import load_base as load_base
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from softprompt.events import Warned as Warned
     from softprompt.generation import Ensemble as Ensemble
     from softprompt.generation import generate as generate
+    from softprompt.screen.progress import show_progress as show_progress
     from softprompt.training import train as train
 
 _HOMES = {
@@ -36,6 +38,7 @@ _HOMES = {
     "Event": "events",
     "Finished": "events",
     "Found": "events",
+    "Message": "data",
     "Sampled": "events",
     "Sampling": "engine.decode",
     "Saved": "events",
@@ -49,6 +52,7 @@ _HOMES = {
     "load_config": "config",
     "load_examples": "data",
     "load_prompt": "artifact",
+    "show_progress": "screen.progress",
     "train": "training",
 }
 

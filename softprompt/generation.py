@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from softprompt.artifact import StoredPrompt
+from softprompt.data import Message
 from softprompt.encode import Encoder
 from softprompt.engine.decode import Question, Sampling, Token, decode
 from softprompt.engine.model import FrozenBase
@@ -23,6 +24,7 @@ class Ensemble:
 
 
 Answerer = StoredPrompt | Ensemble
+Asked = str | Sequence[Message]  # a text, or a conversation that ends with the turn to answer
 
 
 @dataclass(frozen=True)
@@ -35,8 +37,13 @@ class Piece:
     thought: str = ""
 
 
-def generate(base: FrozenBase, prompts: Answerer | Sequence[Answerer], texts: Sequence[str], sampling: Sampling = Sampling()) -> list[str]:
-    """One answer per text. `prompts`: one prompt or ensemble for all texts, or one for each, which may differ in length and position."""
+def generate(
+    base: FrozenBase, prompts: Answerer | Sequence[Answerer], texts: Sequence[Asked], sampling: Sampling = Sampling()
+) -> list[str]:
+    """One answer per text. `prompts`: one prompt or ensemble for all texts, or one for each, which may differ in length and position.
+
+    A text may be a conversation instead: its messages, the one to answer last. Raises what `stream` raises.
+    """
     answers = [""] * len(texts)
     for piece in stream(base, prompts, texts, sampling):
         answers[piece.row] += piece.text
@@ -44,9 +51,10 @@ def generate(base: FrozenBase, prompts: Answerer | Sequence[Answerer], texts: Se
 
 
 def stream(
-    base: FrozenBase, prompts: Answerer | Sequence[Answerer], texts: Sequence[str], sampling: Sampling = Sampling()
+    base: FrozenBase, prompts: Answerer | Sequence[Answerer], texts: Sequence[Asked], sampling: Sampling = Sampling()
 ) -> Iterator[Piece]:
-    """Like `generate`, piece by piece as the tokens come. Raises DataError for a text that leaves no room for an answer."""
+    """Like `generate`, piece by piece as the tokens come. Raises DataError for a text that is empty, that leaves no room for an answer,
+    or that a template cannot write."""
     each = [prompts] * len(texts) if isinstance(prompts, StoredPrompt | Ensemble) else list(prompts)
     if len(each) != len(texts):
         raise DataError(f"{len(each)} prompts for {len(texts)} texts: give one for all, or one for each")
@@ -79,15 +87,18 @@ def check_sampling(sampling: Sampling, together: Sequence[Ensemble] = ()) -> Non
         raise ConfigError(f"top_k must not be negative, this is {sampling.top_k}")
 
 
-def _question(one: Ensemble, text: str, sampling: Sampling) -> Question:
+def _question(one: Ensemble, text: Asked, sampling: Sampling) -> Question:
     ids = tuple(_ids(prompt.encoder, text) for prompt in one.prompts)
     stop_ids = frozenset[int]().union(*(prompt.encoder.end_ids for prompt in one.prompts))
     return Question(tuple((prompt.soft, ()) for prompt in one.prompts), ids, sampling, by=one.by, stop_ids=stop_ids)
 
 
-def _ids(encoder: Encoder, text: str) -> tuple[int, ...]:
-    if not text.strip():
+def _ids(encoder: Encoder, text: Asked) -> tuple[int, ...]:
+    last = text if isinstance(text, str) else text[-1].content if text else ""
+    if not last.strip():
         raise DataError("the text is empty: there is nothing to answer")
+    if not isinstance(text, str) and text[-1].role in ("assistant", "system"):
+        raise DataError(f"a conversation to answer ends with a question, this one with a turn of the {text[-1].role}")
     return encoder.question(text)
 
 

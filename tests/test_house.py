@@ -29,10 +29,10 @@ LAYERS = [
     {"runlog", "encode"},
     {"rows", "artifact"},
     {"show", "checkpoint", "init", "generation", "inspection", "export"},
-    {"contestants"},
+    {"contestants", "conversation"},
     {"answers"},
     {"evaluation", "harness"},
-    {"job", "doctor", "arguments", "foreign", "sharing"},
+    {"draft", "job", "doctor", "arguments", "foreign", "sharing"},
     {"training", "plan", "recycle", "report"},
     {"screen"},
     {"demo"},
@@ -128,6 +128,7 @@ def test_public_names_are_pinned():
         "Event",
         "Finished",
         "Found",
+        "Message",
         "Sampled",
         "Sampling",
         "Saved",
@@ -141,6 +142,7 @@ def test_public_names_are_pinned():
         "load_config",
         "load_examples",
         "load_prompt",
+        "show_progress",
         "train",
     ]
     assert names == softprompt.__all__

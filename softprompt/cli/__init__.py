@@ -3,9 +3,18 @@
 import os
 import sys
 
-from softprompt.cli import training, data, prompts, importing, carrying  # noqa: F401  # isort: skip - the verbs, in the order of --help
-from softprompt.cli.options import app
+from softprompt.cli import carrying, chat, data, importing, prompts, training  # noqa: F401 - each brings its verbs
+from softprompt.cli.options import app, arrange
 from softprompt.errors import Error
+
+GROUPS = {  # the verbs of --help, in the order of work
+    "Look at data": ("init", "show"),
+    "Train": ("demo", "plan", "train", "doctor", "report"),
+    "Judge": ("eval", "inspect", "prune", "lm-eval"),
+    "Use": ("generate", "chat"),
+    "Carry elsewhere": ("export", "push", "pull", "import", "recycle"),
+}
+arrange(GROUPS)
 
 
 def main() -> None:

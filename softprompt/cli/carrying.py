@@ -6,14 +6,24 @@ from typing import Annotated
 
 import typer
 
+from softprompt.cli import completion
 from softprompt.cli.options import Json, OtherBase, app, write_json
 from softprompt.errors import ConfigError
+
+FORMATS = ("vocab", "gguf", "vllm", "npy", "torch")
 
 
 @app.command()
 def export(
-    prompts: Annotated[list[str], typer.Argument(metavar="PROMPT... [model.key=value ...]", help="Prompt or run folders, on one base.")],
-    to: Annotated[str, typer.Option(metavar="FORMAT", help="vocab, gguf, vllm, npy or torch.")],
+    prompts: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="PROMPT... [model.key=value ...]", help="Prompt or run folders, on one base.", autocompletion=completion.base_settings
+        ),
+    ],
+    to: Annotated[
+        str, typer.Option(metavar="FORMAT", help=f"{', '.join(FORMATS[:-1])} or {FORMATS[-1]}.", autocompletion=lambda: list(FORMATS))
+    ],
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder to write.")],
     default: Annotated[str | None, typer.Option(metavar="NAME", help="The prompt of a chat that names none.")] = None,
     gguf: Annotated[Path | None, typer.Option(metavar="FILE", help="The base as GGUF, where the prompts' base is a folder.")] = None,

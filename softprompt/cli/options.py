@@ -1,26 +1,34 @@
 """The program, and what several verbs take."""
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.models import CommandInfo
 
 from softprompt import __version__
+from softprompt.cli import completion
 from softprompt.errors import ConfigError
 
 app = typer.Typer(
     name="softprompt",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
-    rich_markup_mode=None,
+    rich_markup_mode="markdown",
     help="Prompt tuning for frozen language models: train, evaluate and use soft prompts.\n\n"
     "Settings come from a TOML file, from section.key=value, or both; the latter win.",
 )
 
-Settings = Annotated[list[str] | None, typer.Argument(metavar="[CONFIG.toml] [section.key=value ...]", help="Settings.")]
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[section.key=value ...]", help="Settings, e.g. model.name=FOLDER.")]
+Settings = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[CONFIG.toml] [section.key=value ...]", help="Settings.", autocompletion=completion.settings),
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[section.key=value ...]", help="Settings, e.g. model.name=FOLDER.", autocompletion=completion.settings),
+]
 PromptPath = Annotated[Path, typer.Argument(metavar="PROMPT", help="Prompt, checkpoint or run folder.")]
 HeldOut = Annotated[str | None, typer.Option("--data", metavar="FILE", help="Held-out rows; left out, those of the run that PROMPT is.")]
 Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the result as one JSON object.")]
@@ -28,6 +36,11 @@ SystemTurn = Annotated[
     str | None, typer.Option("--system", metavar="TEXT", help='System turn, instead of the one that all training rows had; "" is none.')
 ]
 OtherBase = Annotated[bool, typer.Option("--allow-other-base", help="Use a prompt on a base or tokenizer that it was not trained for.")]
+MaxNewTokens = Annotated[int, typer.Option(help="Tokens of an answer at most.")]
+Temperature = Annotated[float, typer.Option(help="0 is greedy.")]
+TopP = Annotated[float, typer.Option(help="Sample from the likeliest tokens of this joint probability.")]
+TopK = Annotated[int, typer.Option(help="Sample from this many likeliest tokens; 0 is all.")]
+Seed = Annotated[int, typer.Option(help="Seed of sampling.")]
 
 
 def _show_version(wanted: bool) -> None:
@@ -41,6 +54,18 @@ def program(
     version: Annotated[bool, typer.Option("--version", is_eager=True, callback=_show_version, help="Print the version.")] = False,
 ) -> None:
     """What stands before a verb."""
+
+
+def arrange(groups: Mapping[str, Sequence[str]]) -> None:
+    """Puts the verbs in the order and under the headings that --help shows them in."""
+    order = {verb: (place, heading) for place, (heading, verb) in enumerate((key, verb) for key, verbs in groups.items() for verb in verbs)}
+    for verb in app.registered_commands:
+        verb.rich_help_panel = order[_name(verb)][1]
+    app.registered_commands.sort(key=lambda verb: order[_name(verb)][0])
+
+
+def _name(verb: CommandInfo) -> str:
+    return verb.name or verb.callback.__name__  # type: ignore[union-attr]
 
 
 def config_of(settings: list[str] | None) -> Any:

@@ -9,7 +9,22 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from softprompt.cli.options import HeldOut, Json, OtherBase, Overrides, PromptPath, SystemTurn, app, write_json
+from softprompt.cli import completion
+from softprompt.cli.options import (
+    HeldOut,
+    Json,
+    MaxNewTokens,
+    OtherBase,
+    Overrides,
+    PromptPath,
+    Seed,
+    SystemTurn,
+    Temperature,
+    TopK,
+    TopP,
+    app,
+    write_json,
+)
 from softprompt.errors import ConfigError, MissingPackage
 
 if TYPE_CHECKING:
@@ -43,7 +58,7 @@ def evaluate(
     allow_other_base: OtherBase = False,
     json_file: Json = None,
 ) -> None:
-    """Compare soft prompts with what costs nothing: the bare base, a text prompt, a few examples; on held-out rows."""
+    """Compare soft prompts with the bare base, a text prompt and a few examples, all on the same held-out rows."""
     from softprompt.arguments import read_arguments
 
     given = read_arguments(prompt, other or [], data, shots, overrides or [])
@@ -130,16 +145,21 @@ def prune(
 def generate(
     prompt: PromptPath,
     texts: Annotated[
-        list[str] | None, typer.Argument(metavar="[TEXT ...] [model.key=value ...]", help="Texts; without any, one per line of the input.")
+        list[str] | None,
+        typer.Argument(
+            metavar="[TEXT ...] [model.key=value ...]",
+            help="Texts; without any, one per line of the input.",
+            autocompletion=completion.base_settings,
+        ),
     ] = None,
     other: Annotated[
         list[Path] | None, typer.Option("--with", metavar="PROMPT", help="Answer with this prompt too, in the same batch; repeatable.")
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens of an answer at most.")] = 256,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
-    top_p: Annotated[float, typer.Option(help="Sample from the likeliest tokens of this joint probability.")] = 1.0,
-    top_k: Annotated[int, typer.Option(help="Sample from this many likeliest tokens; 0 is all.")] = 0,
-    seed: Annotated[int, typer.Option(help="Seed of sampling.")] = 0,
+    max_new_tokens: MaxNewTokens = 256,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    top_k: TopK = 0,
+    seed: Seed = 0,
     together: Annotated[
         Together | None, typer.Option("--ensemble", help="All prompts give one answer together, those of a bank's run folder included.")
     ] = None,

@@ -6,6 +6,8 @@ This package does not import torch.
 import random
 from collections import Counter
 from collections.abc import Mapping
+from itertools import islice
+from typing import Any
 
 from softprompt.data.examples import Example as Example
 from softprompt.data.examples import Loaded as Loaded
@@ -47,6 +49,11 @@ def load_examples(
         raise DataError(f"{source}: no rows")
     notes += [f"column {name} of {count} row{'' if count == 1 else 's'} is not used" for name, count in unused.items()]
     return Loaded(tuple(examples), tuple(rejected), tuple(notes))
+
+
+def first_rows(source: str, count: int) -> list[Mapping[str, Any]]:
+    """Up to `count` rows of a source as they are, those that have fields, whatever their shape. Raises DataError as `load_examples`."""
+    return [row for _, row in islice(rows_of(source), count) if isinstance(row, Mapping)]
 
 
 def hold_out(loaded: Loaded, fraction: float, seed: int) -> tuple[Loaded, Loaded]:

@@ -1,6 +1,6 @@
 """A run while it goes on, its end, its findings; and what a run will need."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
@@ -15,7 +15,13 @@ if TYPE_CHECKING:
 
 
 def draw_run(events: "Iterable[Event]", log_every: int) -> None:
-    """Follows a run to its end: a bar with loss, tokens per second and time left, and a line for what matters."""
+    """Follows a run to its end, as `drawn` shows it."""
+    for _ in drawn(events, log_every):
+        pass
+
+
+def drawn(events: "Iterable[Event]", log_every: int) -> "Iterator[Event]":
+    """The events as they are, once they are shown: a bar with loss, tokens per second and time left, and a line for what matters."""
     from softprompt.events import Evaluated, Finished, Found, Saved, Searching, Started, Step, Warned
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[now]}"), TimeRemainingColumn())
@@ -53,6 +59,7 @@ def draw_run(events: "Iterable[Event]", log_every: int) -> None:
                 case Finished():
                     progress.remove_task(bar)
                     _draw_result(event.result)
+            yield event
 
 
 def _draw_started(started: "Started") -> None:
