@@ -110,11 +110,11 @@ def from_examples(material: Material, room: int) -> Initial:
     by_answer: dict[tuple[int, ...], list[Encoded]] = {}
     for row in short:
         by_answer.setdefault(row.ids[len(row.question) :], []).append(row)
-    rows = iter(row for in_turn in zip_longest(*by_answer.values()) for row in in_turn if row is not None)
+    in_turn = [row for rows in zip_longest(*by_answer.values()) for row in rows if row is not None]
     ids: list[int] = []
     used = 0
-    while len(ids) < room and (row := next(rows, None)) is not None:
-        ids = [*row.ids, *ids]
+    while len(ids) < room and used < len(in_turn):
+        ids = [*in_turn[used].ids, *ids]
         used += 1
     return Initial(_rows(material, ids[-room:]), f"{min(room, len(ids))} from the tokens of {used} training rows (seed {material.seed})")
 
