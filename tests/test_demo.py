@@ -54,14 +54,16 @@ def test_the_demo_ends_with_a_comparison_and_answers_drawn_at_random(bases, tmp_
         rows = (demo.HOME / f"{part}.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
         (tmp_path / f"{part}.jsonl").write_text("".join(rows[:number]), encoding="utf-8")
     (tmp_path / "demo.toml").write_text((demo.HOME / "demo.toml").read_text(encoding="utf-8"), encoding="utf-8")
-    monkeypatch.setattr(demo, "HOME", tmp_path)
+    for name, value in (("HOME", tmp_path), ("NUM_COMPARED", 5), ("NUM_SHOWN", 3)):
+        monkeypatch.setattr(demo, name, value)
     run = tmp_path / "run"
     demo.run_demo([f"model.name={bases().name}", "model.device=cpu", "data.max_length=400", "train.steps=1", f"train.out={run}"])
     shown = capsys.readouterr().out
     assert all(name in shown for name in ("bare base", "text prompt", "examples", "soft prompt", "exact match"))
     asked = [json.loads(line)["prompt"] for line in (tmp_path / "test.jsonl").read_text(encoding="utf-8").splitlines()]
-    drawn = shown[shown.index("5 of the 7 messages, drawn at random (seed 0)") :]
-    assert sum(message in drawn for message in asked) == 5
-    assert drawn.count("expected") == 5
+    assert "5 messages drawn at random (seed 0) from 7 that neither" in shown
+    assert "Of all 7, the soft prompt answers 0% exactly right." in shown
+    drawn = shown[shown.index("The first 3 drawn:") :]
+    assert sum(message in drawn for message in asked) == drawn.count("expected") == 3
     assert "wrong  soft prompt" in drawn
     assert (run / "prompt" / "adapter_model.safetensors").is_file()

@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,7 +14,8 @@ if TYPE_CHECKING:
     from softprompt.evaluation import Evaluation
 
 HOME = Path(str(files("softprompt.demo")))
-NUM_SHOWN = 5
+NUM_COMPARED, NUM_SHOWN = 32, 5  # messages: examples in the context take half a second for each
+MAX_NEW_TOKENS = 60  # twice the longest record
 YOUR_MESSAGE = "The kettle from order KT-20481 leaks. I want my money back."
 
 
@@ -38,8 +40,11 @@ def run_demo(overrides: Sequence[str]) -> None:
     """Trains, compares with what costs nothing on messages that nothing has seen, and shows answers to some of them."""
     from softprompt.artifact import load_prompt
     from softprompt.data import load_examples
+    from softprompt.engine.decode import Sampling
     from softprompt.engine.loading import load_base
     from softprompt.evaluation import Contest, evaluating
+    from softprompt.generation import generate
+    from softprompt.metrics import exact
     from softprompt.screen.console import console
     from softprompt.screen.prompts import draw_evaluation, follow_evaluation
     from softprompt.screen.run import draw_run
@@ -49,30 +54,35 @@ def run_demo(overrides: Sequence[str]) -> None:
     console.print("loading the base; a GGUF file takes about a minute the first time")
     base = load_base(config.model)
     draw_run(train(config, base=base), config.train.log_every)
-    run = Path(config.train.out)
+    run, seed = Path(config.train.out), config.train.seed
     prompt, test = load_prompt(run / "prompt", base), load_examples(str(HOME / "test.jsonl"))
-    console.print(f"\n{len(test.examples)} messages that neither trained the prompt nor chose among its states are answered")
+    order = random.Random(seed).sample(test.examples, len(test.examples))
+    drawn, others = tuple(order[:NUM_COMPARED]), order[NUM_COMPARED:]
+    console.print(f"\n{len(drawn)} messages drawn at random (seed {seed}) from {len(order)} that neither trained nor chose the prompt:")
     contest = Contest(train=load_examples(str(config.data.train)), answers=True)
-    evaluation = follow_evaluation(evaluating(base, prompt, test, contest, out=run / "evaluations"))
+    evaluation = follow_evaluation(evaluating(base, prompt, replace(test, examples=drawn), contest, out=run / "evaluations"))
     draw_evaluation(evaluation)
-    _draw_answers(evaluation, config.train.seed)
-    console.print(f'\nThe prompt lies in {run / "prompt"}. Use it: softprompt generate {run / "prompt"} "{YOUR_MESSAGE}"')
+    answers = generate(base, prompt, [example.messages[-2].content for example in others], Sampling(max_new_tokens=MAX_NEW_TOKENS))
+    right = sum(exact(answer, example.response) for answer, example in zip(answers, others, strict=True))
+    right += evaluation.contestants["prompt"]["exact_match"] * len(drawn)
+    console.print(f"[bold]Of all {len(order)}, the soft prompt answers {right / len(order):.0%} exactly right.[/]")
+    _draw_answers(evaluation)
+    console.print(f'\nThe prompt lies in {run / "prompt"}. Use it: softprompt generate {run / "prompt"} "{YOUR_MESSAGE}"', markup=False)
 
 
-def _draw_answers(evaluation: "Evaluation", seed: int) -> None:
-    """Some messages with the answers of examples and prompt, and what was expected, in colours of right and wrong."""
-    from softprompt.metrics import called
+def _draw_answers(evaluation: "Evaluation") -> None:
+    """The first messages with the answers of examples and prompt, and what was expected, in colours of right and wrong."""
+    from softprompt.metrics import called, exact
     from softprompt.screen.console import console
 
     tables = {called(name, one.num_shots): one.table for name, one in evaluation.contestants.items() if name in ("few-shot", "prompt")}
     width = max(map(len, tables))
-    drawn = random.Random(seed).sample(range(evaluation.num_rows), NUM_SHOWN)
-    console.print(f"\n[bold]{NUM_SHOWN} of the {evaluation.num_rows} messages, drawn at random (seed {seed}):[/]")
-    for row in drawn:
+    console.print(f"\n[bold]The first {NUM_SHOWN} drawn:[/]")
+    for row in range(NUM_SHOWN):
         console.print(f"\n{evaluation.questions[row]}", style="bold", markup=False)
         for name, table in tables.items():
             assert table.answers is not None, "a contest with answers has them"
             answer, expected = table.answers[row], table.references[row]
-            right = answer == expected
+            right = exact(answer, expected)
             console.print(f"  {'right' if right else 'wrong'}  {name:<{width}}  {answer}", style="green" if right else "red", markup=False)
         console.print(f"         {'expected':<{width}}  {expected}", markup=False)
