@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from softprompt.evaluation import Evaluation
 
 HOME = Path(str(files("softprompt.demo")))
-NUM_COMPARED, NUM_SHOWN = 32, 5  # messages: examples in the context take half a second for each
+NUM_COMPARED, NUM_SHOWN = 32, 5  # messages to compare on, which takes a minute or two, and to show
 MAX_NEW_TOKENS = 60  # twice the longest record
 YOUR_MESSAGE = "The kettle from order KT-20481 leaks. I want my money back."
 
