@@ -11,12 +11,17 @@ TORCH ?= torch==2.13.0
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet $(TORCH)
+	$(BIN)/python -m pip install --quiet -e '.[demo]'
+	touch $@
+
+# What tests and checks need more: most of it trackers, the harness and other engines.
+$(VENV)/.installed-dev: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet -e '.[demo,dev]'
 	touch $@
 
-install: $(VENV)/.installed
+install: $(VENV)/.installed-dev
 
-demo: install
+demo: $(VENV)/.installed
 	$(BIN)/softprompt demo
 
 # One thread a process, as many processes as there are cores: twice as fast as one process that has all threads. PYTEST: more options.

@@ -2,7 +2,8 @@
 
     python -m benchmarks.eval_speed --base FOLDER --prompt RUN --json FILE [--rows 64] [--labelled 1000] [--joined 1 4] [--pairs 3]
 
-The prompt is one that `softprompt demo` has trained; the rows that are answered are the demo's last held-out messages, with the
+The prompt is one that `softprompt demo prompt.method=prompt prompt.init=text prompt.position=start` has trained, which PEFT can read;
+the rows that are answered are the demo's last test messages, with the
 limit of tokens and the stop texts of an evaluation. Three labels are scored for texts of so many of the demo's messages, joined, every
 text once by each side. The sides take turns in one process, with all answers or a block of labelled rows at a time; the ratios are
 medians of the pairs. Our greedy texts and losses must agree, or nothing is written; of
@@ -59,7 +60,7 @@ def main() -> None:
         for joined in given.joined
     ]
     result["labels"] = [labels(base, stored, some) for some in texts]
-    result |= answers(base, stored, load_examples(str(DEMO / "eval.jsonl")).examples[-given.rows :], find_prompt(given.prompt), given.pairs)
+    result |= answers(base, stored, load_examples(str(DEMO / "test.jsonl")).examples[-given.rows :], find_prompt(given.prompt), given.pairs)
     write_text(given.json, json.dumps(result, indent=1) + "\n")
     print(json.dumps({key: value for key, value in result.items() if key != "machine"}, indent=1))
 

@@ -95,9 +95,9 @@ def _english_reviews(cache: Path) -> Rows:
 def _demo(cache: Path, alpaca: Path | None) -> Task:
     folder = Path(softprompt.__file__).parent / "demo"
     config = load_config(folder / "demo.toml")
-    train, held, test = folder / "train.jsonl", Path(f"{folder / 'eval.jsonl'}[:64]"), Path(f"{folder / 'eval.jsonl'}[64:]")
+    train, held, test = (folder / f"{part}.jsonl" for part in ("train", "eval", "test"))
     text = str(config.prompt.text)
-    return Task("demo", train, held, test, text, False, steps=50, examples_per_step=8, max_length=192, virtual_tokens=59, exact=True)
+    return Task("demo", train, held, test, text, False, steps=50, examples_per_step=8, max_length=128, virtual_tokens=46, exact=True)
 
 
 MAKERS: dict[str, Callable[[Path, Path | None], Task]] = {"alpaca": _alpaca, "sentiment": _sentiment, "movies": _movies, "demo": _demo}

@@ -8,6 +8,7 @@ import random
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 
 import torch
@@ -101,14 +102,22 @@ def from_vocabulary(material: Material, room: int) -> Initial:
 
 
 def from_examples(material: Material, room: int) -> Initial:
-    """Embeddings of training rows, whole and one after another, in an order drawn by the seed."""
-    order = random.Random(material.seed).sample(range(len(material.rows)), len(material.rows))
+    """Embeddings of training rows, one behind another, drawn by the seed from the shorter half of them, different answers in turn.
+
+    The first one is cut where there is no room, so that the text goes on behind a whole answer: a cut one is no pattern to go by.
+    """
+    short = sorted(material.rows, key=len)[: (len(material.rows) + 1) // 2]
+    random.Random(material.seed).shuffle(short)
+    by_answer: dict[tuple[int, ...], list[Encoded]] = {}
+    for row in short:
+        by_answer.setdefault(row.ids[len(row.question) :], []).append(row)
+    in_turn = [row for rows in zip_longest(*by_answer.values()) for row in rows if row is not None]
     ids: list[int] = []
     used = 0
-    while len(ids) < room and used < len(order):
-        ids += material.rows[order[used]].ids
+    while len(ids) < room and used < len(in_turn):
+        ids = [*in_turn[used].ids, *ids]
         used += 1
-    return Initial(_rows(material, ids[:room]), f"{min(room, len(ids))} from the tokens of {used} training rows (seed {material.seed})")
+    return Initial(_rows(material, ids[-room:]), f"{min(room, len(ids))} from the tokens of {used} training rows (seed {material.seed})")
 
 
 def from_noise(material: Material, room: int) -> Initial:

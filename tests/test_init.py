@@ -1,6 +1,8 @@
 """Where prompts start: every source alone and in turn, what is cut or repeated, and another prompt as a start."""
 
 import json
+from dataclasses import replace
+from itertools import permutations
 
 import pytest
 import tiny
@@ -82,11 +84,20 @@ def test_a_label_word_gives_the_mean_of_its_tokens(material):
         torch.testing.assert_close(row_H, made.base.embed_ids(text_ids(made, word)).mean(dim=0))
 
 
-def test_examples_give_whole_rows_in_turn(material):
-    made = material(init="examples", length=30)
+def test_examples_stand_whole_before_the_text(material):
+    made = material(init="examples", length=40)
     ids = ids_of(made, initial_rows(made).rows_PH)
-    first = next(row for row in made.rows if list(row.ids[:30]) == ids[: len(row)])
-    assert ids[len(first)] in {row.ids[0] for row in made.rows}
+    short = sorted(made.rows, key=len)[:5]
+    assert ids in [list(first.ids + second.ids + third.ids)[-40:] for first, second, third in permutations(short, 3)]
+
+
+def test_examples_show_different_answers_in_turn(material):
+    encoder = make_encoder(material().base.tokenizer, "{{ prompt }}")
+    rows = [encoder.encode(one) for one in examples_of([{"prompt": "tea", "completion": word} for word in ("good", *["nice"] * 7)])]
+    for seed in range(4):
+        made = replace(material(seed=seed, init="examples", length=2 * len(rows[0])), rows=[*rows, *rows])
+        ids = ids_of(made, initial_rows(made).rows_PH)
+        assert {tuple(ids[: len(rows[0])]), tuple(ids[len(rows[0]) :])} == {row.ids for row in rows}
 
 
 def test_noise_is_like_the_embedding_rows(material):

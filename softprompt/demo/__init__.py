@@ -1,14 +1,22 @@
 """The main job on what comes with the package: a data set written for it, and Gemma 3 270M from the extra `demo`."""
 
+import random
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from softprompt.config import Config, load_config
 from softprompt.errors import MissingPackage
 
+if TYPE_CHECKING:
+    from softprompt.evaluation import Evaluation
+
 HOME = Path(str(files("softprompt.demo")))
-NUM_EVAL = 64  # of the 128 held-out rows: half the waiting, and the gain is far larger than the difference
+NUM_COMPARED, NUM_SHOWN = 32, 5  # messages to compare on, which takes a minute or two, and to show
+MAX_NEW_TOKENS = 60  # twice the longest record
+YOUR_MESSAGE = "The kettle from order KT-20481 leaks. I want my money back."
 
 
 def demo_base() -> Path:
@@ -22,41 +30,59 @@ def demo_base() -> Path:
 
 def demo_config(overrides: Sequence[str] = ()) -> Config:
     """demo.toml with the packaged rows, and Gemma 3 270M unless an override names another base."""
-    own = [f"data.train={HOME / 'train.jsonl'}", f"data.eval={HOME / 'eval.jsonl'}[:{NUM_EVAL}]"]
+    own = [f"data.train={HOME / 'train.jsonl'}", f"data.eval={HOME / 'eval.jsonl'}"]
     if not any(override.startswith(("model.name=", "model.gguf_file=")) for override in overrides):
         own.append(f"model.gguf_file={demo_base()}")
     return load_config(HOME / "demo.toml", [*own, *overrides])
 
 
 def run_demo(overrides: Sequence[str]) -> None:
-    """Trains, evaluates against the baselines and shows three answers before and after."""
+    """Trains, compares with what costs nothing on messages that nothing has seen, and shows answers to some of them."""
     from softprompt.artifact import load_prompt
     from softprompt.data import load_examples
     from softprompt.engine.decode import Sampling
     from softprompt.engine.loading import load_base
-    from softprompt.evaluation import evaluate
-    from softprompt.generation import generate, without_prompt
+    from softprompt.evaluation import Contest, evaluating
+    from softprompt.generation import generate
+    from softprompt.metrics import exact
     from softprompt.screen.console import console
-    from softprompt.screen.prompts import draw_evaluation
+    from softprompt.screen.prompts import draw_evaluation, follow_evaluation
     from softprompt.screen.run import draw_run
     from softprompt.training import train
 
     config = demo_config(overrides)
-    assert config.data.eval is not None
     console.print("loading the base; a GGUF file takes about a minute the first time")
     base = load_base(config.model)
     draw_run(train(config, base=base), config.train.log_every)
-    folder = Path(config.train.out) / "prompt"
-    prompt, held = load_prompt(folder, base), load_examples(config.data.eval)
-    draw_evaluation(evaluate(base, prompt, held, out=Path(config.train.out) / "evaluations"))
-    shown = held.examples[:3]
-    texts = [example.messages[-2].content for example in shown]
-    short = Sampling(max_new_tokens=60)
-    before = generate(base, without_prompt(base, prompt), texts, short)
-    after = generate(base, prompt, texts, short)
-    for text, example, bare, soft in zip(texts, shown, before, after, strict=True):
-        console.print(f"\n[bold]{text}[/]")
-        console.print(f"  before  {' '.join(bare.split())[:120]}", markup=False)
-        console.print(f"  after   {soft}", markup=False)
-        console.print(f"  wanted  {example.response}", markup=False)
-    console.print(f'\nThe prompt lies in {folder}. Use it: softprompt generate {folder} "my parcel is late"')
+    run, seed = Path(config.train.out), config.train.seed
+    prompt, test = load_prompt(run / "prompt", base), load_examples(str(HOME / "test.jsonl"))
+    order = random.Random(seed).sample(test.examples, len(test.examples))
+    drawn, others = tuple(order[:NUM_COMPARED]), order[NUM_COMPARED:]
+    console.print(f"\n{len(drawn)} messages drawn at random (seed {seed}) from {len(order)} that neither trained nor chose the prompt:")
+    contest = Contest(train=load_examples(str(config.data.train)), answers=True)
+    evaluation = follow_evaluation(evaluating(base, prompt, replace(test, examples=drawn), contest, out=run / "evaluations"))
+    draw_evaluation(evaluation)
+    answers = generate(base, prompt, [example.messages[-2].content for example in others], Sampling(max_new_tokens=MAX_NEW_TOKENS))
+    right = sum(exact(answer, example.response) for answer, example in zip(answers, others, strict=True))
+    right += evaluation.contestants["prompt"]["exact_match"] * len(drawn)
+    console.print(f"[bold]Of all {len(order)}, the soft prompt answers {right / len(order):.0%} exactly right.[/]")
+    _draw_answers(evaluation)
+    console.print(f'\nThe prompt lies in {run / "prompt"}. Use it: softprompt generate {run / "prompt"} "{YOUR_MESSAGE}"', markup=False)
+
+
+def _draw_answers(evaluation: "Evaluation") -> None:
+    """The first messages with the answers of examples and prompt, and what was expected, in colours of right and wrong."""
+    from softprompt.metrics import called, exact
+    from softprompt.screen.console import console
+
+    tables = {called(name, one.num_shots): one.table for name, one in evaluation.contestants.items() if name in ("few-shot", "prompt")}
+    width = max(map(len, tables))
+    console.print(f"\n[bold]The first {NUM_SHOWN} drawn:[/]")
+    for row in range(NUM_SHOWN):
+        console.print(f"\n{evaluation.questions[row]}", style="bold", markup=False)
+        for name, table in tables.items():
+            assert table.answers is not None, "a contest with answers has them"
+            answer, expected = table.answers[row], table.references[row]
+            right = exact(answer, expected)
+            console.print(f"  {'right' if right else 'wrong'}  {name:<{width}}  {answer}", style="green" if right else "red", markup=False)
+        console.print(f"         {'expected':<{width}}  {expected}", markup=False)
