@@ -29,7 +29,7 @@ LAYERS = [
     {"runlog", "encode"},
     {"rows", "artifact"},
     {"show", "checkpoint", "init", "generation", "inspection", "export"},
-    {"contestants", "conversation"},
+    {"answering", "contestants", "conversation"},
     {"answers"},
     {"evaluation", "harness"},
     {"draft", "job", "doctor", "arguments", "foreign", "sharing"},

@@ -36,6 +36,14 @@ SystemTurn = Annotated[
     str | None, typer.Option("--system", metavar="TEXT", help='System turn, instead of the one that all training rows had; "" is none.')
 ]
 OtherBase = Annotated[bool, typer.Option("--allow-other-base", help="Use a prompt on a base or tokenizer that it was not trained for.")]
+FileOfTexts = Annotated[
+    str | None,
+    typer.Option("--file", metavar="FILE", help="Texts: a .txt file of lines, or rows whose questions are answered; needs --out."),
+]
+OutOfFile = Annotated[
+    Path | None,
+    typer.Option("--out", metavar="ANSWERS.jsonl", help="Where the answers to --file go, line by line; goes on where it stopped."),
+]
 MaxNewTokens = Annotated[int, typer.Option(help="Tokens of an answer at most.")]
 Temperature = Annotated[float, typer.Option(help="0 is greedy.")]
 TopP = Annotated[float, typer.Option(help="Sample from the likeliest tokens of this joint probability.")]

@@ -1,8 +1,10 @@
 """What is done with a trained prompt."""
 
+import hashlib
 import re
 import sys
 from collections.abc import Iterable, Iterator
+from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,10 +13,12 @@ import typer
 
 from softprompt.cli import completion
 from softprompt.cli.options import (
+    FileOfTexts,
     HeldOut,
     Json,
     MaxNewTokens,
     OtherBase,
+    OutOfFile,
     Overrides,
     PromptPath,
     Seed,
@@ -155,6 +159,8 @@ def generate(
     other: Annotated[
         list[Path] | None, typer.Option("--with", metavar="PROMPT", help="Answer with this prompt too, in the same batch; repeatable.")
     ] = None,
+    file: FileOfTexts = None,
+    out: OutOfFile = None,
     max_new_tokens: MaxNewTokens = 256,
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
@@ -168,25 +174,49 @@ def generate(
     json_file: Json = None,
 ) -> None:
     """Answer texts with one soft prompt, with several in one batch, or with several that agree on one answer."""
-    overrides = [item for item in texts or [] if re.match(r"model\.\w+=", item)]
-    asked = [item for item in texts or [] if item not in overrides] or [line.rstrip("\n") for line in sys.stdin if line.strip()]
-    if not asked:
+    overrides = [item for item in texts or [] if re.match(r"(model|data\.columns)\.\w+=", item)]
+    asked = [item for item in texts or [] if item not in overrides]
+    if file is None and out is None:
+        asked = asked or [line.rstrip("\n") for line in sys.stdin if line.strip()]
+    elif file is None or out is None or asked or json_file or (other and not together):
+        raise ConfigError("--file FILE and --out ANSWERS.jsonl go together, with one prompt or --ensemble, without texts and --json")
+    if not asked and file is None:
         raise ConfigError("no text to answer")
-    from softprompt import Ensemble, Sampling, load_base, load_prompt
-    from softprompt.artifact import StoredPrompt, find_prompts
-    from softprompt.generation import check_sampling, stream
-    from softprompt.screen.prompts import draw_stream
+    from softprompt import Sampling
+    from softprompt.generation import Ensemble, check_sampling
 
     sampling = Sampling(max_new_tokens, temperature, top_p, top_k, seed)
     check_sampling(sampling, [Ensemble((), together.value)] if together else [])
-    given = [prompt, *(other or [])]
-    paths = [path for place in given for path in find_prompts(place)] if together else given
-    base = load_base(base_config(paths[0], overrides))
-    loaded = (load_prompt(path, base, allow_other_base=allow_other_base) for path in paths)
+    places = _places([prompt, *(other or [])], together)
+    base, each = _answerers(places, overrides, together, system, allow_other_base)
+    if file is not None and out is not None:
+        _answer_file(base, each[0][1], sampling, file, out, overrides, {"prompt": _digest(places), "system": system, "ensemble": together})
+    else:
+        _answer_texts(base, each, asked, sampling, json_file)
+
+
+def _places(given: list[Path], together: Together | None) -> list[Path]:
+    """The folders of the prompts; of a bank, all that answer together."""
+    from softprompt.artifact import find_prompts
+
+    return [path for place in given for path in find_prompts(place)] if together else given
+
+
+def _answerers(places: list[Path], overrides: list[str], together: Together | None, system: str | None, allow_other_base: bool) -> Any:
+    """(the base, (path, who answers) of each)."""
+    from softprompt import Ensemble, load_base, load_prompt
+
+    base = load_base(base_config(places[0], overrides))
+    loaded = (load_prompt(path, base, allow_other_base=allow_other_base) for path in places)
     stored = [one if system is None else one.told(system) for one in loaded]
-    each: list[tuple[Path, StoredPrompt | Ensemble]] = (
-        [(prompt, Ensemble(tuple(stored), together.value))] if together else list(zip(paths, stored, strict=True))
-    )
+    return base, [(places[0], Ensemble(tuple(stored), together.value))] if together else list(zip(places, stored, strict=True))
+
+
+def _answer_texts(base: Any, each: "list[tuple[Path, Any]]", asked: list[str], sampling: Any, json_file: Path | None) -> None:
+    """On the screen, one after the other."""
+    from softprompt.generation import stream
+    from softprompt.screen.prompts import draw_stream
+
     jobs = [(path, one, text) for text in asked for path, one in each]
     headings = [f"{text}  ({path})" if len(each) > 1 else text for path, _, text in jobs]
     thoughts = [""] * len(jobs)
@@ -197,6 +227,36 @@ def generate(
         for (path, _, text), answer, thought in zip(jobs, answers, thoughts, strict=True)
     ]
     write_json(json_file, {"answers": rows})
+
+
+def _answer_file(base: Any, one: Any, sampling: Any, file: str, out: Path, overrides: list[str], settings: dict[str, Any]) -> None:
+    """Into a file, with a line of progress; those that cannot be answered are said at the end."""
+    from softprompt.answering import answer_file
+    from softprompt.config import load_config
+    from softprompt.data import load_questions
+
+    questions = load_questions(file, load_config(None, overrides).data.columns)
+    told = {**settings, "base": base.fingerprint, "sampling": asdict(sampling), "file": _sha256(repr(questions).encode())}
+    failed = 0
+    for number, state in enumerate(answer_file(base, one, questions, sampling, out, told)):
+        if number == 0 and state.done == state.total:
+            print(f"{out} is finished: {state.total} answers", file=sys.stderr)
+        elif number or state.done:
+            print(f"{state.done} of {state.total} answered", file=sys.stderr, flush=True)
+        failed = state.failed
+    if failed:
+        print(f"{failed} could not be answered: their lines in {out} have an error", file=sys.stderr)
+
+
+def _digest(places: list[Path]) -> list[str]:
+    """What the prompts are, wherever they lie."""
+    from softprompt.artifact import WEIGHTS, find_prompt
+
+    return [_sha256((find_prompt(path) / WEIGHTS).read_bytes() + (find_prompt(path) / "card.json").read_bytes()) for path in places]
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def _keeping_thoughts(pieces: "Iterable[Piece]", thoughts: list[str]) -> "Iterator[Piece]":

@@ -15,6 +15,8 @@ from softprompt.data.examples import Message as Message
 from softprompt.data.examples import Rejected as Rejected
 from softprompt.data.examples import Unusable
 from softprompt.data.files import Note, rows_of
+from softprompt.data.questions import Unanswered as Unanswered
+from softprompt.data.questions import load_questions as load_questions
 from softprompt.data.shapes import example_of, unused_columns
 from softprompt.errors import DataError
 

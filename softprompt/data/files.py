@@ -149,7 +149,7 @@ def _decoded(path: Path, encoding: str) -> Iterator[str]:
 
 
 @contextmanager
-def _text_of(path: Path, encoding: str, newline: str = "\n") -> Iterator[TextIO]:
+def _text_of(path: Path, encoding: str, newline: str | None = "\n") -> Iterator[TextIO]:
     with _binary(path) as file, io.TextIOWrapper(file, encoding=encoding, newline=newline) as text:
         yield text
 
@@ -166,6 +166,13 @@ def _assumed(path: Path) -> tuple[str, list[tuple[str, Any]]]:
 def _read_text(path: Path, encoding: str) -> str:
     with _text_of(path, encoding) as file:
         return file.read()
+
+
+def text_lines(path: Path) -> Iterator[str]:
+    """The lines of a text file, without their ends. Raises DataError."""
+    encoding, _ = _assumed(path)
+    with _text_of(path, encoding, newline=None) as file:
+        yield from (line.rstrip("\n") for line in file)
 
 
 def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
