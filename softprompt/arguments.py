@@ -31,7 +31,7 @@ class Arguments:
     of_run: Config | None
 
     @property
-    def source(self) -> str | None:
+    def source(self) -> str | tuple[str, ...] | None:
         """Where the held-out rows come from: the command's file, else the run's; None where neither has any."""
         if self.config.data.eval is not None or self.of_run is None:
             return self.config.data.eval

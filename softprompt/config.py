@@ -63,16 +63,18 @@ class ModelConfig(Section):
         return name, gguf_file
 
 
+Sources = str | tuple[str, ...]
+SEVERAL = (["data", "train"], ["data", "eval"])  # settings that are text or a list
 COLUMNS = ("messages", "instruction", "input", "output", "prompt", "completion", "text", "label", "system", "history")
 
 
 class DataConfig(Section):
     """The rows, and how they become text."""
 
-    train: str | None = None
+    train: Sources | None = None
     """JSON, JSONL, CSV, TSV or Parquet file, plain, .gz or .zst, a pattern of names (`data/*.jsonl`), an address (`s3://`, `hf://`),
-    a `save_to_disk` folder, or a hub id; may end in `:split` or `:configuration:split`, and in `[from:to]`."""
-    eval: str | None = None
+    a `save_to_disk` folder, or a hub id; may end in `:split` or `:configuration:split`, and in `[from:to]`. Several of them: a list."""
+    eval: Sources | None = None
     """Held-out rows, named like `train`."""
     eval_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of the different training rows to hold out (seeded by `train.seed`) when `eval` is not set; copies stay on one side."""
@@ -94,6 +96,14 @@ class DataConfig(Section):
     completion = "answer"}."""
     max_rejected: Annotated[int, Field(ge=0)] = 0
     """Rows that may be rejected before the run is stopped; each is listed with its reason."""
+
+    @field_validator("train", "eval", mode="before")
+    @classmethod
+    def _names(cls, value: Any) -> Any:
+        names = value if isinstance(value, list | tuple) and value else [value]
+        if value is not None and not all(isinstance(name, str) for name in names):
+            raise ValueError("input should be a valid string, or a list of them")
+        return tuple(value) if isinstance(value, list) else value
 
     @field_validator("date", mode="before")
     @classmethod
@@ -305,7 +315,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     except tomllib.TOMLDecodeError:
         read = {}
     value = read["value"] if len(read) == 1 else raw
-    if not isinstance(value, str) and _holds_text(*parts):
+    if not isinstance(value, str) and _holds_text(*parts) and not (isinstance(value, list) and parts in SEVERAL):
         value = raw
     for part in parts[:-1]:
         tree = tree.setdefault(part, {})
@@ -360,6 +370,9 @@ def with_absolute_paths(config: Config) -> Config:
         here = "://" not in path and (any(Path(name).exists() for name in names) or glob(path))
         return f"{Path(path).absolute()}{source[len(path) :]}" if here else source
 
+    def each(sources: str | tuple[str, ...] | None) -> str | tuple[str | None, ...] | None:
+        return tuple(absolute(one) for one in sources) if isinstance(sources, tuple) else absolute(sources)
+
     def moved(prompt: dict[str, Any]) -> dict[str, Any]:
         return {**prompt, "file": absolute(prompt["file"])} if prompt.get("file") else prompt
 
@@ -368,5 +381,5 @@ def with_absolute_paths(config: Config) -> Config:
     prompt = config.prompt.model_copy(update={"bank": bank, "file": absolute(config.prompt.file)})
     model = config.model.model_copy(update={"name": absolute(name), "gguf_file": gguf_file})
     template = absolute(config.data.template) if config.data.template.endswith(".jinja") else config.data.template
-    data = config.data.model_copy(update={"train": absolute(config.data.train), "eval": absolute(config.data.eval), "template": template})
+    data = config.data.model_copy(update={"train": each(config.data.train), "eval": each(config.data.eval), "template": template})
     return config.model_copy(update={"model": model, "data": data, "prompt": prompt})

@@ -245,8 +245,9 @@ def data_facts(setup: Setup) -> dict[str, Any]:
 
 def data_card(config: Config, rows: Rows, held: Rows | None) -> DataCard:
     assert config.data.train is not None
+    sources = (config.data.train,) if isinstance(config.data.train, str) else config.data.train
     return DataCard(
-        train=Path(config.data.train).name if Path(config.data.train).is_absolute() else config.data.train,
+        train=", ".join(Path(one).name if Path(one).is_absolute() else one for one in sources),
         num_train=len(rows.encoded),
         train_fingerprint=rows.fingerprint,
         num_eval=len(held.encoded) if held else 0,

@@ -6,9 +6,13 @@ import io
 import json
 
 import pytest
+import tiny
 
+from softprompt.config import load_config
 from softprompt.data import load_examples
-from softprompt.errors import DataError
+from softprompt.errors import ConfigError, DataError
+from softprompt.runlog import RunFolder
+from softprompt.training import train
 
 TURNS = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
 SHARE = {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}
@@ -25,11 +29,11 @@ def lines(*rows):
 
 QA = [("user", "q"), ("assistant", "a")]
 ROWS = {
-    "alpaca": ({"instruction": "q", "input": "", "output": "a"}, {}, [("user", "q\n"), ("assistant", "a")]),
+    "alpaca": ({"instruction": "q", "input": "", "output": "a"}, {}, [("user", "q"), ("assistant", "a")]),
     "alpaca with history": (
         {"instruction": "q", "output": "a", "system": "s", "history": [["q1", "a1"]]},
         {},
-        [("system", "s"), ("user", "q1"), ("assistant", "a1"), ("user", "q\n"), ("assistant", "a")],
+        [("system", "s"), ("user", "q1"), ("assistant", "a1"), ("user", "q"), ("assistant", "a")],
     ),
     "sharegpt": (SHARE, {}, QA),
     "sharegpt with system": ({**SHARE, "system": "s"}, {}, [("system", "s"), *QA]),
@@ -155,3 +159,32 @@ def test_numbers_of_classes_are_their_names(words, expected, tmp_path):
     loaded = load_examples(f"{tmp_path}/sst2:validation", columns={"text": "sentence"}, label_words=words)
     assert [example.response for example in loaded.examples] == expected
     assert [item.reason for item in loaded.rejected] == ["label is missing"]
+
+
+def test_several_files_and_a_pattern_are_one_source_from_any_folder(make_config, tmp_path, monkeypatch):
+    for name, number in (("a", 3), ("b1", 4), ("b2", 5)):
+        tiny.write_rows(tmp_path / f"{name}.jsonl", tiny.some_rows(number))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+    sources = ("a.jsonl[1:]", "b*.jsonl")
+    assert len(load_examples(sources).examples) == 11
+    assert len(load_examples(list(sources), limit=3).examples) == 3
+    with pytest.raises(DataError, match=r"c\.jsonl: no such file"):
+        load_examples(["a.jsonl", "./c.jsonl"])
+    (tmp_path / "config.toml").write_text(make_config("train.steps=2").to_toml())
+    more = ('data.train=["a.jsonl[1:]", "b*.jsonl"]', 'data.eval=["a.jsonl", "b1.jsonl"]', "train.save_every=1")
+    config = load_config(tmp_path / "config.toml", more)
+    assert config.data.train == sources
+    assert load_config({"data": {"train": list(sources)}}).data.train == sources
+    tiny.stop_after(config, 1)
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    end = list(train(RunFolder.reopen(tmp_path / "run").config(), resume=True))[-1]
+    assert end.step == 2
+    card = json.loads((tmp_path / "run" / "prompt" / "card.json").read_text())
+    assert (card["data"]["train"], card["data"]["num_train"], card["data"]["num_eval"]) == ("a.jsonl[1:], b*.jsonl", 11, 7)
+
+
+@pytest.mark.parametrize("wrong", ["data.train=[]", "data.train=[1]"])
+def test_a_list_that_names_no_files_is_refused(wrong):
+    with pytest.raises(ConfigError, match=r"data\.train"):
+        load_config(None, [wrong])

@@ -5,7 +5,7 @@ This package does not import torch.
 
 import random
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import islice
 from typing import Any
 
@@ -22,9 +22,13 @@ from softprompt.errors import DataError
 
 
 def load_examples(
-    source: str, *, limit: int | None = None, label_words: Mapping[str, str] | None = None, columns: Mapping[str, str] | None = None
+    source: str | Sequence[str],
+    *,
+    limit: int | None = None,
+    label_words: Mapping[str, str] | None = None,
+    columns: Mapping[str, str] | None = None,
 ) -> Loaded:
-    """Reads `source` (see `data.train` in the configuration) into examples and rejected rows.
+    """Reads `source`, one or several (see `data.train` in the configuration) into examples and rejected rows.
 
     Raises DataError when the source cannot be read at all or holds no row.
     """
@@ -48,7 +52,7 @@ def load_examples(
         except Unusable as reason:
             rejected.append(Rejected(place, str(reason)))
     if num_rows == 0:
-        raise DataError(f"{source}: no rows")
+        raise DataError(f"{source if isinstance(source, str) else ', '.join(source)}: no rows")
     notes += [f"column {name} of {count} row{'' if count == 1 else 's'} is not used" for name, count in unused.items()]
     return Loaded(tuple(examples), tuple(rejected), tuple(notes))
 

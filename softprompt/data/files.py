@@ -8,7 +8,7 @@ import json
 import shutil
 import tempfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from glob import glob
@@ -31,8 +31,12 @@ class Note:
     text: str
 
 
-def rows_of(source: str) -> Iterator[tuple[str, Any]]:
-    """(place, row) of a source; an unreadable line comes as Unusable instead of a row, what was assumed as a Note."""
+def rows_of(sources: str | Sequence[str]) -> Iterator[tuple[str, Any]]:
+    """(place, row) of a source or of several; an unreadable line comes as Unusable instead of a row, what was assumed as a Note."""
+    return _one_source(sources) if isinstance(sources, str) else chain.from_iterable(map(_one_source, sources))
+
+
+def _one_source(source: str) -> Iterator[tuple[str, Any]]:
     match = RANGE.match(source)
     if match is None or Path(source).exists():
         yield from _whole(source)
