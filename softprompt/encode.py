@@ -57,7 +57,7 @@ class Encoder:
 
     def num_unlearned(self, example: Example, row: Encoded) -> int:
         """Answers of a conversation that are read and not learned, because the template writes them otherwise once it goes on."""
-        answers = sum(message.role == "assistant" for message in example.messages)
+        answers = sum(message.role == "assistant" and message.learned for message in example.messages)
         if answers < 2 or not self.template.knows_turns:
             return 0
         if row.num_cut:

@@ -30,7 +30,7 @@ ANSWER = "0192837465"  # to be found again in what a template writes
 
 @dataclass(frozen=True)
 class Segment:
-    """A piece of text. `ends`: the EOS token follows it, supervised like the text."""
+    """A piece of text. `ends`: an answer ends here, with EOS or what the template ends it with, supervised like the text."""
 
     text: str
     supervised: bool = False
@@ -87,7 +87,7 @@ class HumanAssistant(Template):
                 between = "\n\n" if segments and segments[-1].ends else ""
                 segments.append(Segment(between + ("Human: " + message.content).strip() + "\n\nAssistant: "))
             else:
-                segments.append(Segment(message.content, supervised=True, ends=True))
+                segments.append(Segment(message.content, supervised=message.learned, ends=True))
         return segments
 
 
@@ -172,7 +172,10 @@ class Chat(Template):
                 opened, closed = self._render(before[:index], True, example), self._render(before[: index + 1], False, example)
                 if not opened.startswith(shown) or not closed.startswith(opened):
                     return [Segment(asked)]
-                segments += [Segment(opened[len(shown) :]), Segment(closed[len(opened) :], supervised=True)]
+                segments += [
+                    Segment(opened[len(shown) :]),
+                    Segment(closed[len(opened) :], supervised=message.learned, ends=not message.learned),
+                ]
                 shown = closed
         return [*segments, Segment(asked[len(shown) :])] if asked.startswith(shown) else [Segment(asked)]
 
@@ -193,7 +196,7 @@ class Chat(Template):
 
     def ended(self, ids: list[int], segment: Segment, tokenizer: Tokenizer) -> tuple[list[int], int]:
         """A chat template writes the end of a turn itself, and something after it, which nobody need learn."""
-        if not segment.supervised:
+        if not (segment.supervised or segment.ends):
             return ids, len(ids)
         for known in (self.end_ids, self._control):
             ends = [index for index, token in enumerate(ids) if token in known]

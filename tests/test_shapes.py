@@ -10,6 +10,7 @@ import tiny
 
 from softprompt.config import load_config
 from softprompt.data import load_examples
+from softprompt.encode import make_encoder
 from softprompt.errors import ConfigError, DataError
 from softprompt.runlog import RunFolder
 from softprompt.training import train
@@ -65,7 +66,8 @@ def test_a_shape_gives_its_turns(name, tmp_path):
 
 REJECTED = {
     "tool calls": ({"messages": [TURNS[0], {**TURNS[1], "tool_calls": [{"id": 1}]}]}, {}, "calls a tool"),
-    "weight": ({"messages": [TURNS[0], {**TURNS[1], "weight": 0}]}, {}, "weight 0"),
+    "weight": ({"messages": [TURNS[0], {**TURNS[1], "weight": 0}]}, {}, "all its answers have weight 0"),
+    "half a weight": ({"messages": [TURNS[0], {**TURNS[1], "weight": 0.5}]}, {}, "weight 0.5"),
     "image": ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}, TURNS[1]]}, {}, "part of type image_url"),
     "misspelt column": ({"question": "q", "answer": "a"}, {"prompt": "qestion"}, "no column qestion: did you mean question"),
     "unknown name": ({"question": "q"}, {"prompt": "'a' ~ nothing", "completion": "question"}, "'nothing' is undefined"),
@@ -188,3 +190,34 @@ def test_several_files_and_a_pattern_are_one_source_from_any_folder(make_config,
 def test_a_list_that_names_no_files_is_refused(wrong):
     with pytest.raises(ConfigError, match=r"data\.train"):
         load_config(None, [wrong])
+
+
+def weighed(tmp_path, *weights):
+    turns = []
+    for number, weight in enumerate(weights):
+        turns += [{"role": "user", "content": f"q{number}"}, {"role": "assistant", "content": f"a{number}", "weight": weight}]
+    (example,) = load_examples(str(tiny.write_rows(tmp_path / "rows.jsonl", [{"messages": turns}]))).examples
+    return example
+
+
+NO_END = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+
+
+@pytest.mark.parametrize("template", ["human-assistant", tiny.TURNS, NO_END])
+def test_a_turn_of_weight_0_is_read_and_not_learned(template, tmp_path):
+    tokenizer = tiny.chat_tokenizer(template)
+    encoder = make_encoder(tokenizer, "human-assistant" if template == "human-assistant" else "chat")
+    whole, part = encoder.encode(weighed(tmp_path, 1, 1, 1)), encoder.encode(weighed(tmp_path, 0, 1, 0))
+    assert whole.ids[: len(part.ids)] == part.ids
+    learned = [token for token, on in zip(part.ids, part.supervised, strict=True) if on]
+    assert tokenizer.decode(learned) in ("a1</s>", "a1<|end|>")
+    assert "a0" in tokenizer.decode(part.ids)
+    assert encoder.num_unlearned(weighed(tmp_path, 0, 1, 1), encoder.encode(weighed(tmp_path, 0, 1, 1))) == 0
+
+
+def test_weights_of_1_change_nothing_and_others_the_fingerprint(tmp_path):
+    prints = []
+    for weights in ((1, 1), (None, None), (0, 1)):
+        weighed(tmp_path, *weights)
+        prints.append(load_examples(str(tmp_path / "rows.jsonl")).fingerprint)
+    assert prints[0] == prints[1] != prints[2]

@@ -9,10 +9,11 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Message:
-    """One turn: role is system, user or assistant."""
+    """One turn: role is system, user or assistant. `learned`: whether an answer is learned, or only read."""
 
     role: str
     content: str
+    learned: bool = True
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class Loaded:
         """sha256 over the turns of all examples, in order."""
         digest = hashlib.sha256()
         for example in self.examples:
-            turns = [[message.role, message.content] for message in example.messages]
+            turns = [[message.role, message.content, *([] if message.learned else [False])] for message in example.messages]
             digest.update(json.dumps(turns, ensure_ascii=False).encode() + b"\n")
         return digest.hexdigest()
 

@@ -97,6 +97,10 @@ def _from_messages(row: Mapping[str, Any], place: str, label_words: Mapping[str,
         raise Unusable(f"turns must alternate user, assistant and end with assistant (a system turn may come first); here: {roles}")
     for message in spoken[1::2]:
         _not_empty(message.content, "an assistant turn")
+    while spoken and not spoken[-1].learned:  # nothing that is learned depends on what comes behind it
+        messages, spoken = messages[:-2], spoken[:-2]
+    if not spoken:
+        raise Unusable("all its answers have weight 0: there is nothing to learn from")
     return Example(tuple(messages), place, fields={"prompt": spoken[-2].content})
 
 
@@ -148,12 +152,13 @@ def _message(turn: Mapping[str, Any]) -> Message:
     role, content = ("from", "value") if "from" in turn and "role" not in turn else ("role", "content")
     if turn.get("tool_calls") or turn.get("function_call"):
         raise Unusable("a turn calls a tool, which is not supported")
-    if turn.get("weight") == 0 and turn.get(role) in ("assistant", "gpt"):
-        raise Unusable("a turn has weight 0, which is not supported: make rows that end with the answer to learn")
+    if turn.get("weight") not in (None, 0, 1):
+        raise Unusable(f"a turn has weight {turn['weight']}: known are 0, read and not learned, and 1")
     if isinstance(turn.get(content), list):
         turn = {**turn, content: "".join(map(_part, turn[content]))}
     said = _text(turn, role)
-    return Message(ROLES.get(said, said), _text(turn, content))
+    known = ROLES.get(said, said)
+    return Message(known, _text(turn, content), learned=known != "assistant" or turn.get("weight") != 0)
 
 
 def _part(part: Any) -> str:
