@@ -149,6 +149,28 @@ def test_a_bad_line_and_a_long_cell_do_not_lose_the_file(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("text", "good", "bad"),
+    [
+        ('q1,a\nq2,"open\nq3,a\nq4,a\n', ["q1", "q3", "q4"], [3]),
+        ('q1,a\n\nq2,"open\nq3,"a"\nq4,"open\nq5,a\n', ["q1", "q3", "q5"], [4, 6]),
+        ('q1,"two\nlines"\nq2,"open\n', ["q1"], [4]),
+    ],
+)
+def test_an_open_quote_does_not_swallow_the_rest_of_a_file(text, good, bad, tmp_path):
+    (tmp_path / "a.csv").write_text("prompt,completion\n" + text, encoding="utf-8")
+    loaded = load_examples(str(tmp_path / "a.csv"))
+    assert [example.messages[0].content for example in loaded.examples] == good
+    assert [int(item.source.rpartition(":")[2]) for item in loaded.rejected] == bad
+    assert all("not valid CSV" in item.reason for item in loaded.rejected)
+
+
+def test_an_open_quote_in_the_header_is_one_sentence(tmp_path):
+    (tmp_path / "a.csv").write_text('prompt,"completion\nq,a\n', encoding="utf-8")
+    with pytest.raises(DataError, match="header is not valid CSV"):
+        load_examples(str(tmp_path / "a.csv"))
+
+
+@pytest.mark.parametrize(
     ("words", "expected"),
     [({}, ["negative", "positive"]), ({"0": "bad", "1": "good"}, ["bad", "good"]), ({"negative": "N", "positive": "P"}, ["N", "P"])],
 )

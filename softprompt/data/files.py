@@ -212,6 +212,34 @@ def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
             yield f"{path}:{number}", row
 
 
+class _Lines:
+    """Lines with a way back to the second line of a record that is none: its open quote may have swallowed the rest of the file."""
+
+    def __init__(self, file: Iterable[str]) -> None:
+        self.number = 0  # of the last line that was read
+        self._file, self._record = iter(file), [""]
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        line = next(self._file)
+        self.number += 1
+        self._record.append(line)
+        return line
+
+    def begin(self) -> None:
+        """A record begins with the next line."""
+        self._record = []
+
+    def go_back(self) -> int:
+        """Reads on behind the first line of the record, which has this number; blank lines before it are none."""
+        first = next((index for index, line in enumerate(self._record) if line.strip()), 0)
+        again = self._record[first + 1 :]
+        self._file, self.number = chain(again, self._file), self.number - len(again)
+        return self.number
+
+
 def _csv_rows(path: Path) -> Iterator[tuple[str, Any]]:
     encoding, notes = _assumed(path)
     yield from notes
@@ -221,17 +249,22 @@ def _csv_rows(path: Path) -> Iterator[tuple[str, Any]]:
     tabs = _kind(path) == ".tsv" or ("\t" in header and "," not in header)
     delimiter = "\t" if tabs else ";" if header.count(";") > header.count(",") else ","
     with _text_of(path, encoding, newline="") as file:
-        reader = csv.DictReader(file, strict=True, delimiter=delimiter)
+        lines = _Lines(file)
+        reader = csv.DictReader(lines, strict=True, delimiter=delimiter)
+        try:
+            _ = reader.fieldnames
+        except csv.Error as error:
+            raise DataError(f"{path}:1: the header is not valid CSV: {error}") from None
         while True:
-            line = reader.line_num + 1
+            lines.begin()
             try:
                 row = next(reader)
             except StopIteration:
                 return
             except csv.Error as error:
-                yield f"{path}:{line}", Unusable(f"not valid CSV: {error}")
+                yield f"{path}:{lines.go_back()}", Unusable(f"not valid CSV: {error}")
             else:
-                yield f"{path}:{reader.line_num}", Unusable("more cells than the header has columns") if None in row else row
+                yield f"{path}:{lines.number}", Unusable("more cells than the header has columns") if None in row else row
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
