@@ -255,11 +255,15 @@ def test_the_terminal_edits_lines_and_is_left_cleanly(home, base, key):
         [sys.executable, "-c", IN_TERMINAL, *words], stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True
     ) as child:
         os.close(theirs)
-        shown = seen_until(ours, b"> ")
-        os.write(ours, b"bring tex\x7fa\n")  # a letter is taken back
-        shown += seen_until(ours, b"> ")
-        os.write(ours, key)
-        shown += seen_until(ours, None)
+        try:
+            shown = seen_until(ours, b"> ")
+            os.write(ours, b"bring tex\x7fa\n")  # a letter is taken back
+            shown += seen_until(ours, b"> ")
+            os.write(ours, key)
+            shown += seen_until(ours, None)
+            child.wait(60)
+        finally:  # else a failed test waits for the child, and the child for a key
+            child.kill()
     os.close(ours)
     assert child.returncode == 0, shown
     assert generate(base, load_prompt(home / "chat", base), ["bring tea"], SHORT)[0].encode() in shown
@@ -270,7 +274,7 @@ def seen_until(terminal: int, end: bytes | None) -> bytes:
     """What a terminal shows until this, or until it is closed."""
     seen = b""
     while end is None or not seen.endswith(end):
-        assert select.select([terminal], [], [], 60)[0], seen
+        assert select.select([terminal], [], [], 300)[0], seen
         try:
             more = os.read(terminal, 1000)
         except OSError:  # how Linux says that the other side is closed
