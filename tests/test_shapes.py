@@ -8,6 +8,7 @@ import json
 import pytest
 import tiny
 
+from softprompt import cli
 from softprompt.config import load_config
 from softprompt.data import load_examples
 from softprompt.encode import make_encoder
@@ -243,3 +244,48 @@ def test_weights_of_1_change_nothing_and_others_the_fingerprint(tmp_path):
         weighed(tmp_path, *weights)
         prints.append(load_examples(str(tmp_path / "rows.jsonl")).fingerprint)
     assert prints[0] == prints[1] != prints[2]
+
+
+PAIR = {"premise": "p", "hypothesis": "h", "label": 1}
+SHOWN = {  # a file's name -> (its bytes, a part of the sentence, or nothing where its row is shown)
+    **{f"{name}.jsonl": (lines(row), "") for name, (row, columns, _) in ROWS.items() if not columns},
+    **{name: (content, "") for name, content in FILES.items()},
+    "question.jsonl": (lines({"question": "q", "answer": "a"}), 'data.columns = {prompt = "question", completion = "answer"}'),
+    "dolly.jsonl": (lines({"prompt": "q", "response": "a"}), 'data.columns = {prompt = "prompt", completion = "response"}'),
+    "sst2.csv": (b"sentence,label\ngood,1\n", 'data.columns = {text = "sentence", label = "label"}'),
+    "mnli.jsonl": (lines(PAIR), 'data.columns = {text = "{{ premise }}\\n{{ hypothesis }}", label = "label"}'),
+    "numbers.jsonl": (lines({"a": 1, "b": 2}), "name them in data.columns"),
+    "weights.jsonl": (lines({"messages": [TURNS[0], {**TURNS[1], "weight": 0}]}), "all its answers have weight 0"),
+    "image.jsonl": (lines({"messages": [{"role": "user", "content": [{"type": "image_url"}]}, TURNS[1]]}), "part of type image_url"),
+    "list.json": (b'["a"]', "must be an object"),
+    "broken.json": (b'[{"prompt": "q"', "not valid JSON"),
+    "half.jsonl": (b'{"prompt": "q"\n', "not valid JSON"),
+    "empty.jsonl": (b"", "no rows"),
+    "latin.csv": ("prompt,completion\nété,préféré déjà\n".encode("latin-1"), "save it as UTF-8"),
+    "rows.xlsx": (b"PK", "cannot read .xlsx"),
+    "open.csv": (b'prompt,completion\nq,"a\n', "not valid CSV"),
+    "damaged.csv.gz": (b"\x1f\x8bno", "cannot be read"),
+    "damaged.parquet": (b"PAR1", "not a readable Parquet file"),
+}
+
+
+@pytest.mark.parametrize("name", SHOWN)
+def test_show_prints_rows_or_one_sentence(name, bases, tmp_path, monkeypatch, capsys):
+    content, sentence = SHOWN[name]
+    (tmp_path / name).write_bytes(content)
+    words = [f"model.name={bases().name}", f"data.train={tmp_path / name}", "--json", str(tmp_path / "shown.json")]
+    monkeypatch.setattr("sys.argv", ["softprompt", "show", *words])
+    code = 0
+    try:
+        cli.main()
+    except SystemExit as end:
+        code = end.code or 0
+    output = capsys.readouterr()
+    if sentence:
+        assert (code, output.err.count("\n")) == (2, 1)
+        assert output.err.startswith("error: ")
+        assert sentence in output.err
+        assert name in output.err
+    else:
+        assert (code, output.err) == (0, "")
+        assert json.loads((tmp_path / "shown.json").read_text())["train"]["num_rows"] == 1
