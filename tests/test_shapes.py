@@ -66,7 +66,11 @@ def test_a_shape_gives_its_turns(name, tmp_path):
 
 
 REJECTED = {
-    "tool calls": ({"messages": [TURNS[0], {**TURNS[1], "tool_calls": [{"id": 1}]}]}, {}, "calls a tool"),
+    "tool call at the end": ({"messages": [TURNS[0], {**TURNS[1], "tool_calls": [{"id": 1}]}]}, {}, "its last answer calls a tool"),
+    "call without its answer": ({"messages": [TURNS[0], {**TURNS[1], "tool_calls": [{}]}, *TURNS]}, {}, "turns of tools behind calls"),
+    "old form of calls": ({"messages": [TURNS[0], {**TURNS[1], "function_call": {"name": "f"}}]}, {}, "old form of tool_calls"),
+    "half a character": ({"messages": TURNS, "tools": '["\\ud800"]'}, {}, "half of a surrogate pair"),
+    "tools as words": ({"messages": TURNS, "tools": "a hammer"}, {}, "tools must be a list"),
     "weight": ({"messages": [TURNS[0], {**TURNS[1], "weight": 0}]}, {}, "all its answers have weight 0"),
     "half a weight": ({"messages": [TURNS[0], {**TURNS[1], "weight": 0.5}]}, {}, "weight 0.5"),
     "image": ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}, TURNS[1]]}, {}, "part of type image_url"),
@@ -289,3 +293,61 @@ def test_show_prints_rows_or_one_sentence(name, bases, tmp_path, monkeypatch, ca
     else:
         assert (code, output.err) == (0, "")
         assert json.loads((tmp_path / "shown.json").read_text())["train"]["num_rows"] == 1
+
+
+TOOL_ROW = {
+    "tools": json.dumps([{"type": "function", "function": {"name": "weather", "parameters": {}}}]),
+    "messages": [
+        {"role": "user", "content": "Oslo?"},
+        {
+            "role": "assistant",
+            "content": None,
+            "tool_calls": [{"id": "1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "</s>Oslo"}'}}],
+        },
+        {"role": "tool", "tool_call_id": "1", "content": "rain"},
+        {"role": "assistant", "content": "Rain."},
+    ],
+}
+WRITES_TOOLS = (
+    "{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}<|turn|>{{ m.role }}:{{ m.content }}"
+    "{% for call in m.tool_calls or [] %}({{ call.function.name }} {{ call.function.arguments | tojson }}){% endfor %}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|turn|>assistant:{% endif %}"
+)
+
+
+def test_calls_and_turns_of_tools_are_written_by_the_chat_template(tmp_path):
+    loaded = load_examples(str(tiny.write_rows(tmp_path / "rows.jsonl", [TOOL_ROW])))
+    assert (loaded.rejected, loaded.notes) == ((), ())
+    encoder = make_encoder(tiny.chat_tokenizer(WRITES_TOOLS), "chat")
+    row = encoder.encode(loaded.examples[0])
+    text = "".join(encoder.tokenizer.decode([token]) for token in row.ids)
+    expected = encoder.tokenizer.apply_chat_template(
+        [
+            *TOOL_ROW["messages"][:1],
+            {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "weather", "arguments": {"city": "</s>Oslo"}}}]},
+            *TOOL_ROW["messages"][2:],
+        ],
+        tools=json.loads(TOOL_ROW["tools"]),
+        tokenize=False,
+    )
+    assert text == expected
+    assert tiny.EOS not in row.ids
+    learned = encoder.tokenizer.decode([token for token, on in zip(row.ids, row.supervised, strict=True) if on])
+    assert learned == '(weather {"city": "</s>Oslo"})<|end|>Rain.<|end|>'
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        (tiny.TURNS, "does not write the tools"),
+        (WRITES_TOOLS.replace("m.tool_calls or []", "[]"), "does not write the calls of tools"),
+        (WRITES_TOOLS.replace("{{ m.content }}", "{{ m.content if m.role != 'tool' }}"), "does not write the turns of tools"),
+        ("human-assistant", "only a chat template"),
+        ("{{ prompt }}", "only a chat template"),
+    ],
+)
+def test_a_template_that_leaves_out_tools_rejects_the_row(template, reason, tmp_path):
+    (example,) = load_examples(str(tiny.write_rows(tmp_path / "rows.jsonl", [TOOL_ROW]))).examples
+    encoder = make_encoder(tiny.chat_tokenizer(tiny.TURNS), template)
+    with pytest.raises(DataError, match=reason):
+        encoder.encode(example)
