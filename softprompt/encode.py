@@ -7,10 +7,11 @@ The BOS token is kept out of the ids: it belongs to the prefix (engine/prefix.py
 What a row says is text, whatever it spells (literal.py).
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
+from typing import Any
 
 from softprompt.data import Example, Message
 from softprompt.engine.tokens import Encoded, num_shared
@@ -138,9 +139,21 @@ class Encoder:
         """The example with marks around the control tokens that it spells."""
         if any(mark in message.content for message in example.messages for mark in MARKS):
             raise DataError(f"the row holds U+{ord(MARKS[0]):X} or U+{ord(MARKS[1]):X}, which are no characters", example.source)
-        messages = tuple(replace(message, content=self._literal.marked(message.content)) for message in example.messages)
+        marked = self._literal.marked
+        messages = tuple(
+            replace(message, content=marked(message.content), more=_inside(message.more, marked)) for message in example.messages
+        )
         fields = {key: self._literal.marked(text) if isinstance(text, str) else text for key, text in example.fields.items()}
-        return replace(example, messages=messages, fields=fields)
+        return replace(example, messages=messages, fields=fields, tools=_inside(example.tools, marked))
+
+
+def _inside(value: Any, change: Callable[[str], str]) -> Any:
+    """The value with every text in it changed."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {key: _inside(one, change) for key, one in value.items()}
+    return type(value)(_inside(one, change) for one in value) if isinstance(value, list | tuple) else value
 
 
 def _question_fields(text: str) -> Mapping[str, str]:

@@ -6,8 +6,8 @@ the date is found out by asking it.
 
 import datetime
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
@@ -73,12 +73,18 @@ class Template(ABC):
         return ([*ids, tokenizer.eos_token_id], len(ids) + 1) if segment.ends else (ids, len(ids))
 
 
+def _without_tools(example: Example) -> None:
+    if example.has_tools:
+        raise DataError('the row has tools, which only a chat template can write: data.template = "chat"', example.source)
+
+
 class HumanAssistant(Template):
     """`Human: ...\\n\\nAssistant: ` + response + EOS, as the bloom-1b4-zh tutorial writes it; a system turn stands first."""
 
     name = "human-assistant"
 
     def segments(self, example: Example) -> list[Segment]:
+        _without_tools(example)
         segments: list[Segment] = []
         for message in example.messages:
             if message.role == "system":
@@ -105,6 +111,7 @@ class OwnTemplate(Template):
             raise ConfigError(f"data.template: line {error.lineno}: {error.message}") from None
 
     def segments(self, example: Example) -> list[Segment]:
+        _without_tools(example)
         answered = example.messages[-1].role == "assistant"
         before = example.messages[:-1] if answered else example.messages
         system = "".join(message.content + "\n" for message in before if message.role == "system")
@@ -154,6 +161,8 @@ class Chat(Template):
 
     def segments(self, example: Example) -> list[Segment]:
         messages = example.messages
+        if example.has_tools:
+            self._check_tools(example)
         answered = messages[-1].role == "assistant"
         before = messages[:-1] if answered else messages
         asked = self._render(before, True, example)
@@ -233,12 +242,37 @@ class Chat(Template):
     def _control(self) -> dict[int, str]:
         return control_tokens(self.tokenizer)
 
+    def _check_tools(self, example: Example) -> None:
+        """Raises DataError where the template leaves out a part of what the row says of tools."""
+        messages = example.messages
+        whole = self._render(messages, False, example)
+        parts = {
+            "tools": (messages, replace(example, tools=())),
+            "calls of tools": (_changed(messages, lambda one: replace(one, more=_called(one.more))), example),
+            "turns of tools": (_changed(messages, lambda one: replace(one, content=ANSWER) if one.role == "tool" else one), example),
+        }
+        for name, (turns, other) in parts.items():
+            if (turns, other) != (messages, example) and self._render(turns, False, other) == whole:
+                raise DataError(f"the chat template does not write the {name} of this row", example.source)
+
     def _render(self, messages: Sequence[Message], ask: bool, example: Example) -> str:
-        turns = [{"role": message.role, "content": message.content} for message in messages]
+        turns = [{"role": message.role, "content": message.content, **message.more} for message in messages]
         try:
-            return self.render(turns, ask)
+            return self.render(turns, ask, example.tools)
         except Exception as error:  # a template may raise anything
             raise DataError(f"the chat template refuses this conversation: {error}", example.source) from None
+
+
+def _changed(messages: Sequence[Message], change: Callable[[Message], Message]) -> tuple[Message, ...]:
+    return tuple(map(change, messages))
+
+
+def _called(more: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The same with other arguments in its calls."""
+    if "tool_calls" not in more:
+        return more
+    other = {"name": ANSWER, "arguments": {ANSWER: ANSWER}}
+    return {**more, "tool_calls": [{**call, "function": other} if "function" in call else {**call, **other} for call in more["tool_calls"]]}
 
 
 def chat_text(tokenizer: Tokenizer, tools: Sequence[Any] = ()) -> str:

@@ -11,7 +11,8 @@ import tiny
 
 from softprompt import cli
 from softprompt.config import load_config
-from softprompt.draft import draft, suggest_columns
+from softprompt.data import suggest_columns
+from softprompt.draft import draft
 from softprompt.errors import ConfigError, DataError
 from softprompt.show import show
 

@@ -8,6 +8,7 @@ import json
 import pytest
 import tiny
 
+from softprompt import cli
 from softprompt.config import load_config
 from softprompt.data import load_examples
 from softprompt.encode import make_encoder
@@ -65,7 +66,11 @@ def test_a_shape_gives_its_turns(name, tmp_path):
 
 
 REJECTED = {
-    "tool calls": ({"messages": [TURNS[0], {**TURNS[1], "tool_calls": [{"id": 1}]}]}, {}, "calls a tool"),
+    "tool call at the end": ({"messages": [TURNS[0], {**TURNS[1], "tool_calls": [{"id": 1}]}]}, {}, "its last answer calls a tool"),
+    "call without its answer": ({"messages": [TURNS[0], {**TURNS[1], "tool_calls": [{}]}, *TURNS]}, {}, "turns of tools behind calls"),
+    "old form of calls": ({"messages": [TURNS[0], {**TURNS[1], "function_call": {"name": "f"}}]}, {}, "old form of tool_calls"),
+    "half a character": ({"messages": TURNS, "tools": '["\\ud800"]'}, {}, "half of a surrogate pair"),
+    "tools as words": ({"messages": TURNS, "tools": "a hammer"}, {}, "tools must be a list"),
     "weight": ({"messages": [TURNS[0], {**TURNS[1], "weight": 0}]}, {}, "all its answers have weight 0"),
     "half a weight": ({"messages": [TURNS[0], {**TURNS[1], "weight": 0.5}]}, {}, "weight 0.5"),
     "image": ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}, TURNS[1]]}, {}, "part of type image_url"),
@@ -243,3 +248,106 @@ def test_weights_of_1_change_nothing_and_others_the_fingerprint(tmp_path):
         weighed(tmp_path, *weights)
         prints.append(load_examples(str(tmp_path / "rows.jsonl")).fingerprint)
     assert prints[0] == prints[1] != prints[2]
+
+
+PAIR = {"premise": "p", "hypothesis": "h", "label": 1}
+SHOWN = {  # a file's name -> (its bytes, a part of the sentence, or nothing where its row is shown)
+    **{f"{name}.jsonl": (lines(row), "") for name, (row, columns, _) in ROWS.items() if not columns},
+    **{name: (content, "") for name, content in FILES.items()},
+    "question.jsonl": (lines({"question": "q", "answer": "a"}), 'data.columns = {prompt = "question", completion = "answer"}'),
+    "dolly.jsonl": (lines({"prompt": "q", "response": "a"}), 'data.columns = {prompt = "prompt", completion = "response"}'),
+    "sst2.csv": (b"sentence,label\ngood,1\n", 'data.columns = {text = "sentence", label = "label"}'),
+    "mnli.jsonl": (lines(PAIR), 'data.columns = {text = "{{ premise }}\\n{{ hypothesis }}", label = "label"}'),
+    "numbers.jsonl": (lines({"a": 1, "b": 2}), "name them in data.columns"),
+    "weights.jsonl": (lines({"messages": [TURNS[0], {**TURNS[1], "weight": 0}]}), "all its answers have weight 0"),
+    "image.jsonl": (lines({"messages": [{"role": "user", "content": [{"type": "image_url"}]}, TURNS[1]]}), "part of type image_url"),
+    "list.json": (b'["a"]', "must be an object"),
+    "broken.json": (b'[{"prompt": "q"', "not valid JSON"),
+    "half.jsonl": (b'{"prompt": "q"\n', "not valid JSON"),
+    "empty.jsonl": (b"", "no rows"),
+    "latin.csv": ("prompt,completion\nété,préféré déjà\n".encode("latin-1"), "save it as UTF-8"),
+    "rows.xlsx": (b"PK", "cannot read .xlsx"),
+    "open.csv": (b'prompt,completion\nq,"a\n', "not valid CSV"),
+    "damaged.csv.gz": (b"\x1f\x8bno", "cannot be read"),
+    "damaged.parquet": (b"PAR1", "not a readable Parquet file"),
+}
+
+
+@pytest.mark.parametrize("name", SHOWN)
+def test_show_prints_rows_or_one_sentence(name, bases, tmp_path, monkeypatch, capsys):
+    content, sentence = SHOWN[name]
+    (tmp_path / name).write_bytes(content)
+    words = [f"model.name={bases().name}", f"data.train={tmp_path / name}", "--json", str(tmp_path / "shown.json")]
+    monkeypatch.setattr("sys.argv", ["softprompt", "show", *words])
+    code = 0
+    try:
+        cli.main()
+    except SystemExit as end:
+        code = end.code or 0
+    output = capsys.readouterr()
+    if sentence:
+        assert (code, output.err.count("\n")) == (2, 1)
+        assert output.err.startswith("error: ")
+        assert sentence in output.err
+        assert name in output.err
+    else:
+        assert (code, output.err) == (0, "")
+        assert json.loads((tmp_path / "shown.json").read_text())["train"]["num_rows"] == 1
+
+
+TOOL_ROW = {
+    "tools": json.dumps([{"type": "function", "function": {"name": "weather", "parameters": {}}}]),
+    "messages": [
+        {"role": "user", "content": "Oslo?"},
+        {
+            "role": "assistant",
+            "content": None,
+            "tool_calls": [{"id": "1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "</s>Oslo"}'}}],
+        },
+        {"role": "tool", "tool_call_id": "1", "content": "rain"},
+        {"role": "assistant", "content": "Rain."},
+    ],
+}
+WRITES_TOOLS = (
+    "{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}<|turn|>{{ m.role }}:{{ m.content }}"
+    "{% for call in m.tool_calls or [] %}({{ call.function.name }} {{ call.function.arguments | tojson }}){% endfor %}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|turn|>assistant:{% endif %}"
+)
+
+
+def test_calls_and_turns_of_tools_are_written_by_the_chat_template(tmp_path):
+    loaded = load_examples(str(tiny.write_rows(tmp_path / "rows.jsonl", [TOOL_ROW])))
+    assert (loaded.rejected, loaded.notes) == ((), ())
+    encoder = make_encoder(tiny.chat_tokenizer(WRITES_TOOLS), "chat")
+    row = encoder.encode(loaded.examples[0])
+    text = "".join(encoder.tokenizer.decode([token]) for token in row.ids)
+    expected = encoder.tokenizer.apply_chat_template(
+        [
+            *TOOL_ROW["messages"][:1],
+            {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "weather", "arguments": {"city": "</s>Oslo"}}}]},
+            *TOOL_ROW["messages"][2:],
+        ],
+        tools=json.loads(TOOL_ROW["tools"]),
+        tokenize=False,
+    )
+    assert text == expected
+    assert tiny.EOS not in row.ids
+    learned = encoder.tokenizer.decode([token for token, on in zip(row.ids, row.supervised, strict=True) if on])
+    assert learned == '(weather {"city": "</s>Oslo"})<|end|>Rain.<|end|>'
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        (tiny.TURNS, "does not write the tools"),
+        (WRITES_TOOLS.replace("m.tool_calls or []", "[]"), "does not write the calls of tools"),
+        (WRITES_TOOLS.replace("{{ m.content }}", "{{ m.content if m.role != 'tool' }}"), "does not write the turns of tools"),
+        ("human-assistant", "only a chat template"),
+        ("{{ prompt }}", "only a chat template"),
+    ],
+)
+def test_a_template_that_leaves_out_tools_rejects_the_row(template, reason, tmp_path):
+    (example,) = load_examples(str(tiny.write_rows(tmp_path / "rows.jsonl", [TOOL_ROW]))).examples
+    encoder = make_encoder(tiny.chat_tokenizer(tiny.TURNS), template)
+    with pytest.raises(DataError, match=reason):
+        encoder.encode(example)

@@ -6,6 +6,7 @@ This package does not import torch.
 import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -15,10 +16,14 @@ from softprompt.data.examples import Message as Message
 from softprompt.data.examples import Rejected as Rejected
 from softprompt.data.examples import Unusable
 from softprompt.data.files import Note, rows_of
+from softprompt.data.naming import as_setting
+from softprompt.data.naming import suggest_columns as suggest_columns
 from softprompt.data.questions import Unanswered as Unanswered
 from softprompt.data.questions import load_questions as load_questions
 from softprompt.data.shapes import example_of, unused_columns
 from softprompt.errors import DataError
+
+NUM_LOOKED_AT = 100  # rows, for the names of their columns
 
 
 def load_examples(
@@ -36,6 +41,7 @@ def load_examples(
     rejected: list[Rejected] = []
     notes: list[str] = []
     unused: Counter[str] = Counter()
+    first: list[Mapping[str, Any]] = []
     num_rows = 0
     for place, row in rows_of(source):
         if isinstance(row, Note):
@@ -51,10 +57,20 @@ def load_examples(
             unused.update(unused_columns(row, columns or {}))
         except Unusable as reason:
             rejected.append(Rejected(place, str(reason)))
+            if isinstance(row, Mapping) and len(first) < NUM_LOOKED_AT:
+                first.append(row)
     if num_rows == 0:
         raise DataError(f"{source if isinstance(source, str) else ', '.join(source)}: no rows")
+    if not examples and not columns:
+        rejected[0] = replace(rejected[0], reason=rejected[0].reason + _hint(first))
     notes += [f"column {name} of {count} row{'' if count == 1 else 's'} is not used" for name, count in unused.items()]
     return Loaded(tuple(examples), tuple(rejected), tuple(notes))
+
+
+def _hint(rows: Sequence[Mapping[str, Any]]) -> str:
+    """What to write about rows whose columns have other names, where these say anything."""
+    found = suggest_columns(rows) if rows else None
+    return f"; by their names: {as_setting(found)}" if found and any(name != own for name, own in found.items()) else ""
 
 
 def first_rows(source: str, count: int) -> list[Mapping[str, Any]]:

@@ -9,21 +9,29 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Message:
-    """One turn: role is system, user or assistant. `learned`: whether an answer is learned, or only read."""
+    """One turn: role is system, user, assistant or tool. `learned`: whether an answer is learned, or only read. `more`: what else a chat
+    template is given of the turn: the calls of tools, and which of them a tool's turn answers."""
 
     role: str
     content: str
     learned: bool = True
+    more: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
 
 @dataclass(frozen=True)
 class Example:
-    """One row: turns that end with the response to learn, and where it came from."""
+    """One row: turns that end with the response to learn, the tools that they may call, and where it came from."""
 
     messages: tuple[Message, ...]
     source: str
     label: str | None = None
     fields: Mapping[str, Any] = field(default_factory=dict)
+    tools: tuple[Any, ...] = ()
+
+    @property
+    def has_tools(self) -> bool:
+        """Whether any of it has to do with tools."""
+        return bool(self.tools) or any(message.more or message.role == "tool" for message in self.messages)
 
     @property
     def response(self) -> str:
@@ -31,8 +39,9 @@ class Example:
 
     @property
     def turns(self) -> tuple[str, ...]:
-        """The texts of all turns with runs of white space as single blanks: what rows are compared by."""
-        return tuple(" ".join(message.content.split()) for message in self.messages)
+        """The texts of all turns with runs of white space as single blanks, and calls of tools: what rows are compared by."""
+        texts = (message.content + (_as_json(message.more) if message.more else "") for message in self.messages)
+        return tuple(" ".join(text.split()) for text in texts)
 
     def answered(self, response: str) -> "Example":
         """The same row with another response."""
@@ -65,9 +74,17 @@ class Loaded:
         """sha256 over the turns of all examples, in order."""
         digest = hashlib.sha256()
         for example in self.examples:
-            turns = [[message.role, message.content, *([] if message.learned else [False])] for message in example.messages]
-            digest.update(json.dumps(turns, ensure_ascii=False).encode() + b"\n")
+            turns: list[Any] = [
+                [message.role, message.content, *([] if message.learned else [False]), *([message.more] if message.more else [])]
+                for message in example.messages
+            ]
+            turns += [example.tools] if example.tools else []
+            digest.update(_as_json(turns).encode() + b"\n")
         return digest.hexdigest()
+
+
+def _as_json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, default=str)
 
 
 class Unusable(Exception):

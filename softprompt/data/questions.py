@@ -48,7 +48,10 @@ def _question(row: Any, place: str, columns: Mapping[str, str]) -> Unanswered:
         for name in ("messages", "conversations"):
             if isinstance(whole, Mapping) and isinstance(whole.get(name), list):
                 whole = {**whole, name: _open(whole[name])}
-        return Unanswered(example_of(whole, place, {}, asked).messages[:-1])
+        example = example_of(whole, place, {}, asked)
+        if example.tools:
+            raise Unusable("the row has tools, which are not given to the base here")
+        return Unanswered(example.messages[:-1])
     except Unusable as reason:
         return Unanswered((), f"{place}: {reason}")
 

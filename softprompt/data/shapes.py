@@ -4,6 +4,7 @@ Known by their columns: `messages` or `conversations` (a chat), `instruction`/`i
 `data.columns` says where they come from in other files.
 """
 
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
@@ -42,6 +43,8 @@ def unused_columns(row: Any, columns: Mapping[str, str]) -> Iterator[str]:
     """Columns that change what a row means and that its shape does not read."""
     shape = _shape({**row, **columns}, columns)
     used = {"system", "history"} if shape == "instruction" else set() if shape == "text" else {"system"}
+    if shape in ("messages", "conversations") or isinstance(row.get("prompt"), list):
+        used.add("tools")
     for name in MEANING:
         if row.get(name) and name not in used and not any(name in wanted for wanted in columns.values()):
             yield name
@@ -91,17 +94,50 @@ def _from_messages(row: Mapping[str, Any], place: str, label_words: Mapping[str,
     if row.get("system") and (not messages or messages[0].role != "system"):
         messages.insert(0, Message("system", _text(row, "system")))
     spoken = messages[1:] if messages and messages[0].role == "system" else messages
-    expected = ["user", "assistant"] * (len(spoken) // 2)
-    if not spoken or [message.role for message in spoken] != expected:
+    if not _in_order(spoken):
         roles = ", ".join(message.role for message in messages) or "none"
-        raise Unusable(f"turns must alternate user, assistant and end with assistant (a system turn may come first); here: {roles}")
-    for message in spoken[1::2]:
-        _not_empty(message.content, "an assistant turn")
-    while spoken and not spoken[-1].learned:  # nothing that is learned depends on what comes behind it
-        messages, spoken = messages[:-2], spoken[:-2]
-    if not spoken:
+        raise Unusable(
+            "turns must alternate user, assistant (turns of tools behind calls) and end with assistant (a system turn may come first); "
+            f"here: {roles}"
+        )
+    for message in spoken:
+        if message.role == "assistant" and "tool_calls" not in message.more:
+            _not_empty(message.content, "an assistant turn")
+    learned = [index for index, message in enumerate(messages) if message.role == "assistant" and message.learned]
+    if not learned:
         raise Unusable("all its answers have weight 0: there is nothing to learn from")
-    return Example(tuple(messages), place, fields={"prompt": spoken[-2].content})
+    messages = messages[: learned[-1] + 1]  # nothing that is learned depends on what comes behind it
+    if "tool_calls" in messages[-1].more:
+        raise Unusable("its last answer calls a tool: it must end with an answer in text")
+    tools = _tools(row)
+    _whole_characters(json.dumps([tools, *(message.more for message in messages)], ensure_ascii=False, default=str), "tools")
+    return Example(tuple(messages), place, fields={"prompt": messages[-2].content}, tools=tools)
+
+
+def _in_order(turns: Sequence[Message]) -> bool:
+    """Whether every question has its answer, and every call of tools what they said."""
+    allowed = {"user"}
+    for turn in turns:
+        if turn.role not in allowed:
+            return False
+        calls = "tool_calls" in turn.more
+        allowed = (
+            {"assistant"} if turn.role == "user" else {"tool", "assistant"} if turn.role == "tool" else {"tool"} if calls else {"user"}
+        )
+    return bool(turns) and turns[-1].role == "assistant"
+
+
+def _tools(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    """The tools of a row: a list, or the same as JSON text."""
+    tools = row.get("tools") or []
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools)
+        except ValueError:
+            tools = None
+    if not isinstance(tools, list):
+        raise Unusable("tools must be a list of tools, or one as JSON text")
+    return tuple(tools)
 
 
 def _from_instruction(row: Mapping[str, Any], place: str, label_words: Mapping[str, str]) -> Example:
@@ -150,15 +186,40 @@ ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assi
 def _message(turn: Mapping[str, Any]) -> Message:
     """A turn of role and content, or of from and value as ShareGPT has them."""
     role, content = ("from", "value") if "from" in turn and "role" not in turn else ("role", "content")
-    if turn.get("tool_calls") or turn.get("function_call"):
-        raise Unusable("a turn calls a tool, which is not supported")
+    if turn.get("function_call"):
+        raise Unusable("a turn has a function_call, the old form of tool_calls, which is not read")
     if turn.get("weight") not in (None, 0, 1):
         raise Unusable(f"a turn has weight {turn['weight']}: known are 0, read and not learned, and 1")
     if isinstance(turn.get(content), list):
         turn = {**turn, content: "".join(map(_part, turn[content]))}
     said = _text(turn, role)
     known = ROLES.get(said, said)
-    return Message(known, _text(turn, content), learned=known != "assistant" or turn.get("weight") != 0)
+    more = _more(known, turn)
+    text = _text(turn, content, "" if "tool_calls" in more else None)
+    return Message(known, text, known != "assistant" or turn.get("weight") != 0, more)
+
+
+def _more(role: str, turn: Mapping[str, Any]) -> dict[str, Any]:
+    """What a turn says of tools, arguments that are JSON text as what they say, as chat templates want them."""
+    if role == "tool":
+        return {name: turn[name] for name in ("name", "tool_call_id") if turn.get(name)}
+    calls = turn.get("tool_calls")
+    if not calls:
+        return {}
+    if role != "assistant" or not isinstance(calls, list) or not all(isinstance(call, Mapping) for call in calls):
+        raise Unusable("tool_calls must be a list of calls, in a turn of the assistant")
+    return {"tool_calls": [_read_arguments(call) for call in calls]}
+
+
+def _read_arguments(call: Mapping[str, Any]) -> dict[str, Any]:
+    inside = call.get("function")
+    if isinstance(inside, Mapping):
+        return {**call, "function": _read_arguments(inside)}
+    try:
+        read = json.loads(call["arguments"]) if isinstance(call.get("arguments"), str) else None
+    except ValueError:
+        read = None
+    return {**call, "arguments": read} if isinstance(read, dict) else dict(call)
 
 
 def _part(part: Any) -> str:

@@ -10,6 +10,7 @@ from softprompt.data import Example, Rejected
 from softprompt.encode import Encoder, make_encoder
 from softprompt.engine.loading import load_settings, load_tokenizer
 from softprompt.engine.tokens import Encoded
+from softprompt.errors import DataError
 from softprompt.rows import Rows, Summary, load_rows, summarize
 from softprompt.show.findings import MEASURE, Findings, compare
 
@@ -121,8 +122,12 @@ class Shown:
 
 
 def show(config: Config) -> Shown:
-    """Loads the tokenizer and the rows of a configuration. Raises what `train` would raise about them."""
+    """Loads the tokenizer and the rows of a configuration. Raises what `train` would raise about them, DataError where no row is left."""
     text = load_settings(config.model).get_text_config(decoder=True)
     num_tokens = getattr(text, "vocab_size", None)
     encoder = make_encoder(load_tokenizer(config.model), config.data.template, date=config.data.date, num_tokens=num_tokens)
-    return Shown(*load_rows(config, encoder))
+    shown = Shown(*load_rows(config, encoder))
+    if not shown.train.encoded:
+        first = shown.train.rejected[0]
+        raise DataError(f"none of the {len(shown.train.rejected)} rows can be used: {first.reason}", first.source)
+    return shown
