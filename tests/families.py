@@ -14,7 +14,7 @@ VALUES: list[tuple[Any, str]] = [  # a small value, and the keys of configuratio
         64,
         "hidden_size d_model n_embd emb_dim dim_model embedding_size word_embed_proj_dim input_embedding_size output_embedding_size "
         "intermediate_size n_inner ffn_dim encoder_ffn_dim decoder_ffn_dim dff dim_ff d_inner mlp_hidden_size ffn_hidden_size "
-        "dense_intermediate_size intermediate_size_mlp lru_width index_topk hc_lowrank ple_embed_dim",
+        "dense_intermediate_size intermediate_size_mlp lru_width hc_lowrank ple_embed_dim",
     ),
     (
         4,
@@ -50,7 +50,8 @@ VALUES: list[tuple[Any, str]] = [  # a small value, and the keys of configuratio
     (128, "mamba_d_ssm attention_hidden_size encoder_hash_byte_group_vocab ngram_vocab_size_base"),
     (
         512,
-        "max_position_embeddings n_positions max_seq_len n_ctx seq_length max_sequence_length max_target_positions attention_chunk_size",
+        "index_topk max_position_embeddings n_positions max_seq_len n_ctx seq_length max_sequence_length max_target_positions "
+        "attention_chunk_size",
     ),
     (0, "pad_token_id"),
     (7, "image_token_id image_token_index"),
@@ -71,6 +72,7 @@ SPECIAL: dict[str, dict[str, Any]] = {  # where keys depend on each other
     "bailing_hybrid": {**_latent, "num_experts": 8, "n_group": 2, "layer_group_size": 2},
     "bamba": {"attn_layer_indices": [1, 3]},
     "codegen": {"rotary_dim": 8},
+    "falcon_h1": {"embedding_multiplier": 1.0},  # PEFT embeds texts without it
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
     "gptj": {"rotary_dim": 8},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 2},

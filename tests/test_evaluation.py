@@ -213,7 +213,7 @@ def test_an_adapter_that_trains_the_head_is_scored_with_its_head(bases, make_con
 def test_an_adapter_whose_logits_are_not_its_heads_is_refused(bases, stored, held, tmp_path, monkeypatch):
     folder, _ = lora(bases(), tmp_path / "lora", target_modules=["lm_head"])
     monkeypatch.setattr(contestants, "adapted_head", lambda base: base.head)
-    with pytest.raises(ArtifactError, match=r"lora cannot be put on .*: the same text gives other logits"):
+    with pytest.raises(ArtifactError, match=r"lora cannot be put on .*: its logits are more than"):
         evaluate(bases(), stored, held, Contest(adapters=(folder,)))
 
 

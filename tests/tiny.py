@@ -59,7 +59,7 @@ RECURRENT: dict[str, Mapping[str, Any]] = {  # which share states beside keys an
 }
 WHOLE: dict[str, Mapping[str, Any]] = {  # whose rows are read whole
     name: {**small_settings(name).to_dict(), "bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": PAD}
-    for name in ("falcon_mamba", "jamba", "minimax", "recurrent_gemma", "xlstm")
+    for name in ("falcon_mamba", "jamba", "minimax", "recurrent_gemma")
 }
 
 

@@ -196,8 +196,9 @@ def head_of(model: Any) -> Head:
     times, over = MULTIPLIED, DIVIDED
     if text.model_type == "hyperclovax":  # which multiplies by what the Granites divide by
         times, over = over, times
+    cap = getattr(text, "final_logit_softcapping", None) or getattr(text, "logits_soft_cap", None) or None
     scale = math.prod(getattr(text, key, None) or 1.0 for key in times) / math.prod(getattr(text, key, None) or 1.0 for key in over)
-    return Head(matrix.weight, getattr(matrix, "bias", None), scale, getattr(text, "final_logit_softcapping", None) or None)
+    return Head(matrix.weight, getattr(matrix, "bias", None), scale, cap)
 
 
 @torch.no_grad()
