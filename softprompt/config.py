@@ -43,11 +43,12 @@ class ModelConfig(Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Precision of the base. auto: bfloat16 on a GPU or CPU that multiplies in it, else float32. The prompt is float32 always."""
     quantization: Literal["int8", "nf4"] | None = None
-    """Hold the base's linear layers in 8 or 4 bits, through bitsandbytes. The head and the embeddings stay as they are."""
+    """Hold the base's linear layers in 8 or 4 bits, through bitsandbytes. The head and the embeddings stay as they are. Left out for a
+    base that was saved in few bits."""
     device: str = "auto"
-    """auto, cpu, cuda, cuda:1, mps ... auto takes a GPU where there is one."""
+    """auto, cpu, cuda, cuda:1, mps ... auto takes a GPU where there is one, and all of them where the base does not fit on one."""
     trust_remote_code: bool = False
-    """Run model code that comes with the base. Never taken from a prompt folder."""
+    """Run model code that comes with the base. Never taken from a prompt or run folder: given anew on every command line."""
 
     @property
     def location(self) -> tuple[str, str | None]:

@@ -279,6 +279,7 @@ def test_show_prints_rows_or_one_sentence(name, bases, tmp_path, monkeypatch, ca
     (tmp_path / name).write_bytes(content)
     words = [f"model.name={bases().name}", f"data.train={tmp_path / name}", "--json", str(tmp_path / "shown.json")]
     monkeypatch.setattr("sys.argv", ["softprompt", "show", *words])
+    capsys.readouterr()  # of making the base
     code = 0
     try:
         cli.main()
