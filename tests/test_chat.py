@@ -239,7 +239,8 @@ def test_ctrl_c_at_the_prompt_leaves(home, base, monkeypatch, capsys):
 
 
 IN_TERMINAL = """
-import fcntl, sys, termios
+import fcntl, signal, sys, termios
+signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background are started deaf to Ctrl-C
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # so that Ctrl-C reaches it
 from softprompt.cli import main
 sys.argv = ["softprompt", *sys.argv[1:]]

@@ -32,6 +32,7 @@ def shell(tmp_path_factory) -> dict[str, str]:
     program.chmod(0o755)
     root = Path(cli.__file__).parents[2]
     environment = {**os.environ, "HOME": str(home), "PATH": f"{program.parent}:{os.environ['PATH']}", "PYTHONPATH": str(root)}
+    environment["_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION"] = "1"  # the shell is named, not looked for among the parents
     subprocess.run(["softprompt", "--install-completion", "bash"], env=environment, check=True, capture_output=True)
     return environment
 
