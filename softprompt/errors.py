@@ -45,3 +45,9 @@ class MissingPackage(Error, ImportError):
 
     def __init__(self, package: str, extra: str) -> None:
         super().__init__(f"{package} is not installed: pip install 'softprompt[{extra}]'")
+
+
+def first_line(error: Exception) -> str:
+    """What somebody else's error says, in one line; its kind where it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -18,7 +18,7 @@ from typing import Any, BinaryIO, TextIO, cast
 
 from softprompt.config import RANGE
 from softprompt.data.examples import ClassName, Unusable
-from softprompt.errors import DataError
+from softprompt.errors import DataError, first_line
 from softprompt.hub import hub
 
 CHINESE = 0.9  # of the letters beyond ASCII, those in GB 2312, from which a file is taken for GB 18030
@@ -106,7 +106,7 @@ def _remote(source: str) -> Iterator[tuple[str, Any]]:
                     yield place.replace(str(copy), address), row
                 copy.unlink()
         except (OSError, ValueError, ImportError) as error:
-            raise DataError(f"{source}: cannot be read: {_first_line(error)}") from None
+            raise DataError(f"{source}: cannot be read: {first_line(error)}") from None
 
 
 def _binary(path: Path) -> BinaryIO:
@@ -305,7 +305,7 @@ def _hub_dataset(source: str) -> Iterator[tuple[str, Any]]:
         except Exception as error:  # datasets raises many kinds; each means that the rows are not to be had
             raise DataError(
                 f"{source}: no such file or folder here, and as a hub data set it cannot be loaded from "
-                f"{address} ({_first_line(error)}); set HF_ENDPOINT to use a mirror"
+                f"{address} ({first_line(error)}); set HF_ENDPOINT to use a mirror"
             ) from None
     yield from _numbered(name, _with_class_names(loaded))
 
@@ -323,11 +323,6 @@ def _with_class_names(rows: Any) -> Iterator[Any]:
 def _numbered(name: str, rows: Iterable[Any]) -> Iterator[tuple[str, Any]]:
     for number, row in enumerate(rows, 1):
         yield f"{name}: row {number}", row
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
 
 
 READERS: dict[str, Callable[[Path], Iterator[tuple[str, Any]]]] = {

@@ -5,11 +5,11 @@ Text is always padded on the right; shorter prefixes are padded on the left, so 
 also for bases that measure distance by index (sliding windows, ALiBi).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
-from inspect import signature
+from functools import lru_cache, partial
+from inspect import Parameter, signature
 from typing import Any
 
 import torch
@@ -146,11 +146,17 @@ def _prefill_same(backbone: Any, embeds_KSH: Tensor, exact: bool) -> Layers:
 
 def run(backbone: Any, embeds_BTH: Tensor, mask_BS: Tensor, positions_BT: Tensor, cache: DynamicCache) -> Tensor:
     """Hidden states of the last layer. A base that only keeps states is told of the padding of `embeds_BTH` alone."""
-    takes = signature(backbone.forward).parameters
+    takes = _parameters(type(backbone))  # type: ignore[arg-type]
     mask_BS = mask_BS if looks_back(cache) else mask_BS[:, -embeds_BTH.shape[1] :]
     kept = {"cache_params" if "cache_params" in takes else "past_key_values": cache}
     where = {"position_ids": positions_BT} if "position_ids" in takes else {}
     return backbone(inputs_embeds=embeds_BTH, attention_mask=mask_BS, use_cache=True, **where, **kept).last_hidden_state
+
+
+@lru_cache
+def _parameters(kind: type) -> Mapping[str, Parameter]:
+    """What the forward of a family takes; asked for every token."""
+    return signature(kind.forward).parameters  # type: ignore[attr-defined]
 
 
 # ---- continuing ----------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from softprompt.engine.family import backbone_of
 from softprompt.engine.head import Head
 from softprompt.engine.precise import float32_products
 from softprompt.engine.prefix import Continued, Prefix, continue_plain, continue_shared, embedded, prefill, read_whole
-from softprompt.errors import ModelError
+from softprompt.errors import ModelError, first_line
 
 EXACT, ROUNDED = 1e-3, 0.1  # relative errors of sums in float32, and of what half precision or few bits have rounded
 LOST = {"half": 0.05, "few": 0.5}  # errors as shares of what a prefix does to the states: a lost state was 0.1 and more (LOG.md)
@@ -59,7 +59,9 @@ def check(model: Any, head: Head, name: str) -> Sharing:
         shorter_BTH = read_whole(backbone, embeds_BTH[:, :5].clone())
         logits = head.logits(hidden_BTH)
     except Exception as error:  # a family's own code may raise anything
-        raise ModelError(f"{name} does not take embeddings from outside, so a soft prompt cannot be used with it: {_said(error)}") from None
+        raise ModelError(
+            f"{name} does not take embeddings from outside, so a soft prompt cannot be used with it: {first_line(error)}"
+        ) from None
     if model.dtype == torch.float16 and not (own.isfinite().all() and given.isfinite().all()):
         raise ModelError(f'{name}: float16 overflows with this base: use model.dtype = "bfloat16" or "float32"')
     if not _close(given, own, tolerance):
@@ -82,7 +84,7 @@ def _sharing(backbone: Any, embeds_BTH: Tensor, weights: Literal["float32", "hal
             try:
                 whole, alone_NH, without_NH = trial.learned(embedded, continue_plain), trial.alone(), trial.without()
             except Exception as error:
-                reasons.append(_said(error))
+                reasons.append(first_line(error))
                 continue
             influence = (without_NH - whole.states_NH).norm()
             limit = EXACT * whole.states_NH.norm() if weights == "float32" else LOST[weights] * influence
@@ -148,8 +150,3 @@ class _Trial:
 
 def _close(value: Tensor, reference: Tensor, tolerance: float) -> bool:
     return bool((value - reference).float().norm() <= tolerance * reference.float().norm())
-
-
-def _said(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
