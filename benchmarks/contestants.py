@@ -1,4 +1,5 @@
-"""Does a prompt beat what costs nothing? A task's prompt, trained with the defaults, against the bare base, a text, a few examples.
+"""Does a prompt beat what needs no training? A task's prompt, trained with the defaults (the demo's as `softprompt demo` trains it),
+against the bare base, a text prompt, a few examples.
 
     python -m benchmarks.contestants --base gemma=FOLDER --task demo --task sentiment --results FILE --report docs/contestants.md
                                      [--rows 300] [--runs FOLDER | --run FOLDER] [--readme README.md ...] [--draw]
@@ -80,7 +81,7 @@ def with_rows_to_test(task: Task) -> Task:
 def measure(task: Task, base: FrozenBase, folder: Path, num_rows: int | None) -> dict[str, Any]:
     """Trains into the run folder, or goes on there, and evaluates; tasks without labels are answered too."""
     began = folder.exists()
-    settings = Recipe((f"train.save_every={SAVE_EVERY}",))
+    settings = Recipe((*task.own, f"train.save_every={SAVE_EVERY}"))
     config = RunFolder.reopen(folder).config() if began else make_config(settings, task, base, None, 0, str(folder))
     *_, finished = softprompt.train(config, resume=began, base=base)
     assert isinstance(finished, softprompt.Finished), "a run ends with its result"

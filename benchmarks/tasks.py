@@ -29,7 +29,7 @@ Rows = Sequence[dict[str, Any]]
 class Task:
     """`text`: what a text prompt says, and where prompts with text init start. `labelled`: accuracy by likelihood is measured;
     `exact`: greedy answers are compared with the responses. `pairs`: the training rows as prompt and completion, which no one can
-    order by label."""
+    order by label. `own`: what the task is trained with in contestants.py, where the defaults are not its best."""
 
     name: str
     train: Path
@@ -43,6 +43,7 @@ class Task:
     virtual_tokens: int
     exact: bool = False
     pairs: Path | None = None
+    own: tuple[str, ...] = ()
 
 
 PARTS = ("train", "held", "test")
@@ -97,7 +98,9 @@ def _demo(cache: Path, alpaca: Path | None) -> Task:
     config = load_config(folder / "demo.toml")
     train, held, test = (folder / f"{part}.jsonl" for part in ("train", "eval", "test"))
     text = str(config.prompt.text)
-    return Task("demo", train, held, test, text, False, steps=50, examples_per_step=8, max_length=128, virtual_tokens=46, exact=True)
+    chosen = {"prompt": ("method", "init", "position", "length"), "train": ("steps", "examples_per_step", "eval_every")}
+    own = tuple(f"{table}.{key}={getattr(getattr(config, table), key)}" for table, keys in chosen.items() for key in keys)
+    return Task("demo", train, held, test, text, False, steps=50, examples_per_step=8, max_length=128, virtual_tokens=46, exact=True, own=own)
 
 
 MAKERS: dict[str, Callable[[Path, Path | None], Task]] = {"alpaca": _alpaca, "sentiment": _sentiment, "movies": _movies, "demo": _demo}

@@ -19,7 +19,7 @@ from softprompt.engine.prompt import Prompt
 from softprompt.engine.shelf import Context
 from softprompt.engine.tokens import Encoded, num_shared
 from softprompt.engine.trial import check
-from softprompt.errors import ArtifactError, DataError, ModelError
+from softprompt.errors import ArtifactError, DataError, ModelError, first_line
 from softprompt.generation import without_prompt
 from softprompt.templates import Segment, joined
 from softprompt.thinking import Thinking
@@ -176,7 +176,7 @@ def competing(base: FrozenBase, contestant: Contestant) -> Iterator[FrozenBase]:
     try:
         model = PeftModel.from_pretrained(base.model, str(contestant.adapter))
     except (ValueError, RuntimeError, KeyError, OSError) as error:
-        raise ArtifactError(f"{wrong}: {str(error).splitlines()[0]}") from None
+        raise ArtifactError(f"{wrong}: {first_line(error)}") from None
     try:
         head = adapted_head(base)
         try:

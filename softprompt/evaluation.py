@@ -1,4 +1,4 @@
-"""Prompts against what costs nothing, on the same rows: the bare base, a text prompt, a few examples in the context.
+"""Prompts against what needs no training, on the same rows: the bare base, a text prompt, a few examples in the context.
 
 Every score has an interval, and every pair of contestants a verdict, from the same bootstrap samples of rows.
 """

@@ -25,7 +25,7 @@ from softprompt.encode import Encoder, check_position, make_encoder
 from softprompt.engine.loading import load_base
 from softprompt.engine.model import FrozenBase
 from softprompt.engine.prompt import DeepPrompt, Prompt, SoftPrompt, shapes_of
-from softprompt.errors import ArtifactError, ConfigError
+from softprompt.errors import ArtifactError, ConfigError, first_line
 
 KINDS = {
     "PROMPT_TUNING": "prompt tuning",
@@ -189,7 +189,7 @@ def _tensors(file: Path) -> dict[str, Tensor]:
     try:
         return load_file(file) if file.suffix == ".safetensors" else {"the array": torch.from_numpy(np.load(file, allow_pickle=False))}
     except (SafetensorError, OSError, EOFError, ValueError, TypeError) as error:
-        raise ArtifactError(f"{file} is damaged: {str(error).splitlines()[0]}") from None
+        raise ArtifactError(f"{file} is damaged: {first_line(error)}") from None
 
 
 def _only(file: Path, tensors: dict[str, Tensor]) -> Tensor:

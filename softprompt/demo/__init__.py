@@ -37,7 +37,7 @@ def demo_config(overrides: Sequence[str] = ()) -> Config:
 
 
 def run_demo(overrides: Sequence[str]) -> None:
-    """Trains, compares with what costs nothing on messages that nothing has seen, and shows answers to some of them."""
+    """Trains, compares with what needs no training on messages that nothing has seen, and shows answers to some of them."""
     from softprompt.artifact import load_prompt
     from softprompt.data import load_examples
     from softprompt.engine.decode import Sampling

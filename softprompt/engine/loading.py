@@ -19,7 +19,7 @@ from softprompt.engine.offload import from_files
 from softprompt.engine.places import device_map, free_memory
 from softprompt.engine.quantized import bits_of, computed_in, method_of, settle
 from softprompt.engine.unpack import keep_unpacked, unpacked_folder
-from softprompt.errors import ConfigError, MissingPackage, ModelError
+from softprompt.errors import ConfigError, MissingPackage, ModelError, first_line
 from softprompt.hub import hub
 
 NO_MEMORY = 'the device ran out of memory: try model.quantization = "nf4" or a smaller base; softprompt plan says what a run needs'
@@ -177,7 +177,7 @@ def load_dtype(config: ModelConfig) -> torch.dtype:
 
 
 def _cannot_load(name: str, gguf_file: str | None, address: str, error: Exception) -> str:
-    path, reason = Path(name), (str(error).strip().splitlines() or [type(error).__name__])[0]
+    path, reason = Path(name), first_line(error)
     if gguf_file is not None and path.is_dir() and not (path / gguf_file).is_file():
         return f"{path / gguf_file}: no such GGUF file; {MOVED}"
     if "trust_remote_code" in str(error):
@@ -196,5 +196,5 @@ def device_of(name: str) -> torch.device:
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"model.device = {name!r} cannot be used here: {str(error).splitlines()[0]}") from None
+        raise ConfigError(f"model.device = {name!r} cannot be used here: {first_line(error)}") from None
     return torch.device(name)
