@@ -100,7 +100,9 @@ def _demo(cache: Path, alpaca: Path | None) -> Task:
     text = str(config.prompt.text)
     chosen = {"prompt": ("method", "init", "position", "length"), "train": ("steps", "examples_per_step", "eval_every")}
     own = tuple(f"{table}.{key}={getattr(getattr(config, table), key)}" for table, keys in chosen.items() for key in keys)
-    return Task("demo", train, held, test, text, False, steps=50, examples_per_step=8, max_length=128, virtual_tokens=46, exact=True, own=own)
+    return Task(
+        "demo", train, held, test, text, False, steps=50, examples_per_step=8, max_length=128, virtual_tokens=46, exact=True, own=own
+    )
 
 
 MAKERS: dict[str, Callable[[Path, Path | None], Task]] = {"alpaca": _alpaca, "sentiment": _sentiment, "movies": _movies, "demo": _demo}

@@ -58,7 +58,7 @@ def draw_evaluation(evaluation: "Evaluation") -> None:
     for name, result in results.items():
         if result.num_unended:
             console.print(
-                f"[yellow]{result.num_unended} answers of {called(name, result.num_shots)} did not end; softprompt eval --max-new-tokens allows longer ones[/]"
+                f"[yellow]{result.num_unended} answers of {called(name, result.num_shots)} did not end within the tokens allowed[/]"
             )
     if evaluation.num_rejected:
         console.print(f"{evaluation.num_rejected} rows could not be used")
