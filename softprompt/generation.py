@@ -60,14 +60,23 @@ def stream(
         raise DataError(f"{len(each)} prompts for {len(texts)} texts: give one for all, or one for each")
     together = [one if isinstance(one, Ensemble) else Ensemble((one,)) for one in each]
     check_sampling(sampling, together)
-    questions = [_question(base, one, text, sampling) for one, text in zip(together, texts, strict=True)]
-    told = [Told(one.prompts[0].encoder.thinking) for one in together]
-    yield from _as_text(base, decode(base, questions), told)
+    yield from pieces_of(base, together, [prepared(base, one, text, sampling) for one, text in zip(together, texts, strict=True)])
 
 
-def check_question(base: FrozenBase, prompt: Answerer, text: Asked, sampling: Sampling) -> None:
-    """Raises DataError for a text that `stream` would refuse."""
-    _question(base, prompt if isinstance(prompt, Ensemble) else Ensemble((prompt,)), text, sampling)
+def prepared(base: FrozenBase, one: Ensemble, text: Asked, sampling: Sampling) -> Question:
+    """A text as `pieces_of` takes it. Raises DataError as `stream` does."""
+    ids = tuple(_ids(prompt.encoder, text) for prompt in one.prompts)
+    stop_ids = frozenset[int]().union(*(prompt.encoder.end_ids for prompt in one.prompts))
+    question = Question(tuple((prompt.soft, ()) for prompt in one.prompts), ids, sampling, by=one.by, stop_ids=stop_ids)
+    if base.context_length is not None and question.length >= base.context_length:
+        needed = question.length
+        raise DataError(f"a text with its prompt takes {needed} tokens, the base's context is {base.context_length}: shorten the text")
+    return question
+
+
+def pieces_of(base: FrozenBase, each: Sequence[Ensemble], questions: Sequence[Question]) -> Iterator[Piece]:
+    """Like `stream`, of texts that are `prepared`, `each` for its own."""
+    yield from _as_text(base, decode(base, questions), [Told(one.prompts[0].encoder.thinking) for one in each])
 
 
 def without_prompt(base: FrozenBase, prompt: StoredPrompt) -> StoredPrompt:
@@ -87,16 +96,6 @@ def check_sampling(sampling: Sampling, together: Sequence[Ensemble] = ()) -> Non
         raise ConfigError("a vote has no probabilities to sample from: temperature must be 0, or the ensemble a mean")
     if sampling.top_k < 0:
         raise ConfigError(f"top_k must not be negative, this is {sampling.top_k}")
-
-
-def _question(base: FrozenBase, one: Ensemble, text: Asked, sampling: Sampling) -> Question:
-    ids = tuple(_ids(prompt.encoder, text) for prompt in one.prompts)
-    stop_ids = frozenset[int]().union(*(prompt.encoder.end_ids for prompt in one.prompts))
-    question = Question(tuple((prompt.soft, ()) for prompt in one.prompts), ids, sampling, by=one.by, stop_ids=stop_ids)
-    if base.context_length is not None and question.length >= base.context_length:
-        needed = question.length
-        raise DataError(f"a text with its prompt takes {needed} tokens, the base's context is {base.context_length}: shorten the text")
-    return question
 
 
 def _ids(encoder: Encoder, text: Asked) -> tuple[int, ...]:

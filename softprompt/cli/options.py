@@ -36,13 +36,20 @@ SystemTurn = Annotated[
     str | None, typer.Option("--system", metavar="TEXT", help='System turn, instead of the one that all training rows had; "" is none.')
 ]
 OtherBase = Annotated[bool, typer.Option("--allow-other-base", help="Use a prompt on a base or tokenizer that it was not trained for.")]
-FileOfTexts = Annotated[
+FileOfQuestions = Annotated[
     str | None,
-    typer.Option("--file", metavar="FILE", help="Texts: a .txt file of lines, or rows whose questions are answered; needs --out."),
+    typer.Option("--in", metavar="FILE", help="Answer a file: a .txt file of lines, or rows as training reads them; needs --out."),
 ]
 OutOfFile = Annotated[
     Path | None,
-    typer.Option("--out", metavar="ANSWERS.jsonl", help="Where the answers to --file go, line by line; goes on where it stopped."),
+    typer.Option("--out", metavar="ANSWERS.jsonl", help="Where the rows of --in go with their answers, line by line as they come."),
+]
+Resume = Annotated[
+    bool,
+    typer.Option("--resume", help="Go on with an --out that is there; several processes that are started with it share the work."),
+]
+AnswerField = Annotated[
+    str, typer.Option(metavar="NAME", help="The answer's field, where the rows of --in have a field answer or error of their own.")
 ]
 MaxNewTokens = Annotated[int, typer.Option(help="Tokens of an answer at most.")]
 Temperature = Annotated[float, typer.Option(help="0 is greedy.")]

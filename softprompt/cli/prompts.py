@@ -3,8 +3,8 @@
 import hashlib
 import re
 import sys
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,7 +13,8 @@ import typer
 
 from softprompt.cli import completion
 from softprompt.cli.options import (
-    FileOfTexts,
+    AnswerField,
+    FileOfQuestions,
     HeldOut,
     Json,
     MaxNewTokens,
@@ -21,6 +22,7 @@ from softprompt.cli.options import (
     OutOfFile,
     Overrides,
     PromptPath,
+    Resume,
     Seed,
     SystemTurn,
     Temperature,
@@ -33,6 +35,9 @@ from softprompt.errors import ConfigError, MissingPackage
 
 if TYPE_CHECKING:
     from softprompt.generation import Piece
+
+
+NAMED = 3  # rows that cannot be answered, of which the reason is shown
 
 
 class Together(StrEnum):
@@ -159,8 +164,10 @@ def generate(
     other: Annotated[
         list[Path] | None, typer.Option("--with", metavar="PROMPT", help="Answer with this prompt too, in the same batch; repeatable.")
     ] = None,
-    file: FileOfTexts = None,
+    source: FileOfQuestions = None,
     out: OutOfFile = None,
+    resume: Resume = False,
+    answer_field: AnswerField = "answer",
     max_new_tokens: MaxNewTokens = 256,
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
@@ -176,11 +183,14 @@ def generate(
     """Answer texts with one soft prompt, with several in one batch, or with several that agree on one answer."""
     overrides = [item for item in texts or [] if re.match(r"(model|data\.columns)\.\w+=", item)]
     asked = [item for item in texts or [] if item not in overrides]
-    if file is None and out is None:
+    if source is None and out is None and not resume and answer_field == "answer":
         asked = asked or [line.rstrip("\n") for line in sys.stdin if line.strip()]
-    elif file is None or out is None or asked or json_file or (other and not together):
-        raise ConfigError("--file FILE and --out ANSWERS.jsonl go together, with one prompt or --ensemble, without texts and --json")
-    if not asked and file is None:
+    elif source is None or out is None or asked or json_file or (other and not together):
+        raise ConfigError(
+            "--in FILE and --out ANSWERS.jsonl go together (--resume and --answer-field belong to them), with one prompt or --ensemble, "
+            "without texts and --json"
+        )
+    if not asked and source is None:
         raise ConfigError("no text to answer")
     from softprompt import Sampling
     from softprompt.generation import Ensemble, check_sampling
@@ -188,11 +198,23 @@ def generate(
     sampling = Sampling(max_new_tokens, temperature, top_p, top_k, seed)
     check_sampling(sampling, [Ensemble((), together.value)] if together else [])
     places = _places([prompt, *(other or [])], together)
-    base, each = _answerers(places, overrides, together, system, allow_other_base)
-    if file is not None and out is not None:
-        _answer_file(base, each[0][1], sampling, file, out, overrides, {"prompt": _digest(places), "system": system, "ensemble": together})
+
+    def answerers() -> Any:
+        return _answerers(places, overrides, together, system, allow_other_base)
+
+    if source is not None and out is not None:
+        made_with = {"prompt": _digest(places), "system": system, "ensemble": together, "sampling": asdict(sampling)}
+        _answer_file(answerers, sampling, _Files(source, out, resume, answer_field), overrides, made_with)
     else:
-        _answer_texts(base, each, asked, sampling, json_file)
+        _answer_texts(*answerers(), asked, sampling, json_file)
+
+
+@dataclass(frozen=True)
+class _Files:
+    source: str
+    out: Path
+    resume: bool
+    answer_field: str
 
 
 def _places(given: list[Path], together: Together | None) -> list[Path]:
@@ -229,23 +251,26 @@ def _answer_texts(base: Any, each: "list[tuple[Path, Any]]", asked: list[str], s
     write_json(json_file, {"answers": rows})
 
 
-def _answer_file(base: Any, one: Any, sampling: Any, file: str, out: Path, overrides: list[str], settings: dict[str, Any]) -> None:
-    """Into a file, with a line of progress; those that cannot be answered are said at the end."""
-    from softprompt.answering import answer_file
+def _answer_file(answerers: "Callable[[], Any]", sampling: Any, files: _Files, overrides: list[str], made_with: dict[str, Any]) -> None:
+    """Into a file, with a bar; what is wrong with it is said before the base is loaded, what could not be answered at the end."""
+    from softprompt.answering import Named, Task, answer_file, check_out, failures
     from softprompt.config import load_config
-    from softprompt.data import load_questions
+    from softprompt.data import Questions
+    from softprompt.screen.prompts import follow_answers
 
-    questions = load_questions(file, load_config(None, overrides).data.columns)
-    told = {**settings, "base": base.fingerprint, "sampling": asdict(sampling), "file": _sha256(repr(questions).encode())}
-    failed = 0
-    for number, state in enumerate(answer_file(base, one, questions, sampling, out, told)):
-        if number == 0 and state.done == state.total:
-            print(f"{out} is finished: {state.total} answers", file=sys.stderr)
-        elif number or state.done:
-            print(f"{state.done} of {state.total} answered", file=sys.stderr, flush=True)
-        failed = state.failed
+    check_out(files.out, files.resume)
+    named, columns = Named(files.answer_field), load_config(None, overrides).data.columns
+    questions = Questions(files.source, columns)
+    found = questions.survey([named.answer, named.error])
+    base, ((_, one), *_) = answerers()
+    task = Task(base, one, questions, found.num_rows, sampling, named)
+    told = {**made_with, "base": base.fingerprint, "questions": found.digest, "columns": dict(columns), "answer_field": named.answer}
+    follow_answers(answer_file(task, files.out, told, resume=files.resume), files.out)
+    failed, first = failures(files.out, named, most=NAMED)
+    for reason in first:
+        print(f"  {reason}", file=sys.stderr)
     if failed:
-        print(f"{failed} could not be answered: their lines in {out} have an error", file=sys.stderr)
+        print(f"{failed} of {found.num_rows} could not be answered: their lines in {files.out} have {named.error}", file=sys.stderr)
 
 
 def _digest(places: list[Path]) -> list[str]:

@@ -18,8 +18,8 @@ from softprompt.data.examples import Unusable
 from softprompt.data.files import Note, rows_of
 from softprompt.data.naming import as_setting
 from softprompt.data.naming import suggest_columns as suggest_columns
+from softprompt.data.questions import Questions as Questions
 from softprompt.data.questions import Unanswered as Unanswered
-from softprompt.data.questions import load_questions as load_questions
 from softprompt.data.shapes import example_of, unused_columns
 from softprompt.errors import DataError
 

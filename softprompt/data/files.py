@@ -21,6 +21,7 @@ from softprompt.data.examples import ClassName, Unusable
 from softprompt.errors import DataError, first_line
 from softprompt.hub import hub
 
+BATCH = 1024  # rows of a Parquet file that are in memory at once
 CHINESE = 0.9  # of the letters beyond ASCII, those in GB 2312, from which a file is taken for GB 18030
 
 
@@ -271,10 +272,10 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
     import pyarrow.parquet
 
     try:
-        table = pyarrow.parquet.read_table(path)
+        with pyarrow.parquet.ParquetFile(path) as file:
+            yield from _numbered(str(path), chain.from_iterable(batch.to_pylist() for batch in file.iter_batches(BATCH)))
     except (pyarrow.ArrowInvalid, OSError) as error:
         raise DataError(f"{path}: not a readable Parquet file: {error}") from None
-    yield from _numbered(str(path), table.to_pylist())
 
 
 def _saved_dataset(path: Path, split: str | None) -> Iterator[tuple[str, Any]]:

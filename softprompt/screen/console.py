@@ -1,8 +1,9 @@
-"""The one console, and sizes for people."""
+"""The one console, one for standard error, and sizes for people."""
 
 from rich.console import Console
 
 console = Console(highlight=False, soft_wrap=True)
+beside = Console(highlight=False, soft_wrap=True, stderr=True)  # for what is no result
 
 
 def size(num_bytes: float) -> str:

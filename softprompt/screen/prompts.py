@@ -1,6 +1,8 @@
 """Prompts at work: an evaluation, an inspection, answers as they come."""
 
+import time
 from collections.abc import Iterable, Mapping, Sequence
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
@@ -8,11 +10,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from softprompt.screen.console import console
+from softprompt.screen.console import beside, console
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from softprompt.answering import Answered
     from softprompt.evaluation import Advanced, Evaluation
     from softprompt.generation import Piece
     from softprompt.inspection import Inspection
@@ -32,6 +35,34 @@ def follow_evaluation(events: "Iterable[Advanced | Evaluation]") -> "Evaluation"
                 return event
             progress.update(bar, description=event.doing, total=event.total, completed=event.done)
     raise AssertionError("an evaluation ends with its result")
+
+
+def follow_answers(states: "Iterable[Answered]", out: "Path", every: float = 10.0) -> None:
+    """A bar with the answers that are there and the time left; where nobody looks at a terminal, a line every so many seconds."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    began, due, first, done, total = time.monotonic(), 0.0, 0, 0, -1
+    with Progress(*columns, console=beside, transient=True, disable=not beside.is_terminal) as progress:
+        bar = progress.add_task("answering", total=None)
+        for state in states:
+            now = time.monotonic() - began
+            first = state.done if total < 0 else first
+            done, total = state.done, state.total
+            progress.update(bar, total=total, completed=done)
+            if done < total and now >= due and not beside.is_terminal:
+                _beside(f"{done} of {total} answered{_left(state, first, now)}")
+                due = now + every
+    _beside(f"{out} is finished: {total} answers" if first == total else f"{done} of {total} answered")
+
+
+def _beside(text: str) -> None:
+    beside.print(text, markup=False)
+
+
+def _left(state: "Answered", first: int, seconds: float) -> str:
+    """What the rows to go will take if they go on like those since the first state."""
+    if state.done == first:
+        return ""
+    return f", {timedelta(seconds=round(seconds * (state.total - state.done) / (state.done - first)))} left"
 
 
 def draw_evaluation(evaluation: "Evaluation") -> None:
