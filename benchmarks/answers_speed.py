@@ -1,6 +1,6 @@
 """A file of questions against the same questions in one list, in tokens per second; and whether kills change a byte of the answers.
 
-    python -m benchmarks.answers_speed [--base FOLDER] [--questions 2000] [--tokens 32] [--virtual 20] [--rounds 3] [--kills 0] [--json FILE]
+    python -m benchmarks.answers_speed [--base FOLDER] [--questions 2000] [--tokens 32] [--rounds 3] [--kills 0] [--json FILE]
 
 Without `--base`, a random llama of two layers. The prompt is random too: what is answered plays no part, how long it takes does. The sides
 take turns in one process; the ratio is the median of the rounds. `--kills K`: the same file is answered by processes of their own, of which
@@ -35,7 +35,7 @@ from softprompt.engine.loading import load_base
 from softprompt.engine.model import FrozenBase
 from softprompt.generation import generate
 
-WORDS = "where is my parcel the shoes came too small can I return them please send a bill and when do you open".split()
+WORDS = ("where", "is", "my", "parcel", "the", "shoes", "came", "too", "small", "can", "I", "return", "them", "please", "send", "a", "bill")
 
 
 def main() -> None:

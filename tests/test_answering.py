@@ -190,13 +190,6 @@ def test_what_json_does_not_know_is_text(generate, tmp_path):
     (row,) = read(tmp_path / "out.jsonl")
     del row["answer"]
     assert row == {"prompt": "bring tea", "when": "2026-01-02", "raw": "b'x'", "score": "nan", "in": [1.5, None]}
-        "prompt": "bring tea",
-        "when": "2026-01-02",
-        "raw": "b'x'",
-        "score": "nan",
-        "in": [1.5, None],
-        "answer": "",
-    }
     (tmp_path / "b.jsonl").write_text('{"prompt": "tea", "broken": "\\ud800"}\n')
     assert generate("--in", tmp_path / "b.jsonl", "--out", tmp_path / "half.jsonl")[0] == 0
     assert read(tmp_path / "half.jsonl")[0]["broken"] == "\ud800"
