@@ -279,6 +279,17 @@ def test_the_screen_says_where_it_stands(capsys):
     assert capsys.readouterr().err.splitlines() == ["1 of 4 answered", "4 of 4 answered"]
 
 
+def test_ctrl_c_says_how_to_go_on(generate, tmp_path, monkeypatch):
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(answering, "_lines", interrupted)
+    (tmp_path / "a.txt").write_text("q\n")
+    code, error = generate("--in", tmp_path / "a.txt", "--out", tmp_path / "out.jsonl")
+    assert code == 130
+    assert error.endswith("stopped; the same command goes on with --resume\n")
+
+
 # ---- processes that are killed, or that share a file -----------------------------------------------------------------
 
 FORKS = '''

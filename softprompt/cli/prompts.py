@@ -265,7 +265,11 @@ def _answer_file(answerers: "Callable[[], Any]", sampling: Any, files: _Files, o
     base, ((_, one), *_) = answerers()
     task = Task(base, one, questions, found.num_rows, sampling, named)
     told = {**made_with, "base": base.fingerprint, "questions": found.digest, "columns": dict(columns), "answer_field": named.answer}
-    follow_answers(answer_file(task, files.out, told, resume=files.resume), files.out)
+    try:
+        follow_answers(answer_file(task, files.out, told, resume=files.resume), files.out)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on with --resume", file=sys.stderr)
+        raise
     failed, first = failures(files.out, named, most=NAMED)
     for reason in first:
         print(f"  {reason}", file=sys.stderr)

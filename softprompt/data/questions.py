@@ -44,8 +44,8 @@ class Questions:
 
     source: str
     columns: Mapping[str, str]
-    _at: int = 0  # rows read so far
-    _rows: Iterator[tuple[str, Any]] = field(default_factory=lambda: iter(()))
+    _at: int = field(default=0, init=False)  # rows read so far
+    _rows: Iterator[tuple[str, Any]] = field(default_factory=lambda: iter(()), init=False)
 
     def survey(self, reserved: Collection[str]) -> Survey:
         """Raises DataError where the source cannot be read or a row has a field of a `reserved` name, ConfigError for columns that are
