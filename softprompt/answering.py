@@ -14,7 +14,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -65,11 +65,19 @@ class Answered:
 
 def check_out(out: Path, resume: bool) -> None:
     """Raises ConfigError where `out` is there already and not to be gone on with."""
-    if os.path.exists(out) and not resume:
-        with suppress(OSError), out.open("rb") as file:
+    if not os.path.exists(out):
+        return
+    if not _record(out).is_file():
+        raise ConfigError(f"--out {out} exists and is not of this command ({_record(out).name} is missing): choose another file")
+    if not resume:
+        with out.open("rb") as file:
             there = sum(line.endswith(b"\n") for line in file)
-            raise ConfigError(f"--out {out} exists and has {there} answers: --resume goes on with it, or choose another file")
-        raise ConfigError(f"--out {out} exists: choose another file")
+        raise ConfigError(f"--out {out} exists and has {there} answers: --resume goes on with it, or choose another file")
+
+
+def _record(out: Path) -> Path:
+    """Where it is written what the answers were made with."""
+    return out.with_name(out.name + ".settings.json")
 
 
 def answer_file(task: Task, out: Path, settings: Mapping[str, Any], *, resume: bool = False) -> Iterator[Answered]:
@@ -129,18 +137,15 @@ class Shared:
 
     def begin(self, settings: Mapping[str, Any]) -> None:
         """Makes the files, or sees that those that are there are of the same settings. Raises ConfigError."""
-        record = self.out.with_name(self.out.name + ".settings.json")
         self.folder.mkdir(parents=True, exist_ok=True)
         with self._alone():
             if not self.out.exists():
                 for part in self.folder.glob("*.jsonl"):  # of a file that somebody has removed
                     part.unlink()
-                write_text(record, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
+                write_text(_record(self.out), json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
                 self.out.touch()
-        if not record.is_file():
-            raise ConfigError(f"--out {self.out} exists and is not of this command ({record.name} is missing): choose another file")
         try:
-            known = json.loads(record.read_text(encoding="utf-8"))
+            known = json.loads(_record(self.out).read_text(encoding="utf-8"))
         except ValueError:
             known = {}
         other = [name for name, value in settings.items() if known.get(name) != value]

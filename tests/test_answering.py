@@ -292,17 +292,47 @@ def test_ctrl_c_says_how_to_go_on(generate, tmp_path, monkeypatch):
 
 # ---- processes that are killed, or that share a file -----------------------------------------------------------------
 
+
+def test_a_window_waits_for_its_turn_and_none_is_lost(tmp_path, monkeypatch):
+    monkeypatch.setattr(answering, "WINDOW", 4)
+    lines = [f"{number}\n".encode() for number in range(10)]
+    out = tmp_path / "out"
+    first, second = (answering.Shared(out, 10) for _ in range(2))
+    first.begin({"a": 1})
+    second.begin({"a": 1})
+    second.put(1, lines[4:7])
+    second.put(1, lines[4:8])
+    second.put(2, lines[8:])
+    assert (out.read_bytes(), first.missing(), first.num_done()) == (b"", [0], 6)
+    first.put(0, lines[:3])
+    assert (second.missing(), second.num_done()) == ([0], 9)
+    first.put(0, lines[:4])
+    with out.open("ab") as file:
+        file.write(b"4\n5\n6")  # a process that puts the next window behind it is killed
+    anew = answering.Shared(out, 10)
+    assert (anew.missing(), out.read_bytes()) == ([], b"".join(lines))
+    assert not list(anew.folder.glob("*.jsonl"))
+    for stale in (first, second, anew):
+        assert (stale.missing(), stale.num_done()) == ([], 10)
+    out.unlink()
+    (anew.folder / "1.jsonl").write_bytes(b"stale\n")
+    fresh = answering.Shared(out, 10)
+    fresh.begin({"a": 2})
+    assert fresh.missing() == [0, 1, 2], "what waits is of a file that somebody has removed"
+
+
 FORKS = '''
 import json, os, signal, sys, time
 from pathlib import Path
 import torch
+import transformers.models.llama.modeling_llama  # once for all of them; what torch has begun would not outlive a fork
 torch.set_num_threads(1)
-from softprompt import answering, cli
+from softprompt import answering, artifact, cli, generation
+from softprompt.engine import loading
 answering.WINDOW = 16
 answering.PATIENCE = 0.01
 words, jobs = json.loads(sys.argv[1]), json.loads(sys.argv[2])
 append, window = answering.Shared._append, answering._answer_window
-met = Path(sys.argv[3])
 
 def start(job):
     """A process that answers, and dies by kill -9 as it writes line number `dies`, half of it, or as it begins a window."""
@@ -317,6 +347,8 @@ def start(job):
             os.kill(os.getpid(), signal.SIGKILL)
         append(self, lines)
     def beginning(task, shared, number):
+        met = shared.out.with_suffix(".met")
+        met.mkdir(exist_ok=True)
         (met / str(os.getpid())).touch()
         while len(list(met.iterdir())) < job.get("meets", 1):
             time.sleep(0.001)
@@ -324,12 +356,15 @@ def start(job):
             os.kill(os.getpid(), signal.SIGKILL)
         yield from window(task, shared, number)
     answering.Shared._append, answering._answer_window = appending, beginning
-    sys.argv = ["softprompt", *words, *job["words"]]
+    sys.argv = ["softprompt", *words, "--resume", "--out", job["out"]]
+    code = 1
     try:
-        cli.main()
+        code = cli.main() or 0
+    except SystemExit as end:
+        code = end.code or 0
     finally:
         sys.stderr.flush()
-        os._exit(0)
+        os._exit(code)
 
 ends = []
 for together in jobs:
@@ -340,16 +375,15 @@ print(json.dumps(ends))
 
 @pytest.fixture
 def forked(trained, tmp_path):
-    """forked(out, jobs): how the processes of every job ended."""
+    """forked(jobs): how the processes of every job ended."""
     rows = tiny.write_rows(tmp_path / "rows.jsonl", [*tiny.some_rows(150), {"other": 1}, *tiny.some_rows(149)])
 
-    def run(out, jobs):
-        words = ["generate", str(trained), *WORDS, "--in", str(rows), "--out", str(out)]
-        met = tmp_path / f"{out.name}.met"
-        met.mkdir()
-        command = [sys.executable, "-c", FORKS, json.dumps(words), json.dumps(jobs), str(met)]
-        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
-        return json.loads(done.stdout.splitlines()[-1]), len(list(met.iterdir()))
+    def run(*jobs):
+        words = ["generate", str(trained), *WORDS, "--in", str(rows)]
+        command = [sys.executable, "-c", FORKS, json.dumps(words), json.dumps(jobs)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+        print(done.stderr)
+        return json.loads(done.stdout.splitlines()[-1])
 
     return run
 
@@ -357,9 +391,9 @@ def forked(trained, tmp_path):
 def test_kill_9_at_20_moments_changes_no_byte(forked, tmp_path):
     moments = [1, 2, 15, 16, 17, 31, 33, 64, 65, 80, 100, 128, 129, 150, 151, 200, 240, 256, 290, 300]
     straight, killed = tmp_path / "straight.jsonl", tmp_path / "killed.jsonl"
-    assert forked(straight, [[{"words": []}]])[0] == [[0]]
-    ends, _ = forked(killed, [*([{"words": ["--resume"], "dies": moment}] for moment in moments), [{"words": ["--resume"]}]])
-    assert ends == [[-9]] * 20 + [[0]], "every one but the last was killed"
+    whole = [{"out": str(out)} for out in (straight, killed)]
+    ends = forked(whole[:1], *([{**whole[1], "dies": moment}] for moment in moments), whole[1:])
+    assert ends == [[0], *[[-9]] * 20, [0]], "every one but the first and the last was killed"
     assert killed.read_bytes() == straight.read_bytes()
     assert len(read(killed)) == 300
     assert sum("error" in row for row in read(killed)) == 1
@@ -367,14 +401,13 @@ def test_kill_9_at_20_moments_changes_no_byte(forked, tmp_path):
 
 
 def test_processes_that_share_a_file_write_what_one_writes(forked, tmp_path):
-    straight, shared, taken = (tmp_path / f"{name}.jsonl" for name in ("straight", "shared", "taken"))
-    forked(straight, [[{"words": []}]])
-    job = {"words": ["--resume"], "meets": 3}
-    ends, began = forked(shared, [[job] * 3])
-    assert ends == [[0, 0, 0]]
-    assert began == 3, "every one had a window before the first answered its own"
-    assert shared.read_bytes() == straight.read_bytes()
-    ends, _ = forked(taken, [[job, {**job, "dies_at_once": True}, job], [{"words": ["--resume"]}]])
-    assert ends == [[0, -9, 0], [0]]
-    assert taken.read_bytes() == straight.read_bytes()
+    """Each has a window before any answers its own, so that all take part; then one of three is killed with a window of its own."""
+    straight, shared, taken = ({"out": str(tmp_path / f"{name}.jsonl")} for name in ("straight", "shared", "taken"))
+    killed = {**taken, "meets": 3, "dies_at_once": True}
+    ends = forked([straight], [{**shared, "meets": 3}] * 3, [{**taken, "meets": 3}, killed, {**taken, "meets": 3}])
+    assert ends == [[0], [0, 0, 0], [0, -9, 0]]
+    expected = Path(straight["out"]).read_bytes()
+    for one in (shared, taken):
+        assert Path(one["out"]).read_bytes() == expected
+        assert len(list(Path(one["out"]).with_suffix(".met").iterdir())) == 3
     assert not list(tmp_path.glob("*.parts"))

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -37,6 +38,10 @@ if TYPE_CHECKING:
     from softprompt.generation import Piece
 
 
+TOGETHER = (
+    "--in FILE and --out ANSWERS.jsonl go together (--resume and --answer-field belong to them), with one prompt or --ensemble, "
+    "without texts and --json"
+)
 NAMED = 3  # rows that cannot be answered, of which the reason is shown
 
 
@@ -183,14 +188,10 @@ def generate(
     """Answer texts with one soft prompt, with several in one batch, or with several that agree on one answer."""
     overrides = [item for item in texts or [] if re.match(r"(model|data\.columns)\.\w+=", item)]
     asked = [item for item in texts or [] if item not in overrides]
-    if source is None and out is None and not resume and answer_field == "answer":
-        asked = asked or [line.rstrip("\n") for line in sys.stdin if line.strip()]
-    elif source is None or out is None or asked or json_file or (other and not together):
-        raise ConfigError(
-            "--in FILE and --out ANSWERS.jsonl go together (--resume and --answer-field belong to them), with one prompt or --ensemble, "
-            "without texts and --json"
-        )
-    if not asked and source is None:
+    files = _Files(source, out, resume, answer_field) if source is not None and out is not None else None
+    if (asked or json_file or (other and not together)) if files else (source or out or resume or answer_field != "answer"):
+        raise ConfigError(TOGETHER)
+    if not files and not (asked := asked or [line.rstrip("\n") for line in sys.stdin if line.strip()]):
         raise ConfigError("no text to answer")
     from softprompt import Sampling
     from softprompt.generation import Ensemble, check_sampling
@@ -198,15 +199,13 @@ def generate(
     sampling = Sampling(max_new_tokens, temperature, top_p, top_k, seed)
     check_sampling(sampling, [Ensemble((), together.value)] if together else [])
     places = _places([prompt, *(other or [])], together)
-
-    def answerers() -> Any:
-        return _answerers(places, overrides, together, system, allow_other_base)
-
-    if source is not None and out is not None:
+    answerers = partial(_answerers, places, overrides, together, system, allow_other_base)
+    if files:
         made_with = {"prompt": _digest(places), "system": system, "ensemble": together, "sampling": asdict(sampling)}
-        _answer_file(answerers, sampling, _Files(source, out, resume, answer_field), overrides, made_with)
+        _answer_file(answerers, sampling, files, overrides, made_with)
     else:
-        _answer_texts(*answerers(), asked, sampling, json_file)
+        base, each = answerers()
+        _answer_texts(base, each, asked, sampling, json_file)
 
 
 @dataclass(frozen=True)
