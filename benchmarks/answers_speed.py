@@ -3,7 +3,8 @@
     python -m benchmarks.answers_speed [--base FOLDER] [--questions 2000] [--tokens 32] [--rounds 3] [--kills 0] [--json FILE]
 
 Without `--base`, a random llama of two layers. The prompt is random too: what is answered plays no part, how long it takes does. The sides
-take turns in one process; the ratio is the median of the rounds. `--kills K`: the same file is answered by processes of their own, of which
+take turns in one process; the ratios are medians of the rounds, of the clock and of the processor's time: the latter stands still while
+other programs run, with one thread (`OMP_NUM_THREADS=1`). `--kills K`: the same file is answered by processes of their own, of which
 K are killed by kill -9 at moments that are spread over the answers, and compared with one that nobody killed.
 """
 
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -64,7 +66,7 @@ def random_base(folder: Path) -> Path:
     """Two layers over bytes."""
     torch.manual_seed(0)
     settings = LlamaConfig(
-        vocab_size=320, hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4, initializer_range=0.1,
+        vocab_size=320, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, initializer_range=0.1,
         max_position_embeddings=1024, bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
     AutoModelForCausalLM.from_config(settings).save_pretrained(folder)
@@ -77,9 +79,9 @@ def random_base(folder: Path) -> Path:
 
 
 def write_questions(file: Path, number: int) -> Path:
-    """Questions of 3 to 24 words."""
+    """Questions of 3 to 16 words."""
     draw = random.Random(0)
-    texts = [" ".join(draw.choices(WORDS, k=draw.randint(3, 24))) for _ in range(number)]
+    texts = [" ".join(draw.choices(WORDS, k=draw.randint(3, 16))) for _ in range(number)]
     rows = [json.dumps({"id": index, "prompt": text, "completion": "yes"}) + "\n" for index, text in enumerate(texts)]
     file.write_text("".join(rows), encoding="utf-8")
     return file
@@ -105,24 +107,40 @@ def speed(config: ModelConfig, run: Path, rows: Path, sampling: Sampling, rounds
     prompt = load_prompt(run, base)
     texts = [json.loads(line)["prompt"] for line in rows.read_text(encoding="utf-8").splitlines()]
     generate(base, prompt, texts[:64], sampling)
-    spent: list[tuple[float, float]] = []
+    spent: dict[str, list[Spent]] = {"list": [], "file": []}
     differing = 0
     for number in range(rounds):
-        began = time.perf_counter()
+        began = now()
         listed = generate(base, prompt, texts, sampling)
-        between = time.perf_counter()
+        between = now()
         filed = by_file(base, prompt, rows, sampling, rows.with_name(f"answers-{number}.jsonl"))
-        spent.append((between - began, time.perf_counter() - between))
-        differing = sum(one != other for one, other in zip(listed, filed, strict=True))
+        spent["list"].append(between - began)
+        spent["file"].append(now() - between)
+        differing += sum(one != other for one, other in zip(listed, filed, strict=True))
     tokens = sum(len(base.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in listed)
+    pairs = list(zip(spent["list"], spent["file"], strict=True))
     return {
-        "seconds_list": [first for first, _ in spent],
-        "seconds_file": [second for _, second in spent],
-        "tokens_per_second_list": tokens / median(first for first, _ in spent),
-        "tokens_per_second_file": tokens / median(second for _, second in spent),
-        "file_over_list": median(first / second for first, second in spent),
+        "spent": {side: [asdict(one) for one in times] for side, times in spent.items()},
+        "tokens_per_second": {side: tokens / median(one.seconds for one in times) for side, times in spent.items()},
+        "file_over_list": median(first.seconds / second.seconds for first, second in pairs),
+        "file_over_list_by_processor": median(first.processor / second.processor for first, second in pairs),
         "answers_that_differ": differing,
     }
+
+
+@dataclass(frozen=True)
+class Spent:
+    """Seconds by the clock, and of this process's work."""
+
+    seconds: float
+    processor: float
+
+    def __sub__(self, other: "Spent") -> "Spent":
+        return Spent(self.seconds - other.seconds, self.processor - other.processor)
+
+
+def now() -> Spent:
+    return Spent(time.perf_counter(), time.process_time())
 
 
 def by_file(base: FrozenBase, prompt: StoredPrompt, rows: Path, sampling: Sampling, out: Path) -> list[str]:

@@ -29,6 +29,7 @@ from softprompt.errors import ConfigError, DataError
 from softprompt.generation import Answerer, Ensemble, pieces_of, prepared
 
 WINDOW = 1024  # rows: what a kill may cost, and how far answers may come out of order; at its end the batch runs empty
+PAUSE = 0.05  # seconds between two writings: with every answer, the lock would be a tenth of the work on the smallest bases
 PATIENCE = 0.2  # seconds until a process that finds all windows taken looks again
 
 
@@ -258,10 +259,11 @@ def _answer_window(task: Task, shared: Shared, number: int) -> Iterator[Answered
     start, stop = shared.span(number)
     in_file = max(shared.num_lines - start, 0)  # of an earlier try, which is made again
     others = shared.num_done() - in_file
-    lines = _InOrder()
+    lines, due = _InOrder(), 0.0
     for index, line in _lines(task, task.questions.part(start, stop)):
-        if lines.add(index, line):
+        if lines.add(index, line) and (time.monotonic() >= due or len(lines.ready) == stop - start):
             shared.put(number, lines.ready)
+            due = time.monotonic() + PAUSE
         yield Answered(others + max(len(lines), in_file), task.num_rows)
 
 
