@@ -90,6 +90,18 @@ def test_answers_are_those_of_single_texts_and_go_on(generate, trained, tmp_path
     assert out.read_bytes() == whole
 
 
+@pytest.mark.parametrize("words", [("--temperature=1.5", "--seed=3"), ("model.dtype=bfloat16",)])
+def test_sampled_and_rounded_answers_go_on_as_they_were(generate, tmp_path, monkeypatch, words):
+    """A window that was begun is made again as a whole: what shares a batch with a row is the same as before."""
+    monkeypatch.setattr(answering, "WINDOW", 4)
+    file, out = tiny.write_rows(tmp_path / "a.jsonl", tiny.some_rows(11)), tmp_path / "out.jsonl"
+    assert generate("--in", file, "--out", out, *words)[0] == 0
+    whole = out.read_bytes()
+    out.write_bytes(b"".join(whole.splitlines(keepends=True)[:6]))
+    assert generate("--in", file, "--out", out, "--resume", *words)[1].startswith("6 of 11 answered")
+    assert out.read_bytes() == whole
+
+
 def test_only_the_same_command_goes_on(generate, tmp_path):
     file, out = tmp_path / "texts.txt", tmp_path / "answers.jsonl"
     file.write_text("bring tea\n")
