@@ -2,7 +2,7 @@
 against the bare base, a text prompt, a few examples.
 
     python -m benchmarks.contestants --base gemma=FOLDER --task demo --task sentiment --results FILE --report docs/contestants.md
-                                     [--rows 300] [--runs FOLDER | --run FOLDER] [--readme README.md ...] [--draw]
+                                     [--rows 300] [--dtype float32] [--runs FOLDER | --run FOLDER] [--readme README.md ...] [--draw]
 
 Every finished task becomes a line of the file at once, and a task that the file holds already is not repeated. One that was
 stopped goes on: its training from the run's last checkpoint, its answers from the last one. --run takes the finished run of the
@@ -40,6 +40,7 @@ def main() -> None:
     parser.add_argument("--alpaca", type=Path, help="1,000 rows of instruction, input and output, for the task of that name")
     parser.add_argument("--rows", type=int, help="test rows at most; left out, all")
     parser.add_argument("--runs", type=Path, default=CACHE / "contestants", help="where run folders are kept")
+    parser.add_argument("--dtype", default="auto", help="of the base")
     parser.add_argument("--run", type=Path, help="a finished run of the one task")
     parser.add_argument("--results", required=True, type=Path, help="JSONL, a task per line")
     parser.add_argument("--report", type=Path, help="Markdown page to write")
@@ -61,7 +62,7 @@ def main() -> None:
 
 def measure_all(given: argparse.Namespace) -> None:
     name, folder = given.base.split("=", 1)
-    base = load_base(ModelConfig(name=folder))
+    base = load_base(ModelConfig(name=folder, dtype=given.dtype))
     for task in map(with_rows_to_test, make_tasks(given.task, CACHE, given.alpaca)):
         key = f"{name}/{task.name}/{given.rows or 'all'}"
         if key in read(given.results) and given.run is None:
