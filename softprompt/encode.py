@@ -106,9 +106,8 @@ class Encoder:
         """The row's first `max_length` tokens (BOS counted). Raises TooLong when nothing supervised is left."""
         room = len(row) if max_length is None else max(0, max_length - (self.bos_id is not None))
         if len(row) > room:
-            whole = row.num_supervised
-            row = replace(row, ids=row.ids[:room], supervised=row.supervised[:room], num_cut=len(row) - room)
-            row = replace(row, num_lost=whole - row.num_supervised)
+            supervised, lost = row.supervised[:room], sum(row.supervised[room:])
+            row = Encoded(row.ids[:room], supervised, row.source, len(row) - room, lost)
         if not any(row.supervised):
             raise TooLong(max_length, len(row) + row.num_cut + (self.bos_id is not None), row.source)
         return row

@@ -6,6 +6,7 @@ turns and the place of each as UTF-8. A row's tokens are `ids[start : start + le
 
 import hashlib
 import json
+from array import array
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -193,7 +194,7 @@ class FlatWriter:
         system = example.messages[0].content if example.messages[0].role == "system" else None
         seen, counts = 0, (0, 0, 0, 0)
         if row is not None:
-            seen = hashed(np.array(row.ids[: row.supervised.index(True)], np.int32).tobytes())
+            seen = hashed(array("i", row.ids[: row.supervised.index(True)]).tobytes())
             counts = (len(row), row.num_supervised, row.num_cut, row.num_lost)
             self._tokens.append(row)
         hashes = (*turn_hashes(example), seen)
