@@ -2,12 +2,12 @@
 against the bare base, a text prompt, a few examples.
 
     python -m benchmarks.contestants --base gemma=FOLDER --task demo --task sentiment --results FILE --report docs/contestants.md
-                                     [--rows 300] [--runs FOLDER | --run FOLDER] [--readme README.md ...] [--draw]
+                                     [--rows 300] [--dtype float32] [--runs FOLDER | --run FOLDER] [--draw]
 
 Every finished task becomes a line of the file at once, and a task that the file holds already is not repeated. One that was
 stopped goes on: its training from the run's last checkpoint, its answers from the last one. --run takes the finished run of the
-one task that is named, and measures it anew. --report writes all scores; --readme puts the short table between a README's marks.
-With --draw nothing is trained or measured. What a reader must know is added to a line of the file by hand, as "notes".
+one task that is named, and measures it anew. --report writes all scores. With --draw nothing is trained or measured. What a reader
+must know is added to a line of the file by hand, as "notes".
 """
 
 import argparse
@@ -25,11 +25,9 @@ from benchmarks.tasks import MAKERS, Task, make_tasks
 from softprompt.config import ModelConfig
 from softprompt.engine.loading import load_base
 from softprompt.engine.model import FrozenBase
-from softprompt.metrics import METRICS, Verdict, called, percent, sentence
+from softprompt.metrics import Verdict, called, percent, sentence
 from softprompt.runlog import RunFolder
 
-MARKS = "<!-- contestants -->\n", "<!-- end of contestants -->\n"
-IN_FULL = ("perplexity", "bits_per_byte", "calibration_error")  # not in the short table: they say what others say
 SAVE_EVERY = 10  # steps
 
 
@@ -40,12 +38,10 @@ def main() -> None:
     parser.add_argument("--alpaca", type=Path, help="1,000 rows of instruction, input and output, for the task of that name")
     parser.add_argument("--rows", type=int, help="test rows at most; left out, all")
     parser.add_argument("--runs", type=Path, default=CACHE / "contestants", help="where run folders are kept")
+    parser.add_argument("--dtype", default="auto", help="of the base")
     parser.add_argument("--run", type=Path, help="a finished run of the one task")
     parser.add_argument("--results", required=True, type=Path, help="JSONL, a task per line")
     parser.add_argument("--report", type=Path, help="Markdown page to write")
-    parser.add_argument(
-        "--readme", type=Path, action="append", default=[], help="page with marks to put the short table between; repeatable"
-    )
     parser.add_argument("--draw", action="store_true", help="measure nothing")
     given = parser.parse_args()
     if given.run and len(given.task) > 1:
@@ -55,13 +51,11 @@ def main() -> None:
     found = read(given.results)
     if given.report:
         given.report.write_text(report(found), encoding="utf-8")
-    for page in given.readme:
-        page.write_text(between_marks(page.read_text(encoding="utf-8"), short(found)), encoding="utf-8")
 
 
 def measure_all(given: argparse.Namespace) -> None:
     name, folder = given.base.split("=", 1)
-    base = load_base(ModelConfig(name=folder))
+    base = load_base(ModelConfig(name=folder, dtype=given.dtype))
     for task in map(with_rows_to_test, make_tasks(given.task, CACHE, given.alpaca)):
         key = f"{name}/{task.name}/{given.rows or 'all'}"
         if key in read(given.results) and given.run is None:
@@ -140,33 +134,8 @@ def _how(one: dict[str, Any]) -> list[str]:
     ]
 
 
-def short(found: Runs) -> str:
-    """What a README has room for: the scores that decide, and the prompt against the best of the others."""
-    lines = []
-    for key, one in found.items():
-        base, task, _ = key.split("/")
-        evaluation = one["evaluation"]
-        lines += [f"**{task}**, {base}, {evaluation['rows']} rows:", ""]
-        lines += table(evaluation, [metric for metric in metrics_of(evaluation) if metric not in IN_FULL])
-        metric, contestants = evaluation["metric"], evaluation["contestants"]
-        best = max if METRICS[metric].higher_is_better else min
-        others = [name for name in reversed(contestants) if name != "prompt"]  # of equals the last, which is told most
-        rival = best(others, key=lambda name: contestants[name][metric])
-        lines += ["", *sentences(evaluation, [("prompt", rival)]), "", *_notes(one)]
-    return "\n".join(lines)
-
-
 def _notes(one: dict[str, Any]) -> list[str]:
     return [line for note in one.get("notes", []) for line in (note, "")]
-
-
-def between_marks(page: str, text: str) -> str:
-    """The page with the text between its marks. Raises SystemExit for a page without them."""
-    start, end = MARKS
-    if start not in page or end not in page.partition(start)[2]:
-        raise SystemExit(f"the page has no {start.strip()} and {end.strip()}, each on a line")
-    before, _, rest = page.partition(start)
-    return f"{before}{start}\n{text}{end}{rest.partition(end)[2]}"
 
 
 def metrics_of(evaluation: dict[str, Any]) -> list[str]:

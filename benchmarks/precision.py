@@ -22,6 +22,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -32,7 +33,7 @@ from benchmarks.measuring import machine
 from benchmarks.workloads import PROMPT_TEXT, WORKLOADS, make_rows, read_rows, write_rows
 from softprompt.config import Config, ModelConfig, OptimConfig
 from softprompt.encode import Encoder, make_encoder
-from softprompt.engine.batch import order_of_rows
+from softprompt.engine.batch import Order
 from softprompt.engine.loading import load_base
 from softprompt.engine.model import FrozenBase
 from softprompt.engine.optim import PromptOptimizer
@@ -92,7 +93,7 @@ def follow(full: FrozenBase, half: FrozenBase, given: argparse.Namespace) -> Ite
     soft = SoftPrompt(full.embed_ids(ids), "after_bos" if encoder.bos_id is not None else "start", encoder.bos_id)
     optimizer = PromptOptimizer(soft.rows_PH, OptimConfig(relative_lr=0.1), given.steps, full.rms)
     for number in range(given.steps):
-        own = [rows[index] for index in order_of_rows([None] * len(rows), number * given.rows, given.rows, 0)]
+        own = [rows[index] for index in Order(np.zeros(len(rows))).rows(number * given.rows, given.rows, 0)]
 
         def gradient(base: FrozenBase, tolerance: float, own: list[Encoded] = own) -> Tensor:
             leaf = soft.with_learned(optimizer.learned_PD.detach().clone().requires_grad_())

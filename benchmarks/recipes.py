@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from statistics import mean
 from typing import Any
 
+import numpy as np
 import peft
 import torch
 from torch import Tensor
@@ -26,7 +27,7 @@ from softprompt.config import USUAL_RATE, Config, load_config, with_absolute_pat
 from softprompt.contestants import Reading
 from softprompt.doctor import diagnose
 from softprompt.encode import make_encoder
-from softprompt.engine.batch import batches, order_of_rows
+from softprompt.engine.batch import Order, batches
 from softprompt.engine.likelihood import candidate_losses, row_losses
 from softprompt.engine.loss import batch_losses
 from softprompt.engine.model import FrozenBase, head_of
@@ -320,7 +321,7 @@ def _peft(kind: str, task: Task, config: Config, base: FrozenBase, rate: float) 
 def _peft_step(peer: Peer, optimizer: torch.optim.Optimizer, rows: Rows, config: Config, step: int, rate: float) -> float:
     """One step at this rate; returns its seconds."""
     began, size = time.perf_counter(), config.train.examples_per_step
-    numbers = order_of_rows([None] * len(rows.encoded), step * size, size, config.train.seed)
+    numbers = Order(np.zeros(len(rows.encoded))).rows(step * size, size, config.train.seed)
     peer.step([rows.encoded[number] for number in numbers])
     torch.nn.utils.clip_grad_norm_(peer.trained, 1.0)
     optimizer.param_groups[0]["lr"] = rate

@@ -26,7 +26,7 @@ from benchmarks.measuring import Job, Measured, Spec, StepClock, die_first, load
 from benchmarks.workloads import PROMPT_TEXT, Dtype, read_rows
 from softprompt.config import Config, ModelConfig, load_config
 from softprompt.encode import Encoder, make_encoder
-from softprompt.engine.batch import order_of_rows
+from softprompt.engine.batch import Order
 from softprompt.engine.loading import load_base
 from softprompt.engine.model import FrozenBase
 from softprompt.engine.prompt import SoftPrompt
@@ -59,7 +59,7 @@ class Scene:
 
     def rows_of(self, count: int, seed: int) -> list[Encoded]:
         """The first rows of a run with this seed, in the order in which ours takes them."""
-        return [self.rows[number] for number in order_of_rows([None] * len(self.rows), 0, count, seed)]
+        return [self.rows[number] for number in Order(np.zeros(len(self.rows))).rows(0, count, seed)]
 
 
 def set_scene(job: Job, dtype: Dtype) -> Scene:

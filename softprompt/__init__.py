@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from softprompt.events import Event as Event
     from softprompt.events import Finished as Finished
     from softprompt.events import Found as Found
+    from softprompt.events import Preparing as Preparing
     from softprompt.events import Sampled as Sampled
     from softprompt.events import Saved as Saved
     from softprompt.events import Searching as Searching
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from softprompt.events import Warned as Warned
     from softprompt.generation import Ensemble as Ensemble
     from softprompt.generation import generate as generate
+    from softprompt.rows import encode_file as encode_file
     from softprompt.screen.progress import show_progress as show_progress
     from softprompt.training import train as train
 
@@ -39,6 +41,7 @@ _HOMES = {
     "Finished": "events",
     "Found": "events",
     "Message": "data",
+    "Preparing": "events",
     "Sampled": "events",
     "Sampling": "engine.decode",
     "Saved": "events",
@@ -46,6 +49,7 @@ _HOMES = {
     "Started": "events",
     "Step": "events",
     "Warned": "events",
+    "encode_file": "rows",
     "evaluate": "evaluation",
     "generate": "generation",
     "load_base": "engine.loading",

@@ -74,7 +74,8 @@ class DataConfig(Section):
 
     train: Sources | None = None
     """JSON, JSONL, CSV, TSV or Parquet file, plain, .gz or .zst, a pattern of names (`data/*.jsonl`), an address (`s3://`, `hf://`),
-    a `save_to_disk` folder, or a hub id; may end in `:split` or `:configuration:split`, and in `[from:to]`. Several of them: a list."""
+    a folder of such files or one that `save_to_disk` wrote, or a hub id; may end in `:split` or `:configuration:split`, and in
+    `[from:to]`. Several of them: a list."""
     eval: Sources | None = None
     """Held-out rows, named like `train`."""
     eval_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -88,8 +89,15 @@ class DataConfig(Section):
     begins, which its prompt keeps."""
     max_length: Annotated[int, Field(ge=2)] = 256
     """Tokens of a row at most, BOS included, virtual tokens not; the rest is cut and counted."""
+    weights: Annotated[tuple[Annotated[float, Field(ge=0, allow_inf_nan=False)], ...], Field(strict=False)] = ()
+    """How much of each source of `train` a step is drawn from, e.g. [3, 1], whatever their sizes. Left out: all rows alike."""
     limit: Positive | None = None
     """Only the first N rows of `train`."""
+    stream: bool = False
+    """Read hub data sets as they come, instead of downloading them whole: for sets larger than the disk, or the first rows of one."""
+    cache: bool = True
+    """Whether tokenized rows are kept for the next time, from 2,000 rows on, in $SOFTPROMPT_CACHE or ~/.cache/softprompt: 20 GB at most,
+    what was not used for longest goes first."""
     label_words: dict[str, str] = {}
     """For text/label rows: the word that stands for each label, e.g. {0 = "negative", 1 = "positive"}."""
     columns: dict[str, str] = {}
@@ -129,6 +137,8 @@ class DataConfig(Section):
     def _one_split(self) -> "DataConfig":
         if self.eval is not None and self.eval_fraction:
             raise ValueError("set data.eval or data.eval_fraction, not both")
+        if self.weights and (not isinstance(self.train, tuple) or len(self.train) != len(self.weights) or not sum(self.weights)):
+            raise ValueError("data.weights needs a list of sources in data.train, as many as there are weights, not all of them 0")
         return self
 
 

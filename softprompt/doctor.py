@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
@@ -75,17 +76,16 @@ class Case:
 
 
 def same_to_the_model(rows: Rows, held: Rows | None) -> Iterator[str]:
-    questions = {tuple(zip(row.ids, row.supervised, strict=True))[: row.supervised.index(True)] for row in rows.encoded}
-    asked = {example.messages[:-1] for example in rows.examples}
-    if len(asked) > 1 and len(questions) < len(asked) / 2:
+    questions, asked = (len(np.unique(rows.column(name))) for name in ("seen", "asked"))
+    if asked > 1 and questions < asked / 2:
         yield (
-            f"{len(asked)} different questions look like {len(questions)} to the model: data.template leaves out what they ask; "
+            f"{asked} different questions look like {questions} to the model: data.template leaves out what they ask; "
             "look at softprompt show, and write the row's own fields into the template"
         )
 
 
 def cut_answers(rows: Rows, held: Rows | None) -> Iterator[str]:
-    cut = sum(row.num_cut for row in rows.encoded)  # rows are cut at their end, where the answer is
+    cut = int(rows.column("cut").sum(dtype=np.int64))  # rows are cut at their end, where the answer is
     share = cut / (cut + rows.num_supervised)
     if share > CUT:
         yield f"{share:.0%} of the answers' tokens lie beyond data.max_length and are cut away: raise data.max_length"
@@ -106,11 +106,10 @@ def unusable_rows(rows: Rows, held: Rows | None) -> Iterator[str]:
 
 
 def in_both_splits(rows: Rows, held: Rows | None) -> Iterator[str]:
-    trained, held_out = {example.turns for example in rows.examples}, held.examples if held else ()
-    known = sum(example.turns in trained for example in held_out)
-    if known:
+    known = 0 if held is None else int(np.isin(held.column("turns"), rows.column("turns")).sum())
+    if known and held is not None:
         yield (
-            f"{known} of {len(held_out)} held-out rows are training rows too: the held-out loss flatters the prompt; "
+            f"{known} of {len(held.encoded)} held-out rows are training rows too: the held-out loss flatters the prompt; "
             "softprompt show names them, take them out of one of the two"
         )
 
@@ -148,8 +147,8 @@ def no_better_than_before(case: Case) -> Iterator[str]:
 def guesses(case: Case) -> Iterator[str]:
     """The loss of whoever knows the labels and their shares, and has not read the text: prompts rest there for a while (LOG.md)."""
     held = case.held
-    labels = [example.label for example in held.examples] if held else []
-    if held is None or case.best is None or None in labels:
+    labels = [] if held is None else held.column("label").tolist()
+    if held is None or case.best is None or -1 in labels:
         return
     nats = -sum(math.log(count / len(labels)) * count for count in Counter(labels).values())
     loss = nats / held.num_supervised

@@ -10,15 +10,24 @@ What a row says is text, whatever it spells (literal.py).
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import pairwise
+from itertools import chain, islice, pairwise
 from typing import Any
 
 from softprompt.data import Example, Message
 from softprompt.engine.tokens import Encoded, num_shared
-from softprompt.errors import ConfigError, DataError
+from softprompt.errors import ConfigError, DataError, TooLong
 from softprompt.literal import MARKS, Literal, Tokenizer
 from softprompt.templates import Segment, Template, make_template
 from softprompt.thinking import Thinking
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A row as text; no segments where there is an `error`."""
+
+    example: Example
+    segments: tuple[Segment, ...]
+    error: DataError | None = None
 
 
 @dataclass(frozen=True)
@@ -58,8 +67,10 @@ class Encoder:
 
     def num_unlearned(self, example: Example, row: Encoded) -> int:
         """Answers of a conversation that are read and not learned, because the template writes them otherwise once it goes on."""
+        if len(example.messages) < 4 or not self.template.knows_turns:
+            return 0
         answers = sum(message.role == "assistant" and message.learned for message in example.messages)
-        if answers < 2 or not self.template.knows_turns:
+        if answers < 2:
             return 0
         if row.num_cut:
             return answers - sum(segment.supervised for segment in self.segments(example))
@@ -70,16 +81,20 @@ class Encoder:
 
         Raises DataError when the question is empty, nothing supervised is left, or a token has no embedding.
         """
-        return _cut(self.encode_segments(self.segments(example), example.source), max_length, self.bos_id is not None)
+        return self.cut(self.encode_segments(self.segments(example), example.source), max_length)
 
     def encode_segments(self, segments: Sequence[Segment], source: str) -> Encoded:
         """Ids and supervision of a row in segments. Raises DataError when nothing stands before what is supervised."""
+        return self.assembled(segments, [self._ids(segment.text) for segment in segments], source)
+
+    def assembled(self, segments: Sequence[Segment], pieces: Sequence[list[int]], source: str) -> Encoded:
+        """The row of segments whose ids are known: `pieces[i]` of `segments[i]`. Raises DataError as `encode_segments`."""
         ids: list[int] = []
         supervised: list[bool] = []
-        for segment in segments:
-            piece, last = self._tokenize(segment)
+        for segment, found in zip(segments, pieces, strict=True):
+            piece, last = self.template.ended(found, segment, self.tokenizer)
             ids += piece
-            supervised += [segment.supervised and index < last for index in range(len(piece))]
+            supervised += [segment.supervised] * last + [False] * (len(piece) - last)
         if supervised and supervised[0]:
             raise DataError("the question is empty: there is nothing to answer", source)
         if self._begins_with_bos(ids):
@@ -87,11 +102,22 @@ class Encoder:
         self.check_ids(ids, source)
         return Encoded(tuple(ids), tuple(supervised), source)
 
+    def cut(self, row: Encoded, max_length: int | None) -> Encoded:
+        """The row's first `max_length` tokens (BOS counted). Raises TooLong when nothing supervised is left."""
+        room = len(row) if max_length is None else max(0, max_length - (self.bos_id is not None))
+        if len(row) > room:
+            supervised, lost = row.supervised[:room], sum(row.supervised[room:])
+            row = Encoded(row.ids[:room], supervised, row.source, len(row) - room, lost)
+        if not any(row.supervised):
+            raise TooLong(max_length, len(row) + row.num_cut + (self.bos_id is not None), row.source)
+        return row
+
     def question(self, text: str | Sequence[Message]) -> tuple[int, ...]:
         """Ids of a question, or of a conversation that ends with one, that waits for its answer, without BOS."""
         messages = (Message("user", text),) if isinstance(text, str) else tuple(text)
         asked = Example(messages, "question", fields=_question_fields(messages[-1].content))
-        ids = tuple(token for segment in self.segments(asked) for token in self._tokenize(segment)[0])
+        found = (self.template.ended(self._ids(segment.text), segment, self.tokenizer)[0] for segment in self.segments(asked))
+        ids = tuple(chain.from_iterable(found))
         self.check_ids(ids, "question")
         return ids[1:] if self._begins_with_bos(ids) else ids
 
@@ -118,11 +144,47 @@ class Encoder:
         """Whether the template wrote the BOS token that belongs to the prefix. One at a later turn stays: it is text."""
         return self.template.writes_bos and bool(ids) and ids[0] == self.bos_id
 
-    def _tokenize(self, segment: Segment) -> tuple[list[int], int]:
-        """The segment's ids and how many of them count as the segment's own."""
-        marked = MARKS[0] in segment.text
-        ids = self._literal.ids(segment.text) if marked else self.tokenizer(segment.text, add_special_tokens=False)["input_ids"]
-        return self.template.ended(ids, segment, self.tokenizer)
+    def _ids(self, text: str) -> list[int]:
+        if MARKS[0] in text:
+            return self._literal.ids(text)
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
+
+    # ---- many rows
+
+    def warm_up(self) -> None:
+        """Finds out all that is asked of the tokenizer once, before another thread uses it."""
+        _ = self.end_ids, self._literal.stubborn, self.template.thinking
+
+    def drafts(self, examples: Sequence[Example]) -> list[Draft]:
+        """Rows as text, to be tokenized together."""
+        found = []
+        for example in examples:
+            try:
+                found.append(Draft(example, tuple(self.segments(example))))
+            except DataError as error:
+                found.append(Draft(example, (), error))
+        return found
+
+    def tokenized(self, drafts: Sequence[Draft]) -> list[list[int]]:
+        """The ids of every segment of every row in turn, the same as one by one. Fast tokenizers work on them all at once, on all cores,
+        and let other threads run."""
+        texts = [segment.text for draft in drafts for segment in draft.segments]
+        plain = [text for text in texts if MARKS[0] not in text]
+        found = iter(many_ids(self.tokenizer, plain))
+        return [self._literal.ids(text) if MARKS[0] in text else next(found) for text in texts]
+
+    def finished(self, drafts: Sequence[Draft], pieces: Sequence[list[int]], max_length: int | None) -> Iterator[Encoded | DataError]:
+        """What `encode` gives for every row, or raises; `pieces`: what `tokenized` gave."""
+        rest = iter(pieces)
+        for draft in drafts:
+            own = list(islice(rest, len(draft.segments)))
+            try:
+                if draft.error is not None:
+                    raise draft.error
+                yield self.cut(self.assembled(draft.segments, own, draft.example.source), max_length)
+            except DataError as error:
+                yield error
 
     # ---- control tokens that a row spells
 
@@ -132,6 +194,8 @@ class Encoder:
 
     def stubborn(self, example: Example) -> tuple[str, ...]:
         """The control tokens that a row spells and that this tokenizer makes even of plain text."""
+        if not self._literal.stubborn:
+            return ()
         spelled = dict.fromkeys(found for message in example.messages for found in self._literal.spelled(message.content))
         return tuple(text for text in spelled if text in self._literal.stubborn)
 
@@ -139,6 +203,8 @@ class Encoder:
         """The example with marks around the control tokens that it spells."""
         if any(mark in message.content for message in example.messages for mark in MARKS):
             raise DataError(f"the row holds U+{ord(MARKS[0]):X} or U+{ord(MARKS[1]):X}, which are no characters", example.source)
+        if not (example.has_tools or self.template.reads_fields or any(map(self._literal.spells, (m.content for m in example.messages)))):
+            return example
         marked = self._literal.marked
         messages = tuple(
             replace(message, content=marked(message.content), more=_inside(message.more, marked)) for message in example.messages
@@ -161,13 +227,14 @@ def _question_fields(text: str) -> Mapping[str, str]:
     return {"prompt": text, "instruction": text, "input": "", "text": text}
 
 
-def _cut(row: Encoded, max_length: int | None, has_bos: bool) -> Encoded:
-    room = len(row) if max_length is None else max(0, max_length - has_bos)
-    num_cut = max(0, len(row) - room)
-    row = replace(row, ids=row.ids[:room], supervised=row.supervised[:room], num_cut=num_cut)
-    if row.num_supervised == 0:
-        raise DataError(f"the whole response lies beyond data.max_length = {max_length} tokens and is cut away", row.source)
-    return row
+def many_ids(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
+    """Of every text what `tokenizer(text, add_special_tokens=False)` gives."""
+    if not texts:
+        return []
+    if not tokenizer.is_fast:
+        return list(tokenizer(list(texts), add_special_tokens=False)["input_ids"])
+    tokenizer(texts[0], add_special_tokens=False)  # sets the library's tokenizer to neither cut nor fill nor split control tokens
+    return [one.ids for one in tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
 
 
 def shared_system(examples: Sequence[Example]) -> str | None:

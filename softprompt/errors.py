@@ -28,6 +28,14 @@ class DataError(Error, ValueError):
         self.reason, self.source = reason, source
 
 
+class TooLong(DataError):
+    """A row whose whole response is cut away. `length`: its tokens, all of them."""
+
+    def __init__(self, max_length: int | None, length: int, source: str) -> None:
+        super().__init__(f"the whole response lies beyond data.max_length = {max_length} tokens and is cut away", source)
+        self.length = length
+
+
 class ModelError(Error, ValueError):
     """A base model that cannot be found, loaded or used."""
 

@@ -5,14 +5,26 @@ notebook, report, doctor and trackers read it, on this machine or another. Value
 """
 
 import json
+from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
+Value = TypeVar("Value")
 Cell = str | int | float | None
+
+
+@dataclass(frozen=True)
+class Preparing:
+    """`num_rows` rows were read and tokenized in `seconds`, before the run is set up; of about `total`, where that is known. The run
+    folder's stream does not hold it."""
+
+    num_rows: int
+    total: int | None
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -127,12 +139,22 @@ class Finished:
         return int(self.result["steps"])
 
 
-Event = Searching | Found | Started | Step | Evaluated | Warned | Saved | Sampled | Finished
+Event = Preparing | Searching | Found | Started | Step | Evaluated | Warned | Saved | Sampled | Finished
 
 KINDS: dict[str, type[Event]] = {
-    kind.__name__.lower(): kind for kind in (Searching, Found, Started, Step, Evaluated, Warned, Saved, Sampled, Finished)
+    kind.__name__.lower(): kind for kind in (Preparing, Searching, Found, Started, Step, Evaluated, Warned, Saved, Sampled, Finished)
 }
 _ADAPTERS: dict[str, TypeAdapter[Any]] = {name: TypeAdapter(kind) for name, kind in KINDS.items() if kind is not Finished}
+
+
+def returned(events: Generator[Any, None, Value]) -> Value:
+    """What a generator of events returns, run to its end."""
+    while True:
+        try:
+            next(events)
+        except StopIteration as end:
+            found: Value = end.value
+            return found
 
 
 def to_line(event: Event) -> str:

@@ -1,11 +1,12 @@
 """What a run works with, put together and checked before its first step."""
 
-from collections import Counter
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Generator, Mapping
+from dataclasses import asdict, dataclass, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from softprompt.artifact import DataCard
@@ -13,7 +14,7 @@ from softprompt.checkpoint import BEST, Checkpoint, Counters, Scores, latest_che
 from softprompt.config import Config
 from softprompt.data import Rejected
 from softprompt.encode import Encoder, check_position, make_encoder
-from softprompt.engine.batch import order_of_rows
+from softprompt.engine.batch import Order
 from softprompt.engine.loading import load_base
 from softprompt.engine.model import FrozenBase, check_context
 from softprompt.engine.optim import PromptOptimizer
@@ -22,8 +23,10 @@ from softprompt.engine.step import StepSettings
 from softprompt.engine.tokens import Encoded
 from softprompt.engine.world import World
 from softprompt.errors import ConfigError, DataError, RunError
+from softprompt.events import Preparing
 from softprompt.init import SOURCES, Material, Source, initial_rows
-from softprompt.rows import Rows, check_rejected, load_rows, summarize
+from softprompt.prepared import check_rejected
+from softprompt.rows import Rows, loading_rows, summarize
 from softprompt.runlog import RunFolder
 
 USUAL_STEPS, MOST_EPOCHS = 200, 10  # where epochs is not set: a prompt needs steps, however few rows there are (LOG.md)
@@ -125,10 +128,15 @@ class Setup:
 
     def rows_of(self, step: int) -> list[list[Encoded]]:
         """The rows of step number `step`, counted from 0, for every prompt of the run; a function of configuration and step alone."""
-        size, labels = self.config.train.examples_per_step, [example.label for example in self.rows.examples]
-        count = size if self.config.train.steps else min(size, count_examples(self.config, len(labels)) - step * size)
+        size, rows = self.config.train.examples_per_step, self.rows.encoded
+        count = size if self.config.train.steps else min(size, count_examples(self.config, len(rows)) - step * size)
         seeds = [one.config.train.seed for one in self.untrained.values()]
-        return [[self.rows.encoded[number] for number in order_of_rows(labels, step * size, count, seed)] for seed in seeds]
+        return [[rows[number] for number in self.order.rows(step * size, count, seed)] for seed in seeds]
+
+    @cached_property
+    def order(self) -> Order:
+        """In which the rows come."""
+        return Order(self.rows.column("label"), self.rows.column("part"), self.config.data.weights)
 
 
 @dataclass(frozen=True)
@@ -145,15 +153,15 @@ class Job(Setup):
         return StepSettings(counters.tokens_per_batch or self.budget, how.head_tolerance, how.checkpoint_activations)
 
 
-def prepare(config: Config, base: FrozenBase | None, sources: Mapping[str, Source] = SOURCES) -> Setup:
-    """Loads and checks all that a configuration names. `sources`: what the names in `prompt.init` mean.
+def prepare(config: Config, base: FrozenBase | None, sources: Mapping[str, Source] = SOURCES) -> Generator[Preparing, None, Setup]:
+    """Loads and checks all that a configuration names. `sources`: what the names in `prompt.init` mean. Yields how far it is.
 
     Raises an Error of errors.py when something is wrong with it.
     """
     alone = config.members()
     base = base or load_base(config.model)
     plain = make_encoder(base.tokenizer, config.data.template, date=config.data.date, num_tokens=base.num_tokens)
-    encoder, rows, held = load_rows(config, plain)
+    encoder, rows, held = yield from loading_rows(config, plain)
     _check_rows(config, rows, held)
     untrained = {name: _untrained(own, base, encoder, rows, sources) for name, own in alone.items()}
     check_context(base.context_length, max(one.prompt.length for one in untrained.values()), config.data.max_length)
@@ -179,7 +187,8 @@ def start_job(setup: Setup, run: RunFolder) -> tuple[Job, Counters]:
     """
     checkpoint, counters = _where_it_stands(run, setup)
     trainees = tuple(_trainee(name, one, setup, checkpoint) for name, one in setup.untrained.items())
-    return Job(**vars(setup), run=run, trainees=trainees, world=World()), counters
+    parts = {part.name: getattr(setup, part.name) for part in fields(setup)}
+    return Job(**parts, run=run, trainees=trainees, world=World()), counters
 
 
 def _where_it_stands(run: RunFolder, setup: Setup) -> tuple[Checkpoint | None, Counters]:
@@ -228,6 +237,9 @@ def _check_rows(config: Config, rows: Rows, held: Rows | None) -> None:
     for name, split in (("data.train", rows), ("data.eval", held)):
         if split is not None and not split.encoded:
             raise DataError(f"{name}: no usable row is left ({len(split.rejected)} rejected)")
+    for source, weight in enumerate(config.data.weights):
+        if weight and source not in rows.column("part"):
+            raise DataError(f"data.weights: no usable training row is left of source {source + 1}, whose weight is {weight:g}")
     if held is None and config.train.patience is not None:
         raise ConfigError("train.patience needs held-out rows: set data.eval or data.eval_fraction")
 
@@ -237,8 +249,8 @@ def data_facts(setup: Setup) -> dict[str, Any]:
     bos = int(setup.encoder.bos_id is not None)
 
     def facts(rows: Rows) -> dict[str, Any]:
-        counts = Counter(len(row) + bos for row in rows.encoded)
-        return {**asdict(summarize(rows, setup.encoder)), "counts": sorted(counts.items())}
+        lengths, counts = np.unique(rows.column("length") + bos, return_counts=True)
+        return {**asdict(summarize(rows, setup.encoder)), "counts": list(zip(lengths.tolist(), counts.tolist(), strict=True))}
 
     return {"steps": setup.num_steps, "train": facts(setup.rows), "eval": facts(setup.held) if setup.held else None}
 

@@ -41,6 +41,10 @@ class Literal:
         """The control tokens that a text spells."""
         return self._control.findall(text)
 
+    def spells(self, text: str) -> bool:
+        """Whether a text spells one."""
+        return self._control.search(text) is not None
+
     def marked(self, text: str) -> str:
         """The text with marks around them."""
         return self._control.sub(rf"{BEGIN}\g<0>{END}", text)

@@ -1,58 +1,89 @@
 """The rows of a run: loaded, encoded, counted."""
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from statistics import median
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
-from softprompt.config import Config
-from softprompt.data import Example, Loaded, Rejected, hold_out, load_examples
-from softprompt.encode import Encoder, shared_system
+import numpy as np
+from numpy.typing import NDArray
+
+from softprompt.config import Config, Sources
+from softprompt.data import Example, Loaded, Rejected, held_of, hold_out, load_examples
+from softprompt.data.examples import turns_text
+from softprompt.encode import Encoder, make_encoder
 from softprompt.engine.tokens import Encoded
 from softprompt.errors import ConfigError, DataError
+from softprompt.events import Preparing, returned
+from softprompt.flat import EncodedRows, Flat, FlatWriter, StoredExamples
+from softprompt.prepared import Prepared, Wanted, preparing, rejected_by
 from softprompt.scripts import scripts
+
+SAMPLE = 2_000  # rows whose texts are looked at for their scripts; spread evenly where there are more
+LISTED = 1_000  # rows that are named of those that were cut
 
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of one split: what the model sees, the examples behind it in the same order, and what was rejected. `num_unlearned`:
-    answers of conversations that are read and not learned."""
+    """The rows of one split: their arrays, the examples behind them in the same order, and what was rejected. `stubborn`: see Prepared."""
 
-    encoded: tuple[Encoded, ...]
-    examples: tuple[Example, ...]
+    flat: Flat
+    examples: Sequence[Example]
     rejected: tuple[Rejected, ...]
     fingerprint: str
     labels: tuple[str, ...]
-    num_unlearned: int = 0
     notes: tuple[str, ...] = ()
+    stubborn: tuple[tuple[str, tuple[str, ...]], ...] = ()
+
+    @property
+    def encoded(self) -> EncodedRows:
+        """What the model sees, each row made when it is asked for."""
+        return EncodedRows(self.flat)
+
+    def column(self, name: str) -> NDArray[Any]:
+        """One number of every row (flat.ROW)."""
+        found: NDArray[Any] = self.flat.rows[name]
+        return found
 
     @property
     def num_supervised(self) -> int:
-        return sum(row.num_supervised for row in self.encoded)
+        return int(self.column("supervised").sum(dtype=np.int64))
+
+    @property
+    def num_unlearned(self) -> int:
+        """Answers of conversations that are read and not learned."""
+        return int(self.column("unlearned").sum(dtype=np.int64))
+
+    @property
+    def system(self) -> str | None:
+        """The system turn that all rows begin with, or None."""
+        hashes = self.column("system")
+        same = len(hashes) > 0 and hashes[0] != 0 and bool((hashes == hashes[0]).all())
+        return self.examples[0].messages[0].content if same else None
 
 
 def encode_rows(encoder: Encoder, loaded: Loaded, max_length: int) -> Rows:
     """Encodes every example; those that cannot be used join the rejected ones."""
-    kept: list[tuple[Encoded, Example]] = []
-    rejected = list(loaded.rejected)
+    writer, kept, rejected, labels = FlatWriter(), list[Example](), list(loaded.rejected), loaded.labels
     for example in loaded.examples:
         try:
-            kept.append((encoder.encode(example, max_length), example))
+            row = encoder.encode(example, max_length)
         except DataError as error:
-            rejected.append(Rejected(example.source, error.reason))
-    encoded, examples = zip(*kept, strict=True) if kept else ((), ())
-    num_unlearned = sum(map(encoder.num_unlearned, examples, encoded))
-    return Rows(encoded, examples, tuple(rejected), loaded.fingerprint, loaded.labels, num_unlearned, loaded.notes)
+            rejected.append(rejected_by(error, example))
+            continue
+        kept.append(example)
+        label = -1 if example.label is None else labels.index(example.label)
+        writer.add(row, example, turns_text(example), label=label, part=0, unlearned=encoder.num_unlearned(example, row))
+    writer.close()
+    stubborn = tuple((example.source, found) for example in kept if (found := encoder.stubborn(example)))
+    return Rows(writer.in_memory(), tuple(kept), tuple(rejected), loaded.fingerprint, labels, loaded.notes, stubborn)
 
 
 def load_splits(config: Config) -> tuple[Loaded, Loaded | None]:
     """(training rows, held-out rows or None) of a configuration, before they are encoded."""
-    if config.data.train is None:
-        raise ConfigError("data.train is not set: name a file, a folder or a hub data set")
-    words = config.data.label_words
-    train = load_examples(config.data.train, limit=config.data.limit, label_words=words, columns=config.data.columns)
+    train = _loaded(config, _source(config), config.data.limit)
     if config.data.eval is not None:
-        return train, load_examples(config.data.eval, label_words=words, columns=config.data.columns)
+        return train, _loaded(config, config.data.eval)
     if config.data.eval_fraction:
         return hold_out(train, config.data.eval_fraction, config.train.seed)
     return train, None
@@ -61,25 +92,90 @@ def load_splits(config: Config) -> tuple[Loaded, Loaded | None]:
 def load_held(config: Config) -> Loaded | None:
     """The held-out rows of `load_splits`, the training rows read only where these are a share of them."""
     if config.data.eval is not None:
-        return load_examples(config.data.eval, label_words=config.data.label_words, columns=config.data.columns)
+        return _loaded(config, config.data.eval)
     return load_splits(config)[1] if config.data.eval_fraction else None
 
 
+def _loaded(config: Config, source: Sources, limit: int | None = None) -> Loaded:
+    data = config.data
+    return load_examples(source, limit=limit, label_words=data.label_words, columns=data.columns, stream=data.stream)
+
+
+def _source(config: Config) -> Sources:
+    if config.data.train is None:
+        raise ConfigError("data.train is not set: name a file, a folder or a hub data set")
+    return config.data.train
+
+
+def encode_file(
+    source: Sources,
+    tokenizer: Any,
+    *,
+    template: str = "human-assistant",
+    max_length: int = 256,
+    limit: int | None = None,
+    label_words: Mapping[str, str] | None = None,
+    columns: Mapping[str, str] | None = None,
+    cache: bool = True,
+) -> Rows:
+    """The rows of a file, or of whatever `data.train` takes, as arrays for a training loop of one's own.
+
+    With R rows and T tokens: `rows.flat.ids` int32 [T], `rows.flat.supervised` bool [T], and `rows.column("start")` int64 [R] and
+    `rows.column("length")` int32 [R], so that the ids of row r are `ids[start[r] : start[r] + length[r]]`, without BOS; a token is scored
+    where it is supervised. `rows.encoded[r]` is a row as a value, `rows.examples[r]` its turns, `rows.rejected` what cannot be used and
+    why. From 2,000 rows on the arrays are mapped from files, kept in the cache. `tokenizer`: of transformers; the other arguments are
+    those of [data] in a configuration. Raises ConfigError for a template that does not fit, DataError for a source that cannot be read.
+    """
+    wanted = Wanted(source, max_length, limit, label_words or {}, columns or {}, cache=cache)
+    return _rows(returned(preparing(make_encoder(tokenizer, template), wanted)), None)
+
+
+Loading = Generator[Preparing, None, tuple[Encoder, Rows, Rows | None]]
+
+
 def load_rows(config: Config, encoder: Encoder) -> tuple[Encoder, Rows, Rows | None]:
-    """The rows of `load_splits`, encoded, and the encoder, which also knows the system turn that all training rows share: held-out rows
-    without one get it, as every question does. Does not judge how many were rejected."""
-    train, held = load_splits(config)
-    encoder = encoder.told(shared_system(train.examples))
-    rows = encode_rows(encoder, train, config.data.max_length)
-    return encoder, rows, None if held is None else encode_rows(encoder, held, config.data.max_length)
+    """What `loading_rows` returns. Does not judge how many were rejected."""
+    return returned(loading_rows(config, encoder, judged=False))
 
 
-def check_rejected(rejected: Sequence[Rejected], max_rejected: int) -> None:
-    """Raises DataError when more rows were rejected than allowed."""
-    if len(rejected) > max_rejected:
-        shown = "; ".join(f"{item.source}: {item.reason}" for item in rejected[:3])
-        more = f"; and {len(rejected) - 3} more" if len(rejected) > 3 else ""
-        raise DataError(f"{len(rejected)} rows rejected, data.max_rejected allows {max_rejected}: {shown}{more}")
+def loading_rows(config: Config, encoder: Encoder, *, judged: bool = True) -> Loading:
+    """The training and the held-out rows of a configuration, encoded, and the encoder, which also knows the system turn that all
+    training rows share: held-out rows without one get it, as every question does. Yields how far it is.
+
+    Raises DataError; where it is `judged`, also when more rows are rejected than `data.max_rejected` allows.
+    """
+    data = config.data
+    allowed = data.max_rejected if judged else None
+    wanted = Wanted(_source(config), data.max_length, data.limit, data.label_words, data.columns, data.stream, data.cache, allowed)
+    found = yield from preparing(encoder, wanted)
+    if data.eval is not None:
+        train = _rows(found, None)
+        encoder = encoder.told(train.system)
+        held = yield from preparing(encoder, replace(wanted, source=data.eval, limit=None))
+        return encoder, train, _rows(held, None)
+    if not data.eval_fraction:
+        train = _rows(found, None)
+        return encoder.told(train.system), train, None
+    sides = np.array(held_of(found.flat.rows["turns"].tolist(), data.eval_fraction, config.train.seed), np.bool_)
+    train, held_rows = _rows(found, ~sides), replace(_rows(found, sides), rejected=())
+    encoder = encoder.told(train.system)
+    if encoder.system is not None and not held_rows.column("system").all():
+        told = yield from preparing(encoder, wanted)
+        held_rows = _rows(told, np.isin(told.flat.rows["turns"], np.unique(found.flat.rows["turns"][sides])))
+        held_rows = replace(held_rows, rejected=tuple(one for one in told.rejected if one not in found.rejected))
+    return encoder, train, replace(held_rows, notes=(), stubborn=())
+
+
+def _rows(found: Prepared, which: NDArray[np.bool_] | None) -> Rows:
+    """The usable rows of a source, all or those of a mask."""
+    flat = found.flat if which is None else found.flat.picked(which)
+    fingerprint = found.fingerprint if which is None else flat.fingerprint()
+    codes, first = np.unique(flat.rows["label"], return_index=True)
+    labels = tuple(found.labels[code] for _, code in sorted(zip(first.tolist(), codes.tolist(), strict=True)) if code >= 0)
+    unusable = flat.rows["length"] == 0
+    if unusable.any():
+        flat = flat.picked(~unusable)
+    return Rows(flat, StoredExamples(flat, found.labels), found.rejected, fingerprint, labels, found.notes, found.stubborn)
 
 
 # ---- counted -------------------------------------------------------------------------------------------------------
@@ -123,34 +219,42 @@ class Summary:
 def summarize(rows: Rows, encoder: Encoder) -> Summary:
     """Counts over one split."""
     bos = int(encoder.bos_id is not None)
-    cut = tuple(_cut(rows, encoder))
-    lost = sum(row.lost for row in cut)
-    texts = {"questions": (row.messages[-2].content for row in rows.examples), "answers": (row.response for row in rows.examples)}
+    lost = int(rows.column("lost").sum(dtype=np.int64))
+    cut = np.flatnonzero(rows.column("cut"))
+    looked_at = [rows.examples[number] for number in sampled(len(rows.examples), SAMPLE)]
+    texts = {"questions": (row.messages[-2].content for row in looked_at), "answers": (row.response for row in looked_at)}
     return Summary(
         num_rows=len(rows.encoded),
         num_rejected=len(rows.rejected),
         num_cut=len(cut),
         num_supervised=rows.num_supervised,
-        lengths=_lengths([len(row) + bos for row in rows.encoded]),
-        supervised=_lengths([row.num_supervised for row in rows.encoded]),
+        lengths=_lengths(rows.column("length") + bos),
+        supervised=_lengths(rows.column("supervised")),
         share_lost=lost / max(1, lost + rows.num_supervised),
-        cut=cut,
-        labels=labels(rows.examples),
+        cut=tuple(_cut(rows.encoded[int(number)]) for number in cut[:LISTED]),
+        labels=label_counts(rows),
         scripts={part: scripts(own) for part, own in texts.items()},
     )
 
 
-def _cut(rows: Rows, encoder: Encoder) -> Iterator[Cut]:
-    for example, row in zip(rows.examples, rows.encoded, strict=True):
-        if row.num_cut:
-            whole = encoder.encode(example).num_supervised
-            yield Cut(row.source, whole - row.num_supervised, whole)
+def sampled(count: int, most: int) -> range | list[int]:
+    """The numbers of all rows, or of `most` that are spread evenly."""
+    return range(count) if count <= most else [index * count // most for index in range(most)]
 
 
-def _lengths(counts: Sequence[int]) -> Lengths | None:
-    return Lengths(min(counts), median(counts), max(counts)) if counts else None
+def _cut(row: Encoded) -> Cut:
+    return Cut(row.source, row.num_lost, row.num_supervised + row.num_lost)
 
 
-def labels(rows: Sequence[Example]) -> dict[str, int]:
+def _lengths(counts: NDArray[Any]) -> Lengths | None:
+    if not len(counts):
+        return None
+    middle = float(np.median(counts))
+    return Lengths(int(counts.min()), int(middle) if middle.is_integer() else middle, int(counts.max()))
+
+
+def label_counts(rows: Rows) -> dict[str, int]:
     """Rows by label, the most frequent first; empty for rows without labels."""
-    return dict(Counter(row.label for row in rows if row.label is not None).most_common())
+    names = dict(zip(*np.unique(rows.column("label"), return_counts=True), strict=True))
+    first = {int(code): rows.examples[int(np.argmax(rows.column("label") == code))].label for code in names if code >= 0}
+    return dict(Counter({str(name): int(names[code]) for code, name in first.items()}).most_common())

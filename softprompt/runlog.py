@@ -27,7 +27,7 @@ from softprompt.atomic import new_folder, write_text
 from softprompt.config import PLACE, Config, ModelConfig, load_config
 from softprompt.data import Rejected
 from softprompt.errors import RunError
-from softprompt.events import Event, Finished, Found, Saved, Searching, Started, from_line, to_line
+from softprompt.events import Event, Finished, Found, Preparing, Saved, Searching, Started, from_line, to_line
 
 POLL_SECONDS = 0.2
 PACKAGES = ("softprompt", "torch", "transformers", "peft", "tokenizers")
@@ -217,7 +217,7 @@ def _stays(event: Event, step: int) -> bool:
         return False
     if isinstance(event, Started):
         return event.first_step <= step
-    return isinstance(event, Searching | Found) or event.step <= step
+    return isinstance(event, Preparing | Searching | Found) or event.step <= step
 
 
 def run_of(path: Path) -> RunFolder | None:

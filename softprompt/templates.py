@@ -51,13 +51,15 @@ def joined(segments: Iterable[Segment]) -> list[Segment]:
 class Template(ABC):
     """How an example becomes text, and how a text ends. `name`: what a card holds, a name of NAMES or Jinja text.
 
-    `knows_turns`: whether earlier turns of a conversation are written. `writes_bos`: whether BOS may stand in the text itself.
+    `knows_turns`: whether earlier turns of a conversation are written. `reads_fields`: whether a row's other columns may be.
+    `writes_bos`: whether BOS may stand in the text itself.
     `end_ids`: tokens other than EOS that end an answer. `thinking`: the block it writes in front of answers, `before_answer`: that as
     text, empty. `date`: the day that it is told, where it asks for one.
     """
 
     name: str
     knows_turns = True
+    reads_fields = False
     writes_bos = False
     end_ids: frozenset[int] = frozenset()
     thinking: Thinking | None = None
@@ -101,6 +103,7 @@ class OwnTemplate(Template):
     """A template of the user's: renders what stands before the last response from the row's fields and `messages`."""
 
     knows_turns = False  # it may look at the last one alone
+    reads_fields = True
 
     def __init__(self, text: str) -> None:
         environment = jinja2.sandbox.ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)

@@ -73,7 +73,7 @@ def train(
             yield event
         assert isinstance(event, Found), "a search ends with what it found"
         config = config.model_copy(update={"optim": config.optim.model_copy(update={"relative_lr": event.relative_lr})})
-    setup = prepare(config, base, sources)
+    setup = yield from prepare(config, base, sources)
     if not resume:
         _write_setup(setup, early)
     run = RunFolder.reopen(folder)

@@ -1,7 +1,6 @@
 """The benchmarks: rows of the wanted lengths, and a comparison from end to end on a tiny model. Times are never judged."""
 
 import json
-import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -253,28 +252,22 @@ def contest(tmp_path, monkeypatch, quality_task):
 
 
 def test_contestants_from_end_to_end(contest, tmp_path):
-    page, readme = tmp_path / "page.md", tmp_path / "README.md"
-    readme.write_text("above\n" + "old\n".join(contestants.MARKS) + "below\n", encoding="utf-8")
-    demo, sentiment = contest("--task", "demo", "--task", "sentiment", "--report", page, "--readme", readme)
+    page = tmp_path / "page.md"
+    demo, sentiment = contest("--task", "demo", "--task", "sentiment", "--report", page)
     told, labelled = demo["evaluation"], sentiment["evaluation"]
     assert list(told["contestants"]) == list(labelled["contestants"]) == ["base", "text", "few-shot", "prompt"]
     assert told["rows"] == 12, "of 24 rows, half choose among the states of the run"
     assert (told["metric"], labelled["metric"]) == ("exact_match", "accuracy")
     assert demo["training"]["steps"] == 4
-    whole, small = page.read_text(encoding="utf-8"), readme.read_text(encoding="utf-8")
+    whole = page.read_text(encoding="utf-8")
     low, high = (f"{100 * end:.1f}" for end in labelled["intervals"]["prompt"]["accuracy"])
-    for text in (whole, small):
-        assert f"{labelled['contestants']['prompt']['accuracy']:.1%} ({low} to {high})" in text
+    assert f"{labelled['contestants']['prompt']['accuracy']:.1%} ({low} to {high})" in whole
     assert whole.count("cannot tell") == len(told["verdicts"]) + len(labelled["verdicts"]) == 12
     assert all(text in whole for text in ("json valid", "--task sentiment", "calibration error"))
-    assert re.fullmatch(r"above\n.*below\n", small, re.DOTALL)
-    assert "old" not in small
-    assert small.count("cannot tell") == 2, "in each table, the prompt against the best of the others"
     noted = {**sentiment, "notes": ["Read with care."]}
     (tmp_path / "found.jsonl").write_text(f"{json.dumps(demo)}\n{json.dumps(noted)}\n", encoding="utf-8")
-    contest("--task", "sentiment", "--draw", "--report", page, "--readme", readme)
+    contest("--task", "sentiment", "--draw", "--report", page)
     assert page.read_text(encoding="utf-8") == f"{whole}\nRead with care.\n"
-    assert readme.read_text(encoding="utf-8") == small.replace(contestants.MARKS[1], f"\nRead with care.\n{contestants.MARKS[1]}")
 
 
 def test_a_measured_task_is_not_measured_again(contest, tmp_path):
@@ -289,15 +282,6 @@ def test_a_measured_task_is_not_measured_again(contest, tmp_path):
     again = contest("--task", "sentiment", "--run", prompt.parent.parent)
     assert len(again) == 3
     assert again[2]["evaluation"] == more[1]["evaluation"]
-
-
-def test_a_page_without_marks_is_left_alone(contest, tmp_path):
-    readme = tmp_path / "README.md"
-    readme.write_text("mine\n", encoding="utf-8")
-    (tmp_path / "found.jsonl").touch()
-    with pytest.raises(SystemExit, match="has no <!-- contestants -->"):
-        contest("--task", "demo", "--draw", "--readme", readme)
-    assert readme.read_text(encoding="utf-8") == "mine\n"
 
 
 def test_a_stopped_training_goes_on(contest, tmp_path, monkeypatch):

@@ -8,7 +8,7 @@ import pytest
 
 from softprompt import demo
 from softprompt.data import load_examples
-from softprompt.show.findings import Findings, compare
+from softprompt.show.findings import Findings, Split, compare
 
 TOPICS = {"delivery", "return", "change", "billing", "question", "praise"}
 PARTS = ("train", "eval", "test")
@@ -37,9 +37,9 @@ def test_a_record_without_an_order_has_a_message_without_one(parts):
 
 def test_no_message_gives_another_away(parts):
     for part, rows in parts.items():
-        assert compare(rows) == Findings((), (), (), ()), part
+        assert compare(Split.of("train", rows)) == Findings((), (), (), ()), part
     for first, second in combinations(PARTS, 2):
-        assert not compare(parts[first], parts[second]).in_both_splits, (first, second)
+        assert not compare(Split.of("train", parts[first]), Split.of("eval", parts[second])).in_both_splits, (first, second)
 
 
 def test_every_topic_and_both_languages_are_measured(parts):

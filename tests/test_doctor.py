@@ -8,10 +8,12 @@ import tiny
 import torch
 
 from softprompt.data import Example, Message
+from softprompt.data.examples import turns_text
 from softprompt.doctor import BARE, NOISE, REVERSED, TEXT, Case, diagnose, examine
 from softprompt.engine.tokens import Encoded
 from softprompt.errors import DataError, RunError
 from softprompt.events import Warned
+from softprompt.flat import FlatWriter
 from softprompt.rows import Rows
 from softprompt.runlog import RunFolder
 from softprompt.screen.console import console
@@ -129,6 +131,20 @@ def test_the_screen_says_a_finding_once_and_of_whom():
 # ---- single checks, on numbers -------------------------------------------------------------------------------------
 
 
+def rows_of(row, *labels):
+    """As many rows with these tokens as there are labels."""
+    examples = [
+        Example((Message("user", f"{len(labels)} {number}"), Message("assistant", "a")), "row", label)
+        for number, label in enumerate(labels)
+    ]
+    writer, known = FlatWriter(), tuple(dict.fromkeys(label for label in labels if label))
+    for example in examples:
+        label = known.index(example.label) if example.label else -1
+        writer.add(row, example, turns_text(example), label=label, part=0, unlearned=0)
+    writer.close()
+    return Rows(writer.in_memory(), tuple(examples), (), "", known)
+
+
 @pytest.fixture
 def sound():
     generator = torch.Generator().manual_seed(0)
@@ -138,7 +154,7 @@ def sound():
         learned_PD=start + torch.randn(8, 16, generator=generator),
         start_PD=start,
         unit=1.0,
-        rows=Rows((row,), (), (), "", ()),
+        rows=rows_of(row, None),
         relative_lr=0.2,
         method="prompt",
         losses=[3.0, 2.8, 2.5, 2.3, 2.2],
@@ -169,9 +185,7 @@ def test_a_single_fault_is_the_only_finding(sound, change, said):
 
 def labelled(*labels):
     """Rows with these labels, two supervised tokens each."""
-    row = Encoded((5, 6, 7, 8), (False, False, True, True), "row")
-    examples = tuple(Example((Message("user", str(number)),), "row", label) for number, label in enumerate(labels))
-    return Rows((row,) * len(labels), examples, (), "", tuple(set(labels)))
+    return rows_of(Encoded((5, 6, 7, 8), (False, False, True, True), "row"), *labels)
 
 
 def test_a_prompt_that_guesses_among_the_labels_is_told_so(sound):

@@ -8,7 +8,8 @@ from tiny import BOS, EOS, tiny_tokenizer, write_rows
 from softprompt.data import Example, Loaded, Message, Rejected, load_examples
 from softprompt.encode import make_encoder
 from softprompt.errors import ConfigError, DataError
-from softprompt.rows import check_rejected, encode_rows
+from softprompt.prepared import check_rejected
+from softprompt.rows import encode_rows
 from softprompt.show import Shown
 
 TEMPLATES = ["human-assistant", "chat", "Q: {{ prompt }}\nA:"]
@@ -221,12 +222,18 @@ def test_as_many_rejected_rows_as_allowed_pass():
     check_rejected([Rejected("a:1", "x")] * 2, 2)
 
 
-def test_too_many_rejected_rows_are_listed_with_places_and_reasons():
-    rejected = [Rejected(f"a:{line}", "output is empty") for line in range(1, 6)]
+def test_too_many_rejected_rows_are_counted_by_kind_with_a_place_and_what_would_keep_them():
+    empty = [Rejected(f"a:{line}", "output is empty") for line in range(1, 6)]
+    others = [Rejected(f"b:{line}", f"reason {line}") for line in range(3)]
+    long = [Rejected(f"c:{line}", "the whole response is cut away", length) for line, length in ((7, 300), (9, 512))]
     with pytest.raises(DataError) as caught:
-        check_rejected(rejected, 1)
-    shown = "; ".join(f"a:{line}: output is empty" for line in (1, 2, 3))
-    assert str(caught.value) == f"5 rows rejected, data.max_rejected allows 1: {shown}; and 2 more"
+        check_rejected([*others, *long, *empty], 1)
+    assert str(caught.value) == (
+        "10 rows rejected, data.max_rejected allows 1: a:1 (and 4 more): output is empty; "
+        "c:7 (and 1 more): the whole response is cut away; data.max_length = 512 keeps them whole; b:0: reason 0; and 2 more"
+    )
+    with pytest.raises(DataError, match=r"^5 of the first 10,000 rows rejected, data.max_rejected allows 0: a:1 "):
+        check_rejected(empty, 0, 10_000)
 
 
 TURNS = (

@@ -26,8 +26,9 @@ LAYERS = [
     {"engine", "metrics"},
     {"data", "predictions", "trackers"},
     {"templates"},
-    {"runlog", "encode"},
-    {"rows", "artifact"},
+    {"runlog", "encode", "flat"},
+    {"prepared", "artifact"},
+    {"rows"},
     {"show", "checkpoint", "init", "generation", "inspection", "export"},
     {"answering", "contestants", "conversation"},
     {"answers"},
@@ -129,6 +130,7 @@ def test_public_names_are_pinned():
         "Finished",
         "Found",
         "Message",
+        "Preparing",
         "Sampled",
         "Sampling",
         "Saved",
@@ -136,6 +138,7 @@ def test_public_names_are_pinned():
         "Started",
         "Step",
         "Warned",
+        "encode_file",
         "evaluate",
         "generate",
         "load_base",
@@ -256,6 +259,41 @@ def rows_loaded(config: Config) -> object:
     return [row.ids for row in shown.train.encoded], held and [row.ids for row in held]
 
 
+def rows_of_steps(config: Config) -> object:
+    from softprompt.events import returned
+    from softprompt.job import prepare
+
+    setup = returned(prepare(config, None))
+    return [row.source for step in range(3) for row in setup.rows_of(step)[0]]
+
+
+def how_a_hub_is_read(config: Config) -> object:
+    import datasets
+
+    asked: list[bool] = []
+
+    def load_dataset(*names: object, split: str, streaming: bool) -> object:
+        asked.append(streaming)
+        return datasets.Dataset.from_list([{"prompt": "a", "completion": "b"}])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets, "load_dataset", load_dataset)
+        rows_loaded(config)
+    return asked
+
+
+def what_is_kept(config: Config) -> object:
+    """The folders of rows in a fresh cache."""
+    from softprompt import prepared
+
+    home = Path(config.train.out).parent / f"cache-{config.data.cache}"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepared, "SMALL", 1)
+        patch.setenv("SOFTPROMPT_CACHE", str(home))
+        rows_loaded(config)
+    return len(list(home.glob("rows/*/ids.npy")))
+
+
 def files_after(config: Config) -> object:
     list(train(config))
     return sorted(path.name.split(".")[0] for path in Path(config.train.out).rglob("*"))
@@ -337,6 +375,9 @@ EFFECTS: dict[str, Effect] = {
     "data.date": ("2001-02-03", rows_loaded),
     "data.max_length": ("40", rows_loaded),
     "data.limit": ("3", rows_loaded),
+    "data.weights": ("[3, 1]", rows_of_steps),
+    "data.stream": ("true", how_a_hub_is_read),
+    "data.cache": ("false", what_is_kept),
     "data.label_words": ('{{"0" = "no", "1" = "yes"}}', rows_loaded),
     "data.columns": ('{{prompt = "completion"}}', rows_loaded),
     "data.max_rejected": ("1", error_of),
@@ -424,6 +465,11 @@ def plain_config(key: str, make_config: Callable[..., Config], tmp_path: Path) -
             list(train(make_config("train.steps=2", f"train.out={tmp_path / 'other'}")))
         case "train.patience":  # rows that stand still never become better
             return make_config("train.steps=9", "optim.lr=1e-30", "train.eval_every=1")
+        case "data.weights":
+            both = json.dumps([str(tiny.write_rows(tmp_path / f"{name}.jsonl", tiny.some_rows(6))) for name in "ab"])
+            return make_config(f"data.train={both}", "train.steps=3")
+        case "data.stream":
+            return make_config("data.train=team/rows", "train.steps=3")
         case "data.date":
             return make_config(f"model.name={clock_base(tmp_path / 'clock')}", "data.template=chat")
         case "data.max_rejected":

@@ -12,6 +12,7 @@ from softprompt.engine.prompt import SoftPrompt
 from softprompt.engine.step import StepSettings, step_gradients
 from softprompt.engine.tokens import Encoded
 from softprompt.errors import ConfigError
+from softprompt.events import returned
 from softprompt.job import prepare
 from softprompt.plan import make_plan
 from softprompt.screen.console import size
@@ -40,7 +41,7 @@ def test_the_parts_of_memory_are_those_of_a_run(bases, make_config, method):
     """Counted on the base that is loaded, and on a prompt and its optimizer after a step."""
     config = make_config(f"prompt.method={method}", "train.steps=1")
     memory = make_plan(config).memory
-    setup = prepare(config, bases())
+    setup = returned(prepare(config, bases()))
     prompt = next(iter(setup.untrained.values())).prompt
     optimizer = PromptOptimizer(prompt.learned_PD, OptimConfig(relative_lr=0.1), 1, 1.0)
     optimizer.learned_PD.grad = torch.ones_like(prompt.learned_PD)

@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -18,10 +19,10 @@ from softprompt import training
 from softprompt.checkpoint import latest_checkpoint
 from softprompt.config import load_config
 from softprompt.engine import step as step_module
-from softprompt.engine.batch import order_of_rows
+from softprompt.engine.batch import Order
 from softprompt.engine.memory import CPU_TOKENS
 from softprompt.errors import ConfigError, DataError, MissingPackage, RunError
-from softprompt.events import Evaluated, Finished, Saved, Started, Step
+from softprompt.events import Evaluated, Finished, Saved, Started, Step, returned
 from softprompt.job import prepare
 from softprompt.runlog import RunFolder
 from softprompt.training import train
@@ -47,31 +48,58 @@ def test_events_come_in_order(make_config, fresh):
 LABELS = ("a",) * 60 + ("b",) * 29 + ("c",) * 11
 
 
+def order_of(labels):
+    known = list(dict.fromkeys(labels))
+    return Order(np.array([known.index(label) for label in labels]))
+
+
 @pytest.mark.parametrize("labels", [LABELS, (None,) * 100])
 def test_an_epoch_is_every_row_once_in_an_order_of_its_own(labels):
-    first, second, other = (order_of_rows(labels, start, 100, seed) for start, seed in ((0, 0), (100, 0), (0, 1)))
+    order = order_of(labels)
+    first, second, other = (order.rows(start, 100, seed) for start, seed in ((0, 0), (100, 0), (0, 1)))
     assert sorted(first) == sorted(second) == sorted(other) == list(range(100))
     assert len({tuple(first), tuple(second), tuple(other), tuple(range(100))}) == 4
-    assert order_of_rows(labels, 90, 30, 0) == first[90:] + second[:20]
+    assert order_of(labels).rows(90, 30, 0) == first[90:] + second[:20]
+
+
+def test_the_order_is_that_of_runs_that_were_begun_before():
+    assert order_of(LABELS).rows(98, 12, 3) == [71, 33, 41, 62, 18, 96, 47, 73, 27, 59, 87, 44]
+    assert order_of((None,) * 100).rows(98, 12, 3) == [48, 66, 97, 32, 75, 69, 72, 7, 21, 80, 55, 60]
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_every_step_has_labels_in_the_shares_of_all_rows(seed):
+    order = order_of(LABELS)
     for step in range(10):
-        labels = Counter(LABELS[number] for number in order_of_rows(LABELS, 10 * step, 10, seed))
+        labels = Counter(LABELS[number] for number in order.rows(10 * step, 10, seed))
         assert all(abs(labels[label] - LABELS.count(label) / 10) <= 1.1 for label in "abc")
+
+
+def test_sources_are_drawn_by_their_weights_and_each_as_evenly_as_alone():
+    parts = np.array([0] * 80 + [1] * 20)
+    order = Order(np.zeros(100), parts, (1.0, 3.0))
+    for start in (0, 40, 130, 770):
+        drawn = order.rows(start, 40, 0)
+        assert abs(sum(parts[number] for number in drawn) - 30) <= 1
+    small = Counter(number for number in order.rows(0, 400, 0) if parts[number])
+    assert small == dict.fromkeys(range(80, 100), 15), "300 of the small source: each row 15 times"
+    large = [number for number in order.rows(0, 400, 0) if not parts[number]]
+    assert len(large) == 100
+    assert sorted(large[:80]) == list(range(80)), "every row of the large one before any comes again"
+    assert order.rows(130, 40, 0) == Order(np.zeros(100), parts, (1.0, 3.0)).rows(0, 200, 0)[130:170] != order.rows(130, 40, 1)
+    assert all(parts[number] for number in Order(np.zeros(100), parts, (0.0, 1.0)).rows(0, 250, 0))
 
 
 def test_the_rows_of_a_step_are_a_function_of_configuration_and_step(make_config, bases, tmp_path):
     rows = [{"text": f"row {number}", "label": "good" if number % 3 else "bad"} for number in range(12)]
     config = make_config(f"data.train={tiny.write_rows(tmp_path / 'labels.jsonl', rows)}", "train.epochs=2", "prompt.count=2")
-    setup, again = (prepare(config, bases()) for _ in range(2))
+    setup, again = (returned(prepare(config, bases())) for _ in range(2))
     assert [setup.rows_of(step) for step in (4, 0, 1)] == [again.rows_of(step) for step in (4, 0, 1)]
-    labels = [row["label"] for row in rows]
+    order = order_of([row["label"] for row in rows])
     for step in range(setup.num_steps):
         first, other = ([setup.rows.encoded.index(row) for row in own] for own in setup.rows_of(step))
-        assert first == order_of_rows(labels, 4 * step, 4, 0), "in the shares of the labels"
-        assert first != other == order_of_rows(labels, 4 * step, 4, 1)
+        assert first == order.rows(4 * step, 4, 0), "in the shares of the labels"
+        assert first != other == order.rows(4 * step, 4, 1)
 
 
 def test_epochs_make_steps(make_config):

@@ -12,8 +12,8 @@ import tiny
 from softprompt import cli
 from softprompt.data import Example, Message
 from softprompt.scripts import script_of
-from softprompt.show import show
-from softprompt.show.findings import Findings, compare
+from softprompt.show import findings, show
+from softprompt.show.findings import Findings, Split
 from softprompt.show.page import page
 from softprompt.show.words import said_of
 
@@ -30,6 +30,10 @@ SENTENCES = (
 def examples(*pairs, file="rows.jsonl", label=None):
     rows = enumerate(pairs, 1)
     return [Example((Message("user", asked), Message("assistant", said)), f"{file}:{line}", label) for line, (asked, said) in rows]
+
+
+def compare(train, held=()):
+    return findings.compare(Split.of("train", train), Split.of("eval", held))
 
 
 def sound():
@@ -172,7 +176,7 @@ def test_the_json_tells_every_finding(report, tmp_path):
     assert [(pair["row"], pair["like"]) for pair in facts["near_duplicates"]] == [(f"{place}8", f"{place}2")]
     assert [(pair["train_row"], pair["same"]) for pair in facts["in_both_splits"]] == [(f"{place}3", "row")]
     assert [[answer["answer"] for answer in one["answers"]] for one in facts["contradictions"]] == [["good", "bad"]]
-    assert [item["source"] for item in facts["rejected"]] == [f"{place}15", f"{place}12"]
+    assert [item["source"] for item in facts["rejected"]] == [f"{place}12", f"{place}15"]
     assert facts["labels"] == {"train": {"good": 8, "bad": 5}, "eval": {"good": 1, "unknown": 1}}
     assert facts["scripts"]["train"]["questions"] == {"Latin": 8, "Han": 4, "none": 1}
     (cut,) = facts["cut"]["train"]

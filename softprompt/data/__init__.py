@@ -5,9 +5,9 @@ This package does not import torch.
 
 import random
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import islice
+from itertools import compress, islice
 from typing import Any
 
 from softprompt.data.examples import Example as Example
@@ -26,51 +26,87 @@ from softprompt.errors import DataError
 NUM_LOOKED_AT = 100  # rows, for the names of their columns
 
 
+class Reading:
+    """One pass over the rows of a source, or of several (see `data.train` in the configuration): examples and rejected rows in turn.
+
+    `part`: the number of the source that is being read. `notes`: what was assumed about the files, and columns that are not used; whole
+    when the pass has ended.
+    """
+
+    def __init__(
+        self,
+        source: str | Sequence[str],
+        limit: int | None = None,
+        label_words: Mapping[str, str] | None = None,
+        columns: Mapping[str, str] | None = None,
+        stream: bool = False,
+    ) -> None:
+        self.source, self.limit, self.label_words, self.columns, self.stream = source, limit, label_words or {}, columns or {}, stream
+        self.part = 0
+        self._notes: list[str] = []
+        self._unused: Counter[str] = Counter()
+        self._first: list[Mapping[str, Any]] = []  # rows that were rejected, for the names of their columns
+
+    def __iter__(self) -> Iterator[Example | Rejected]:
+        """Raises DataError when a source cannot be read at all, or no row is found."""
+        sources = (self.source,) if isinstance(self.source, str) else self.source
+        rows = ((part, place, row) for part, one in enumerate(sources) for place, row in rows_of(one, stream=self.stream))
+        num_rows = 0
+        for self.part, place, row in rows:
+            if isinstance(row, Note):
+                self._notes.append(f"{place}: {row.text}")
+                continue
+            if num_rows == self.limit:
+                break
+            num_rows += 1
+            yield self._read(place, row)
+        if num_rows == 0:
+            raise DataError(f"{', '.join(sources)}: no rows")
+
+    def _read(self, place: str, row: Any) -> Example | Rejected:
+        try:
+            if isinstance(row, Unusable):
+                raise row
+            example = example_of(row, place, self.label_words, self.columns)
+        except Unusable as reason:
+            if isinstance(row, Mapping) and len(self._first) < NUM_LOOKED_AT:
+                self._first.append(row)
+            return Rejected(place, str(reason))
+        self._unused.update(unused_columns(row, self.columns))
+        return example
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        unused = (f"column {name} of {count} row{'' if count == 1 else 's'} is not used" for name, count in self._unused.items())
+        return (*self._notes, *unused)
+
+    def hint(self) -> str:
+        """What to write where not a single row fits: whose columns have other names, as far as these say anything."""
+        found = suggest_columns(self._first) if self._first and not self.columns else None
+        return f"; by their names: {as_setting(found)}" if found and any(name != own for name, own in found.items()) else ""
+
+
 def load_examples(
     source: str | Sequence[str],
     *,
     limit: int | None = None,
     label_words: Mapping[str, str] | None = None,
     columns: Mapping[str, str] | None = None,
+    stream: bool = False,
 ) -> Loaded:
-    """Reads `source`, one or several (see `data.train` in the configuration) into examples and rejected rows.
+    """Reads `source`, one or several (see `data.train` in the configuration) into examples and rejected rows. `stream`: a hub data set is
+    read as it comes.
 
     Raises DataError when the source cannot be read at all or holds no row.
     """
+    reading = Reading(source, limit, label_words, columns, stream)
     examples: list[Example] = []
     rejected: list[Rejected] = []
-    notes: list[str] = []
-    unused: Counter[str] = Counter()
-    first: list[Mapping[str, Any]] = []
-    num_rows = 0
-    for place, row in rows_of(source):
-        if isinstance(row, Note):
-            notes.append(f"{place}: {row.text}")
-            continue
-        if num_rows == limit:
-            break
-        num_rows += 1
-        try:
-            if isinstance(row, Unusable):
-                raise row
-            examples.append(example_of(row, place, label_words or {}, columns or {}))
-            unused.update(unused_columns(row, columns or {}))
-        except Unusable as reason:
-            rejected.append(Rejected(place, str(reason)))
-            if isinstance(row, Mapping) and len(first) < NUM_LOOKED_AT:
-                first.append(row)
-    if num_rows == 0:
-        raise DataError(f"{source if isinstance(source, str) else ', '.join(source)}: no rows")
-    if not examples and not columns:
-        rejected[0] = replace(rejected[0], reason=rejected[0].reason + _hint(first))
-    notes += [f"column {name} of {count} row{'' if count == 1 else 's'} is not used" for name, count in unused.items()]
-    return Loaded(tuple(examples), tuple(rejected), tuple(notes))
-
-
-def _hint(rows: Sequence[Mapping[str, Any]]) -> str:
-    """What to write about rows whose columns have other names, where these say anything."""
-    found = suggest_columns(rows) if rows else None
-    return f"; by their names: {as_setting(found)}" if found and any(name != own for name, own in found.items()) else ""
+    for row in reading:
+        (examples if isinstance(row, Example) else rejected).append(row)  # type: ignore[arg-type]
+    if not examples:
+        rejected[0] = replace(rejected[0], reason=rejected[0].reason + reading.hint())
+    return Loaded(tuple(examples), tuple(rejected), reading.notes)
 
 
 def first_rows(source: str, count: int) -> list[Mapping[str, Any]]:
@@ -81,11 +117,16 @@ def first_rows(source: str, count: int) -> list[Mapping[str, Any]]:
 def hold_out(loaded: Loaded, fraction: float, seed: int) -> tuple[Loaded, Loaded]:
     """Splits off `fraction` of the different examples (at least one), chosen by `seed`; both parts keep the file's order. Copies of a
     row, up to white space, stay on one side."""
-    different = list(dict.fromkeys(example.turns for example in loaded.examples))
+    sides = held_of([example.turns for example in loaded.examples], fraction, seed)
+    train, held = (tuple(compress(loaded.examples, (side is on for side in sides))) for on in (False, True))
+    return Loaded(train, loaded.rejected, loaded.notes), Loaded(held, ())
+
+
+def held_of(turns: Sequence[Hashable], fraction: float, seed: int) -> list[bool]:
+    """Whether each row is held out, of rows that are the same where their `turns` are. Raises DataError where none would be left."""
+    different = list(dict.fromkeys(turns))
     num_held = max(1, round(fraction * len(different)))
     if num_held >= len(different):
         raise DataError(f"data.eval_fraction = {fraction} of {len(different)} different rows leaves nothing to train on")
     held = {different[index] for index in random.Random(seed).sample(range(len(different)), num_held)}
-    train = tuple(example for example in loaded.examples if example.turns not in held)
-    evaluation = tuple(example for example in loaded.examples if example.turns in held)
-    return Loaded(train, loaded.rejected, loaded.notes), Loaded(evaluation, ())
+    return [one in held for one in turns]

@@ -50,10 +50,11 @@ class Example:
 
 @dataclass(frozen=True)
 class Rejected:
-    """A row that is not used, and why."""
+    """A row that is not used, and why. `length`: its tokens, where it is too long."""
 
     source: str
     reason: str
+    length: int | None = None
 
 
 @dataclass(frozen=True)
@@ -74,17 +75,20 @@ class Loaded:
         """sha256 over the turns of all examples, in order."""
         digest = hashlib.sha256()
         for example in self.examples:
-            turns: list[Any] = [
-                [message.role, message.content, *([] if message.learned else [False]), *([message.more] if message.more else [])]
-                for message in example.messages
-            ]
-            turns += [example.tools] if example.tools else []
-            digest.update(_as_json(turns).encode() + b"\n")
+            digest.update(turns_text(example).encode() + b"\n")
         return digest.hexdigest()
 
 
-def _as_json(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, default=str)
+def turns_text(example: Example) -> str:
+    """The turns of an example, and its tools, as one line of JSON."""
+    turns: list[Any] = [
+        [message.role, message.content, *([] if message.learned else [False]), *([message.more] if message.more else [])]
+        for message in example.messages
+    ]
+    return _as_json([*turns, example.tools] if example.tools else turns)
+
+
+_as_json = json.JSONEncoder(ensure_ascii=False, default=str).encode
 
 
 class Unusable(Exception):

@@ -8,7 +8,7 @@ import json
 import shutil
 import tempfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from glob import glob
@@ -21,7 +21,7 @@ from softprompt.data.examples import ClassName, Unusable
 from softprompt.errors import DataError, first_line
 from softprompt.hub import hub
 
-BATCH = 1024  # rows of a Parquet file that are in memory at once
+PARQUET_ROWS = 1_000  # that are in memory at once
 CHINESE = 0.9  # of the letters beyond ASCII, those in GB 2312, from which a file is taken for GB 18030
 
 
@@ -32,19 +32,16 @@ class Note:
     text: str
 
 
-def rows_of(sources: str | Sequence[str]) -> Iterator[tuple[str, Any]]:
-    """(place, row) of a source or of several; an unreadable line comes as Unusable instead of a row, what was assumed as a Note."""
-    return _one_source(sources) if isinstance(sources, str) else chain.from_iterable(map(_one_source, sources))
-
-
-def _one_source(source: str) -> Iterator[tuple[str, Any]]:
+def rows_of(source: str, *, stream: bool = False) -> Iterator[tuple[str, Any]]:
+    """(place, row) of a source; an unreadable line comes as Unusable instead of a row, what was assumed as a Note. `stream`: a hub data
+    set is read as it comes."""
     match = RANGE.match(source)
     if match is None or Path(source).exists():
-        yield from _whole(source)
+        yield from _whole(source, stream)
         return
     start, stop = int(match["start"] or 0), int(match["stop"]) if match["stop"] else None
     index = 0
-    for item in _whole(match["source"]):
+    for item in _whole(match["source"], stream):
         if isinstance(item[1], Note):
             yield item
             continue
@@ -55,14 +52,14 @@ def _one_source(source: str) -> Iterator[tuple[str, Any]]:
         index += 1
 
 
-def _whole(source: str) -> Iterator[tuple[str, Any]]:
+def _whole(source: str, stream: bool) -> Iterator[tuple[str, Any]]:
     if "://" in source:
         return _remote(source)
     path = Path(source)
     if path.is_file():
         return _file(path)
     if path.is_dir():
-        return _saved_dataset(path, None)
+        return _folder(path)
     folder, _, split = source.rpartition(":")
     if folder and Path(folder).is_dir():
         return _saved_dataset(Path(folder), split)
@@ -73,7 +70,17 @@ def _whole(source: str) -> Iterator[tuple[str, Any]]:
         return chain.from_iterable(_file(Path(name)) for name in found)
     if _kind(path) in READERS or path.is_absolute() or source.startswith(("./", "../", "~")):
         raise DataError(f"{source}: no such file or folder")
-    return _hub_dataset(source)
+    return _hub_dataset(source, stream)
+
+
+def _folder(path: Path) -> Iterator[tuple[str, Any]]:
+    """What datasets' save_to_disk wrote, or all files in it and below that can be read, by name."""
+    if any((path / name).is_file() for name in ("dataset_dict.json", "state.json")):
+        return _saved_dataset(path, None)
+    found = sorted(file for file in path.rglob("*") if file.is_file() and _kind(file) in READERS)
+    if not found:
+        raise DataError(f"{path}: not a folder that datasets' save_to_disk wrote, and no {', '.join(READERS)} in it")
+    return chain.from_iterable(map(_file, found))
 
 
 def _kind(path: Path) -> str:
@@ -273,9 +280,10 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
 
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            yield from _numbered(str(path), chain.from_iterable(batch.to_pylist() for batch in file.iter_batches(BATCH)))
-    except (pyarrow.ArrowInvalid, OSError) as error:
-        raise DataError(f"{path}: not a readable Parquet file: {error}") from None
+            rows = chain.from_iterable(batch.to_pylist() for batch in file.iter_batches(PARQUET_ROWS))
+            yield from _numbered(str(path), rows)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"{path}: not a readable Parquet file: {first_line(error)}") from None
 
 
 def _saved_dataset(path: Path, split: str | None) -> Iterator[tuple[str, Any]]:
@@ -295,14 +303,14 @@ def _saved_dataset(path: Path, split: str | None) -> Iterator[tuple[str, Any]]:
     yield from _numbered(str(path), _with_class_names(loaded))
 
 
-def _hub_dataset(source: str) -> Iterator[tuple[str, Any]]:
+def _hub_dataset(source: str, stream: bool) -> Iterator[tuple[str, Any]]:
     import datasets
 
     name, *rest = source.split(":")
     configuration, split = (rest[0] or None, rest[1]) if len(rest) == 2 else (None, rest[0] if rest else None)
     with hub() as address:
         try:
-            loaded = datasets.load_dataset(name, configuration, split=split or "train")
+            loaded = datasets.load_dataset(name, configuration, split=split or "train", streaming=stream)
         except Exception as error:  # datasets raises many kinds; each means that the rows are not to be had
             raise DataError(
                 f"{source}: no such file or folder here, and as a hub data set it cannot be loaded from "
@@ -315,7 +323,7 @@ def _with_class_names(rows: Any) -> Iterator[Any]:
     """The rows, numbers of classes as their names; -1, which stands for no class, as None."""
     import datasets
 
-    classes = {name: kind for name, kind in rows.features.items() if isinstance(kind, datasets.ClassLabel)}
+    classes = {name: kind for name, kind in (rows.features or {}).items() if isinstance(kind, datasets.ClassLabel)}
     for row in rows:
         named = {name: (name, kind, row[name]) for name, kind in classes.items() if isinstance(row[name], int)}
         yield {**row, **{name: ClassName(kind.int2str(at), at) if at >= 0 else None for name, kind, at in named.values()}}

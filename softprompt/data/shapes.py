@@ -35,7 +35,7 @@ def example_of(row: Any, place: str, label_words: Mapping[str, str], columns: Ma
 
 def _shape(row: Mapping[str, Any], columns: Mapping[str, str]) -> str | None:
     """What `data.columns` names goes before what the row happens to hold."""
-    own = [shape for shape, needed in NEEDED.items() if needed & set(columns)]
+    own = [shape for shape, needed in NEEDED.items() if needed & set(columns)] if columns else []
     return next((shape for shape in [*own, *SHAPES] if shape in row), None)
 
 

@@ -6,12 +6,14 @@ loss is a sum over supervised tokens divided by the step's own count of them, th
 
 import math
 import random
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from softprompt.engine.tokens import Encoded
@@ -20,6 +22,7 @@ from softprompt.engine.world import World
 # How many tokens' layers take as long as one more micro-batch (LOG.md): on a CPU that is a walk over the head's weights, on a GPU the
 # launching of every kernel.
 CPU_BATCH_COST, GPU_BATCH_COST = 64, 4096
+EPOCHS = 32  # orders that are kept: the prompts of a bank have one each
 
 
 @dataclass(frozen=True)
@@ -40,31 +43,68 @@ class Batch:
     rows: tuple[int, ...]
 
 
-def order_of_rows(labels: Sequence[str | None], first: int, count: int, seed: int) -> list[int]:
-    """Row numbers first .. first + count of an endless series of shuffled epochs; a function of its arguments alone.
+class Order:
+    """An endless series of shuffled epochs; a row number's place in it is a function of the arguments alone.
 
-    `labels`: of every row. Each stretch of an epoch has the labels in the shares that they have of all rows: steps of a few rows
-    would else learn by turns that one label is likelier than the other (LOG.md).
+    `labels_R`: a number for the label of every row. Each stretch of an epoch has the labels in the shares that they have of all rows: steps
+    of a few rows would else learn by turns that one label is likelier than the other (LOG.md). `parts_R` and `weights`: which source a row
+    comes from, and how much is drawn from each; an epoch has as many rows as there are, a row more often or less often than once.
     """
-    rows: list[int] = []
-    while len(rows) < count:
-        epoch, offset = divmod(first + len(rows), len(labels))
-        rows += _epoch(tuple(labels), f"{seed}/{epoch}")[offset : offset + count - len(rows)]
-    return rows
+
+    def __init__(self, labels_R: NDArray[Any], parts_R: NDArray[Any] | None = None, weights: Sequence[float] = ()) -> None:
+        self._labels_R = labels_R
+        self._sources: list[tuple[NDArray[Any], Order]] = []
+        self._shares: list[int] = []
+        if parts_R is not None and weights:
+            numbers = [np.flatnonzero(parts_R == part) for part in range(len(weights))]
+            self._sources = [(own, Order(labels_R[own])) for own in numbers]
+            self._shares = _shares(weights, len(labels_R))
+        self._epoch = lru_cache(maxsize=EPOCHS)(self._mixed if self._sources else self._shuffled)
+
+    def rows(self, first: int, count: int, seed: int | str) -> list[int]:
+        """Row numbers first .. first + count of the series."""
+        rows: list[int] = []
+        while len(rows) < count:
+            epoch, offset = divmod(first + len(rows), len(self._labels_R))
+            rows += self._epoch(f"{seed}", epoch)[offset : offset + count - len(rows)].tolist()
+        return rows
+
+    def _shuffled(self, seed: str, epoch: int) -> NDArray[Any]:
+        """All row numbers once: those of each label shuffled, and spread evenly from a random beginning."""
+        draw, of_labels, beginnings = random.Random(f"{seed}/{epoch}"), [], []
+        _, first, own_R = np.unique(self._labels_R, return_index=True, return_inverse=True)
+        for label in np.argsort(first, kind="stable"):  # in the order in which they appear
+            numbers = np.flatnonzero(own_R == label).tolist()
+            draw.shuffle(numbers)
+            of_labels.append(np.array(numbers, np.int32))
+            beginnings.append(draw.random())
+        return _spread(of_labels, beginnings)
+
+    def _mixed(self, seed: str, epoch: int) -> NDArray[Any]:
+        """Of each source its share, the next rows of its own series, spread evenly."""
+        shares = zip(self._sources, self._shares, strict=True)
+        drawn = [
+            own[order.rows(epoch * share, share, f"{seed}/{part}")].astype(np.int32)
+            for part, ((own, order), share) in enumerate(shares)
+            if share
+        ]
+        draw = random.Random(f"{seed}/{epoch}/mixed")
+        return _spread(drawn, [draw.random() for _ in drawn])
 
 
-@lru_cache(maxsize=16)
-def _epoch(labels: tuple[str | None, ...], seed: str) -> list[int]:
-    """All row numbers once: those of each label shuffled, and spread evenly from a random beginning."""
-    draw, of_label = random.Random(seed), defaultdict[str | None, list[int]](list)
-    for number, label in enumerate(labels):
-        of_label[label].append(number)
-    place: dict[int, float] = {}
-    for numbers in of_label.values():
-        draw.shuffle(numbers)
-        beginning = draw.random()
-        place |= {number: (index + beginning) / len(numbers) for index, number in enumerate(numbers)}
-    return sorted(place, key=place.__getitem__)
+def _spread(groups: Sequence[NDArray[Any]], beginnings: Sequence[float]) -> NDArray[Any]:
+    """The numbers of all groups, those of each evenly from its beginning."""
+    places = [(np.arange(len(numbers)) + beginning) / len(numbers) for numbers, beginning in zip(groups, beginnings, strict=True)]
+    return np.concatenate(groups)[np.argsort(np.concatenate(places), kind="stable")]
+
+
+def _shares(weights: Sequence[float], count: int) -> list[int]:
+    """`count` dealt out by the weights, what is left over to the largest remainders."""
+    exact = [count * weight / sum(weights) for weight in weights]
+    shares = [int(share) for share in exact]
+    for part in sorted(range(len(exact)), key=lambda part: shares[part] - exact[part])[: count - sum(shares)]:
+        shares[part] += 1
+    return shares
 
 
 def cut_by_length(lengths: Sequence[int], tokens_per_batch: int, batch_cost: int) -> list[list[int]]:

@@ -7,12 +7,13 @@ from itertools import takewhile
 
 @dataclass(frozen=True)
 class Encoded:
-    """One row, without BOS. `ids[t]` is scored where `supervised[t]`. `num_cut`: ids cut away."""
+    """One row, without BOS. `ids[t]` is scored where `supervised[t]`. `num_cut`: ids cut away, `num_lost` of them supervised."""
 
     ids: tuple[int, ...]
     supervised: tuple[bool, ...]
     source: str = ""
     num_cut: int = 0
+    num_lost: int = 0
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -15,10 +15,15 @@ from softprompt.atomic import new_folder
 NUM_SAMPLES, SAMPLE_BYTES = 256, 65536
 
 
+def cache_root() -> Path:
+    """Where files are kept that can be made again: SOFTPROMPT_CACHE, else a folder of the user's cache."""
+    return Path(os.environ.get("SOFTPROMPT_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "softprompt")
+
+
 def unpacked_folder(gguf_file: Path, dtype: str) -> Path:
     """Where the unpacked form of a GGUF file lies, or would lie; decided by its content, not by its place."""
-    root = os.environ.get("SOFTPROMPT_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "softprompt"
-    return Path(root) / "unpacked" / f"{gguf_file.stem}-{dtype}-{_content_hash(gguf_file)}"
+
+    return cache_root() / "unpacked" / f"{gguf_file.stem}-{dtype}-{_content_hash(gguf_file)}"
 
 
 def keep_unpacked(model: Any, tokenizer: Any, folder: Path) -> None:

@@ -22,7 +22,7 @@ def draw_run(events: "Iterable[Event]", log_every: int) -> None:
 
 def drawn(events: "Iterable[Event]", log_every: int) -> "Iterator[Event]":
     """The events as they are, once they are shown: a bar with loss, tokens per second and time left, and a line for what matters."""
-    from softprompt.events import Evaluated, Finished, Found, Saved, Searching, Started, Step, Warned
+    from softprompt.events import Evaluated, Finished, Found, Preparing, Saved, Searching, Started, Step, Warned
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[now]}"), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as progress:
@@ -31,6 +31,9 @@ def drawn(events: "Iterable[Event]", log_every: int) -> "Iterator[Event]":
         num_prompts = 1
         for event in events:
             match event:
+                case Preparing():
+                    now = f"{event.num_rows / max(event.seconds, 1e-9):,.0f} rows/s"
+                    progress.update(bar, description="reading rows", total=event.total, completed=event.num_rows, now=now)
                 case Searching():
                     progress.update(bar, description="finding the rate", total=event.num_steps, completed=event.step)
                 case Found():

@@ -5,14 +5,16 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
+import numpy as np
+
 from softprompt.config import Config
-from softprompt.data import Example, Rejected
+from softprompt.data import Rejected
 from softprompt.encode import Encoder, make_encoder
 from softprompt.engine.loading import load_settings, load_tokenizer
 from softprompt.engine.tokens import Encoded
 from softprompt.errors import DataError
 from softprompt.rows import Rows, Summary, load_rows, summarize
-from softprompt.show.findings import MEASURE, Findings, compare
+from softprompt.show.findings import MEASURE, Findings, Split, compare
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,12 @@ class Shown:
     @cached_property
     def findings(self) -> Findings:
         """What is wrong with the rows; computed when it is first asked for."""
-        return compare(self.train.examples, self.held.examples if self.held else ())
+        train, held = (
+            None if rows is None else Split(name, rows.examples, rows.column("turns"), rows.column("asked"))
+            for name, rows in (("train", self.train), ("eval", self.held))
+        )
+        assert train is not None
+        return compare(train, held)
 
     @cached_property
     def summaries(self) -> dict[str, Summary]:
@@ -51,22 +58,22 @@ class Shown:
         return {name: summarize(rows, self.encoder) for name, rows in splits.items()}
 
     @property
-    def _examples(self) -> tuple[Example, ...]:
-        return self.train.examples + (self.held.examples if self.held else ())
+    def _splits(self) -> tuple[Rows, ...]:
+        return (self.train,) if self.held is None else (self.train, self.held)
 
     @cached_property
     def unlearned(self) -> tuple[Unlearned, ...]:
         """Conversations of which the template lets the last answer alone be learned."""
-        splits = (self.train, self.held) if self.held else (self.train,)
-        pairs = [pair for rows in splits for pair in zip(rows.examples, rows.encoded, strict=True)]
-        numbers = ((example.source, self.encoder.num_unlearned(example, row)) for example, row in pairs)
-        return tuple(Unlearned(row, number) for row, number in numbers if number)
+        return tuple(
+            Unlearned(rows.flat.place(int(number)), int(rows.column("unlearned")[number]))
+            for rows in self._splits
+            for number in np.flatnonzero(rows.column("unlearned"))
+        )
 
-    @cached_property
+    @property
     def control_tokens(self) -> tuple[ControlTokens, ...]:
         """Rows that hold control tokens, in spite of everything."""
-        found = ((example.source, self.encoder.stubborn(example)) for example in self._examples)
-        return tuple(ControlTokens(row, tokens) for row, tokens in found if tokens)
+        return tuple(ControlTokens(row, tokens) for rows in self._splits for row, tokens in rows.stubborn)
 
     @property
     def rejected(self) -> tuple[Rejected, ...]:

@@ -7,7 +7,7 @@ the threshold; their likeness is then counted.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,13 +15,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from softprompt.data import Example
+from softprompt.flat import turn_hashes
 
-NEAR, PIECE = 0.7, 3
+NEAR, PIECE, NEAR_ROWS = 0.7, 3, 20_000
 COMMON, COMMON_ROWS = 0.05, 20  # a piece in more than this share of the rows, and in more than so many, tells nothing
 MEASURE = f"the Jaccard index of their {PIECE}-character pieces is {NEAR} or more, also without the pieces of over {COMMON:.0%} of the rows"
 BANDS, HASHES = 16, 4  # finds a pair of likeness 0.7 with probability 0.988, of 0.8 with 0.9998
 
 Pieces = NDArray[np.int32]
+Hashes = NDArray[np.uint64]
 
 
 @dataclass(frozen=True)
@@ -70,71 +72,119 @@ class Contradiction:
 
 @dataclass(frozen=True)
 class Findings:
-    """What is wrong, each kind in the order of the rows. Empty for sound rows."""
+    """What is wrong, each kind in the order of the rows. Empty for sound rows. `sampled`: how many rows the larger
+    split has, where NEAR_ROWS of it were compared for being near."""
 
     duplicates: tuple[Duplicates, ...]
     near_duplicates: tuple[NearDuplicate, ...]
     in_both_splits: tuple[InBoth, ...]
     contradictions: tuple[Contradiction, ...]
+    sampled: int | None = None
 
 
-def compare(train: Sequence[Example], held: Sequence[Example] = ()) -> Findings:
-    """Every row with every other: 10,000 rows of 250 characters take about ten seconds on a core."""
-    splits = {"train": train, "eval": held}
+@dataclass(frozen=True)
+class Split:
+    """Rows to compare. `turns` and `asked`: a hash of all turns of every row, and of those before the answer (flat.turn_hashes)."""
+
+    name: str
+    examples: Sequence[Example]
+    turns: Hashes
+    asked: Hashes
+
+    @classmethod
+    def of(cls, name: str, examples: Sequence[Example]) -> "Split":
+        hashes = np.array([turn_hashes(example) for example in examples], np.uint64).reshape(-1, 2)
+        return cls(name, examples, hashes[:, 0], hashes[:, 1])
+
+    def place(self, number: int) -> str:
+        return self.examples[number].source
+
+    @property
+    def looked_at(self) -> Sequence[int]:
+        """The numbers of the rows that are compared for being near."""
+        count = len(self.examples)
+        return range(count) if count <= NEAR_ROWS else [index * count // NEAR_ROWS for index in range(NEAR_ROWS)]
+
+
+def compare(train: Split, held: Split | None = None) -> Findings:
+    """Every row with every other; for being near only NEAR_ROWS of a split, spread evenly: 10,000 rows of 250 characters take about ten
+    seconds on a core."""
+    held = held or Split.of("eval", ())
+    splits = (train, held)
     return Findings(
-        tuple(group for split, rows in splits.items() for group in _duplicates(split, rows)),
-        tuple(pair for split, rows in splits.items() for pair in _near_duplicates(split, rows)),
+        tuple(group for split in splits for group in _duplicates(split)),
+        tuple(pair for split in splits for pair in _near_duplicates(split)),
         tuple(_in_both(train, held)),
-        tuple(_contradictions([*train, *held])),
+        tuple(_contradictions(train, held)),
+        max((len(split.examples) for split in splits if len(split.examples) > NEAR_ROWS), default=None),
     )
 
 
-def _duplicates(split: str, rows: Sequence[Example]) -> Iterable[Duplicates]:
-    groups = defaultdict(list)
-    for row in rows:
-        groups[row.turns].append(row.source)
-    return (Duplicates(split, tuple(places)) for places in groups.values() if len(places) > 1)
+def _groups(hashes: Hashes) -> list[list[int]]:
+    """The numbers of rows that share a hash, of every hash that several have, in the order of their first rows."""
+    order = np.argsort(hashes, kind="stable")
+    starts = np.flatnonzero(np.r_[True, hashes[order][1:] != hashes[order][:-1]]) if len(hashes) else np.zeros(0, np.int64)
+    ends = np.r_[starts[1:], len(hashes)]
+    several = np.flatnonzero(ends - starts > 1)
+    return sorted(order[starts[group] : ends[group]].tolist() for group in several)
 
 
-def _contradictions(rows: Sequence[Example]) -> Iterable[Contradiction]:
-    groups: defaultdict[tuple[str, ...], dict[str, str]] = defaultdict(dict)
-    for row in rows:
-        groups[row.turns[:-1]].setdefault(row.turns[-1], row.source)
-    for question, answers in groups.items():
-        if len(answers) > 1:
-            yield Contradiction(question[-1], tuple(OneAnswer(place, answer) for answer, place in answers.items()))
+def _duplicates(split: Split) -> Iterator[Duplicates]:
+    for group in _groups(split.turns):
+        yield Duplicates(split.name, tuple(map(split.place, group)))
 
 
-def _near_duplicates(split: str, rows: Sequence[Example]) -> Iterable[NearDuplicate]:
-    first = _places({row.source: row.turns for row in rows})
-    places = list(first.values())
-    for row, (like, likeness) in _near([" ".join(turns) for turns in first], len(first)).items():
-        yield NearDuplicate(split, places[row], places[like], likeness)
+def _contradictions(train: Split, held: Split) -> Iterator[Contradiction]:
+    turns, border = np.concatenate([train.turns, held.turns]), len(train.examples)
+    for group in _groups(np.concatenate([train.asked, held.asked])):
+        first: dict[int, int] = {}
+        for number in group:
+            first.setdefault(int(turns[number]), number)
+        if len(first) > 1:
+            rows = [train.examples[number] if number < border else held.examples[number - border] for number in first.values()]
+            yield Contradiction(rows[0].turns[-2], tuple(OneAnswer(row.source, row.turns[-1]) for row in rows))
 
 
-def _in_both(train: Sequence[Example], held: Sequence[Example]) -> Iterable[InBoth]:
-    whole = _places({row.source: row.turns for row in train})
-    questions = _places({row.source: row.turns[:-1] for row in train})
-    places = list(questions.values())
-    asked = [" ".join(turns) for turns in [*questions, *(row.turns[:-1] for row in held)]]
-    near = _near(asked, len(questions)) if held else {}
-    for number, row in enumerate(held, len(questions)):
-        question = row.turns[:-1]
-        if row.turns in whole:
-            yield InBoth(row.source, whole[row.turns], "row", 1.0)
-        elif question in questions:
-            yield InBoth(row.source, questions[question], "question", 1.0)
+def _near_duplicates(split: Split) -> Iterator[NearDuplicate]:
+    first = _first(split.looked_at, split.turns)
+    rows = [split.examples[number] for number in first]
+    for row, (like, likeness) in _near([" ".join(one.turns) for one in rows], len(rows)).items():
+        yield NearDuplicate(split.name, rows[row].source, rows[like].source, likeness)
+
+
+def _in_both(train: Split, held: Split) -> Iterator[InBoth]:
+    whole, questions = _known(train.turns, held.turns), _known(train.asked, held.asked)
+    known = [train.examples[number] for number in _first(train.looked_at, train.asked)] if len(held.examples) else []
+    looked_at = list(held.looked_at)
+    asked = [" ".join(row.turns[:-1]) for row in [*known, *(held.examples[number] for number in looked_at)]]
+    found = _near(asked, len(known)) if known else {}
+    near = {looked_at[at - len(known)]: like for at, like in found.items() if at >= len(known)}
+    for number, (row, question) in enumerate(zip(whole, questions, strict=True)):
+        if row is not None:
+            yield InBoth(held.place(number), train.place(row), "row", 1.0)
+        elif question is not None:
+            yield InBoth(held.place(number), train.place(question), "question", 1.0)
         elif number in near:
             like, likeness = near[number]
-            yield InBoth(row.source, places[like], "near question", likeness)
+            yield InBoth(held.place(number), known[like].source, "near question", likeness)
 
 
-def _places(texts: Mapping[str, tuple[str, ...]]) -> dict[tuple[str, ...], str]:
-    """Where each text stands first."""
-    first: dict[tuple[str, ...], str] = {}
-    for place, text in texts.items():
-        first.setdefault(text, place)
-    return first
+def _first(numbers: Iterable[int], hashes: Hashes) -> list[int]:
+    """Of rows with the same hash the first."""
+    first: dict[int, int] = {}
+    for number in numbers:
+        first.setdefault(int(hashes[number]), number)
+    return list(first.values())
+
+
+def _known(hashes: Hashes, wanted: Hashes) -> list[int | None]:
+    """Where each wanted hash stands first, or None."""
+    different, first = np.unique(hashes, return_index=True)
+    at = np.searchsorted(different, wanted)
+    return [
+        int(first[place]) if place < len(different) and different[place] == one else None
+        for place, one in zip(at.tolist(), wanted, strict=True)
+    ]
 
 
 def _near(texts: Sequence[str], num_kept: int) -> dict[int, tuple[int, float]]:

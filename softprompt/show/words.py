@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from softprompt.show import Shown
-from softprompt.show.findings import MEASURE, InBoth, OneAnswer
+from softprompt.show.findings import MEASURE, NEAR_ROWS, InBoth, OneAnswer
 
 QUOTED = 60  # characters
 ONLY_LAST = "the chat template writes earlier answers otherwise than the last one; rows with one answer each teach all of them"
@@ -24,7 +24,13 @@ class Said:
 def said_of(shown: Shown) -> list[Said]:
     """One for each kind of finding; empty for sound rows."""
     kinds = (_unusable, _cut, _unlearned, _control_tokens, _duplicates, _near_duplicates, _contradictions, _in_both_splits)
-    return [said for kind in kinds for said in kind(shown) if said.rows] + [Said(note, ()) for note in shown.notes]
+    return [said for kind in kinds for said in kind(shown) if said.rows] + [Said(note, ()) for note in _notes(shown)]
+
+
+def _notes(shown: Shown) -> Iterator[str]:
+    yield from shown.notes
+    if shown.findings.sampled is not None:
+        yield f"near rows were looked for among {NEAR_ROWS:,} of {shown.findings.sampled:,} rows, spread evenly; all else among all"
 
 
 def _unusable(shown: Shown) -> Iterator[Said]:
