@@ -15,7 +15,7 @@ from softprompt.engine.model import FrozenBase
 from softprompt.engine.prompt import Prompt
 from softprompt.engine.tokens import Encoded
 from softprompt.errors import ArtifactError, ConfigError, DataError
-from softprompt.rows import encode_rows, load_splits
+from softprompt.rows import encode_rows, encoder_of, load_splits
 from softprompt.runlog import RunFolder, run_of
 
 
@@ -47,16 +47,21 @@ class Arguments:
             held = load_examples(data.eval, limit=data.limit, label_words=data.label_words, columns=data.columns)
             return held, shots or self._training_rows()
         assert self.of_run is not None
-        train, of_run = load_splits(self.of_run)
+        train, of_run = self._splits(self.of_run)
         assert of_run is not None
         return replace(of_run, examples=of_run.examples[: data.limit]), shots or train
 
     def _training_rows(self) -> Loaded | None:
         """The run's, or None where they are no longer at hand: nobody asked for examples."""
         try:
-            return None if self.of_run is None else load_splits(self.of_run)[0]
+            return None if self.of_run is None else self._splits(self.of_run)[0]
         except DataError:
             return None
+
+    def _splits(self, of_run: Config) -> tuple[Loaded, Loaded | None]:
+        """The run's rows, read by the tokenizer of the base where it lies now: those that the run has kept are found again."""
+        config = of_run.model_copy(update={"model": self.config.model})
+        return load_splits(config, encoder_of(config))
 
     @property
     def trackers(self) -> tuple[str, ...]:

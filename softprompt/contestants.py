@@ -24,6 +24,7 @@ from softprompt.generation import without_prompt
 from softprompt.templates import Segment, joined
 from softprompt.thinking import Thinking
 
+POOL = 10_000  # training rows that examples are taken from
 MAX_SHOTS, SHOT_TOKENS = 16, 1024  # a few-shot context has at most so many examples, and at most so many tokens
 
 
@@ -139,10 +140,13 @@ def _shown(encoder: Encoder, example: Example, shots: Sequence[Example]) -> list
 
 
 def choose_shots(encoder: Encoder, examples: Sequence[Example], held: Sequence[Example], room: int, seed: int = 0) -> tuple[Example, ...]:
-    """Examples of the training rows for a few-shot context, the labels in turn: as many as fit, none that is held out."""
-    known = {example.messages for example in held}
+    """Examples of the training rows for a few-shot context, the labels in turn: as many as fit, none that is held out. Of more than POOL
+    rows they are taken from so many that are drawn."""
+    known, draw = {example.messages for example in held}, random.Random(seed)
+    if len(examples) > POOL:
+        examples = [examples[number] for number in draw.sample(range(len(examples)), POOL)]
     pool = [example for example in examples if example.messages not in known]
-    random.Random(seed).shuffle(pool)
+    draw.shuffle(pool)
     by_label: dict[str | None, list[Example]] = {}
     for example in pool:
         by_label.setdefault(example.label, []).append(example)

@@ -28,7 +28,7 @@ from softprompt.engine.prompt import Prompt, no_prompt
 from softprompt.errors import RunError
 from softprompt.evaluation import held_out_loss, text_loss
 from softprompt.events import Evaluated, Event, Step, Warned
-from softprompt.rows import Rows, encode_rows, load_held
+from softprompt.rows import Rows, load_held
 from softprompt.runlog import RunFolder
 
 LEARNED = 0.005  # share of the loss before that must be gone
@@ -268,11 +268,10 @@ def diagnose(run: str | Path, base: FrozenBase | None = None, overrides: Sequenc
     folder = RunFolder.reopen(Path(run))
     config = folder.config()
     base = base or load_base(relocated(config.model, overrides))
-    loaded = load_held(config)
     events, members, findings = folder.events(), config.members(), {}
     for index, (name, own) in enumerate(members.items()):
         stored = load_prompt(folder.prompt if len(members) == 1 else folder.prompts / name, base)
-        held = None if loaded is None else encode_rows(stored.encoder, loaded, config.data.max_length)
+        held = load_held(config, stored.encoder)
         start = load_start(folder.start, name, stored.soft)
         if start is None:
             raise RunError(f"{folder.start} is missing: without it nobody knows how far the prompt has moved; train the run again")

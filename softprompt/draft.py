@@ -13,10 +13,10 @@ import tomli_w
 from rich.cells import cell_len
 
 from softprompt.config import Config, load_config
-from softprompt.data import Example, Loaded, first_rows, suggest_columns
+from softprompt.data import Example, Loaded, first_rows, load_examples, suggest_columns
 from softprompt.encode import make_encoder
 from softprompt.errors import ConfigError, DataError
-from softprompt.rows import encode_rows, load_splits
+from softprompt.rows import encode_rows
 from softprompt.scripts import NO_LETTERS, scripts
 
 PLAIN, CHAT = "human-assistant", "chat"  # templates
@@ -76,8 +76,9 @@ def draft(source: str, overrides: Sequence[str] = ()) -> Draft:
 
 
 def _rows(source: str, given: Mapping[str, Mapping[str, Any]]) -> Loaded:
-    data = {key: value for key, value in given.get("data", {}).items() if key not in ("eval", "eval_fraction")}
-    return load_splits(load_config({**given, "data": {**data, "train": source}}))[0]
+    own = {key: value for key, value in given.get("data", {}).items() if key not in ("eval", "eval_fraction")}
+    data = load_config({**given, "data": {**own, "train": source}}).data
+    return load_examples(source, limit=data.limit, label_words=data.label_words, columns=data.columns, stream=data.stream)
 
 
 # ---- what is found -------------------------------------------------------------------------------------------------

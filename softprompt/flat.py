@@ -20,14 +20,15 @@ from numpy.typing import NDArray
 from softprompt.data import Example, Message
 from softprompt.engine.tokens import Encoded
 
-# `text` and `size`: where the row's text begins in `texts`, and its bytes, of which the first `place` are its place. `lost`: supervised
+# `text` and `size`: where the row's text begins in `texts`, and its bytes: the first `place` are its place, the last `fields` its other
+# columns. `lost`: supervised
 # tokens among those that were `cut`. `unlearned`: answers that are read and not learned. `label`: which of the labels, or -1. `part`:
 # which of the sources. `tools`: 1 where the last of its turns are its tools. `turns`, `asked`, `seen`, `system`: hashes of all turns, of
 # those before the answer, of the tokens before the first supervised one, and of the system turn (0: none). That two of a million
 # different rows share a hash happens in one of 37 million such sets.
 ROW = np.dtype(
     [("start", "<i8"), ("text", "<i8"), ("turns", "<u8"), ("asked", "<u8"), ("seen", "<u8"), ("system", "<u8")]
-    + [(name, "<i4") for name in ("length", "supervised", "cut", "lost", "unlearned", "label", "part", "tools", "size", "place")]
+    + [(name, "<i4") for name in ("length", "supervised", "cut", "lost", "unlearned", "label", "part", "tools", "size", "place", "fields")]
 )
 KINDS = {"rows": ROW, "ids": np.dtype("<i4"), "supervised": np.dtype(np.bool_), "texts": np.dtype(np.uint8)}
 
@@ -48,8 +49,9 @@ class Flat:
     def fingerprint(self) -> str:
         """sha256 over the turns of all rows, in order: that of data.Loaded."""
         digest, texts = hashlib.sha256(), memoryview(self.texts)  # type: ignore[arg-type]
-        for begin, place, size in zip(*(self.rows[name].tolist() for name in ("text", "place", "size")), strict=True):
-            digest.update(texts[begin + place : begin + size])
+        numbers = (self.rows[name].tolist() for name in ("text", "place", "size", "fields"))
+        for begin, place, size, fields in zip(*numbers, strict=True):
+            digest.update(texts[begin + place : begin + size - fields])
             digest.update(b"\n")
         return digest.hexdigest()
 
@@ -60,15 +62,23 @@ class Flat:
         return Encoded(ids, supervised, self.place(number), int(row["cut"]), int(row["lost"]))
 
     def place(self, number: int) -> str:
-        row = self.rows[number]
-        return self.texts[int(row["text"]) : int(row["text"]) + int(row["place"])].tobytes().decode()
+        return self._text(number, 0, int(self.rows[number]["place"])).decode()
 
     def turns(self, number: int) -> list[Any]:
         """The row's turns as `turns_text` wrote them."""
         row = self.rows[number]
-        begin = int(row["text"])
-        found: list[Any] = json.loads(self.texts[begin + int(row["place"]) : begin + int(row["size"])].tobytes())
+        found: list[Any] = json.loads(self._text(number, int(row["place"]), int(row["size"]) - int(row["fields"])))
         return found
+
+    def fields(self, number: int) -> dict[str, Any]:
+        """The row's other columns, where they are kept."""
+        row = self.rows[number]
+        size, kept = int(row["size"]), int(row["fields"])
+        return dict(json.loads(self._text(number, size - kept, size))) if kept else {}
+
+    def _text(self, number: int, start: int, stop: int) -> bytes:
+        begin = int(self.rows[number]["text"])
+        return self.texts[begin + start : begin + stop].tobytes()
 
 
 class EncodedRows(Sequence[Encoded]):
@@ -91,7 +101,7 @@ class EncodedRows(Sequence[Encoded]):
 
 
 class StoredExamples(Sequence[Example]):
-    """The examples of flat arrays, each made when it is asked for: turns, tools, label and place; the row's other columns are not kept."""
+    """The examples of flat arrays, each made when it is asked for: turns, tools, label and place; other columns where they are kept."""
 
     def __init__(self, flat: Flat, labels: Sequence[str]) -> None:
         self.flat, self.labels = flat, labels
@@ -111,7 +121,8 @@ class StoredExamples(Sequence[Example]):
     def _example(self, number: int) -> Example:
         turns, label = self.flat.turns(number), int(self.flat.rows[number]["label"])
         tools = tuple(turns.pop()) if self.flat.rows[number]["tools"] else ()
-        return Example(tuple(map(_message, turns)), self.flat.place(number), None if label < 0 else self.labels[label], tools=tools)
+        name = None if label < 0 else self.labels[label]
+        return Example(tuple(map(_message, turns)), self.flat.place(number), name, self.flat.fields(number), tools)
 
 
 def _message(turn: list[Any]) -> Message:
@@ -188,9 +199,13 @@ class FlatWriter:
     def __len__(self) -> int:
         return self._columns["rows"].count + len(self._lines)
 
-    def add(self, row: Encoded | None, example: Example, text: str, *, label: int, part: int, unlearned: int) -> None:
-        """`row`: None for an example that cannot be used. `text`: its turns as `turns_text` writes them."""
-        place, turns = example.source.encode(), text.encode()
+    def add(
+        self, row: Encoded | None, example: Example, text: str, *, label: int, part: int = 0, unlearned: int = 0, fields: str = ""
+    ) -> None:
+        """`row`: None for an example that cannot be used. `text`: its turns as `turns_text` writes them; `fields`: its columns as
+        `fields_text` does, where they are to be kept."""
+        place, turns, columns = example.source.encode(), text.encode(), fields.encode()
+        size = len(place) + len(turns) + len(columns)
         system = example.messages[0].content if example.messages[0].role == "system" else None
         seen, counts = 0, (0, 0, 0, 0)
         if row is not None:
@@ -198,11 +213,11 @@ class FlatWriter:
             counts = (len(row), row.num_supervised, row.num_cut, row.num_lost)
             self._tokens.append(row)
         hashes = (*turn_hashes(example), seen)
-        about = (unlearned, label, part, bool(example.tools), len(place) + len(turns), len(place))
+        about = (unlearned, label, part, bool(example.tools), size, len(place), len(columns))
         self._lines.append((self._num_tokens, self._num_bytes, *hashes, 0 if system is None else hashed(system.encode()), *counts, *about))
-        self._texts += place + turns
+        self._texts += place + turns + columns
         self._num_tokens += counts[0]
-        self._num_bytes += len(place) + len(turns)
+        self._num_bytes += size
 
     def end_batch(self) -> None:
         """Puts what was added into the arrays."""

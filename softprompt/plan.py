@@ -10,7 +10,6 @@ from typing import Any
 import torch
 
 from softprompt.config import Config
-from softprompt.encode import make_encoder
 from softprompt.engine.dryrun import prefix_width, step_peak
 from softprompt.engine.family import backbone_of, empty_model
 from softprompt.engine.loading import device_of, load_dtype, load_settings, load_tokenizer, refuse_unsupported
@@ -18,7 +17,7 @@ from softprompt.engine.memory import activation_bytes, token_budget, weight_byte
 from softprompt.engine.model import check_context, context_length
 from softprompt.engine.quantized import bits_of
 from softprompt.init import prompt_length
-from softprompt.rows import load_rows
+from softprompt.rows import encoder_of, load_rows
 
 FRAGMENTATION = {"cpu": 1.4}  # what the allocator cannot use again: 1.3 to 1.55 measured on a CPU (LOG.md), next to nothing on a GPU
 BYTES_PER_FULL_PARAMETER = 16  # fp32 weight, gradient and Adam's two moments
@@ -128,5 +127,5 @@ def _lengths(config: Config) -> list[int]:
     open_ended = [prompt for prompt in prompts if prompt.length is None]
     sources = {source for prompt in open_ended for source in prompt.sources}
     tokenizer = load_tokenizer(config.model) if sources & {"text", "labels"} else None
-    labels = load_rows(config, make_encoder(tokenizer, config.data.template))[1].labels if "labels" in sources else ()
+    labels = load_rows(config, encoder_of(config))[1].labels if "labels" in sources else ()
     return [prompt_length(prompt, tokenizer, labels) for prompt in prompts]

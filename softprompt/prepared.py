@@ -13,7 +13,7 @@ import shutil
 import tempfile
 import time
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
@@ -29,12 +29,12 @@ from softprompt.atomic import new_folder
 from softprompt.config import Sources
 from softprompt.data import Example, Reading, Rejected
 from softprompt.data.content import Content, content_of
-from softprompt.data.examples import turns_text
+from softprompt.data.examples import fields_text, turns_text
 from softprompt.encode import Draft, Encoder
 from softprompt.engine.unpack import cache_root
 from softprompt.errors import DataError, TooLong
 from softprompt.events import Preparing
-from softprompt.flat import Flat, FlatWriter, map_folder
+from softprompt.flat import Flat, FlatWriter, StoredExamples, map_folder
 
 BATCH, SMALL = 2_000, 2_000  # rows that are tokenized together; rows below which nothing is kept
 EARLY = 10_000  # rows after which it is judged for the first time how many cannot be used
@@ -61,10 +61,11 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Prepared:
-    """The rows of a source. In `flat` every example has its line, those that cannot be used with length 0. `stubborn`: (place, control
-    tokens) of rows that hold such in spite of everything. `fingerprint`: see data.Loaded."""
+    """The rows of a source. In `flat` every example has its line, those that cannot be used with length 0; `examples` has as many.
+    `stubborn`: (place, control tokens) of rows that hold such in spite of everything. `fingerprint`: see data.Loaded."""
 
     flat: Flat
+    examples: Sequence[Example]
     labels: tuple[str, ...]
     rejected: tuple[Rejected, ...]
     notes: tuple[str, ...]
@@ -134,13 +135,14 @@ def _made(encoder: Encoder, wanted: Wanted, content: Content, place: Path | None
                 if folder is None and len(work.writer) >= SMALL:
                     folder = drafts.enter_context(_vanishing() if place is None else new_folder(place))
                     work.writer.to_folder(folder)
+                    work.examples = None
                 if folder is not None:  # nobody need wait for fewer
                     yield now
             work.writer.close()
             if content.name is not None and content_of(wanted.source).name != content.name:
                 raise DataError(f"{_named(wanted.source)} changed while it was read: start again")
             if folder is None:
-                return work.prepared(work.writer.in_memory())
+                return work.prepared(work.writer.in_memory(), work.examples)
             if place is None:
                 return work.prepared(map_folder(folder))
             _write_facts(folder, work.prepared(map_folder(folder)))
@@ -170,6 +172,7 @@ class _Work:
         self.stubborn: list[tuple[str, tuple[str, ...]]] = []
         self.digest = hashlib.sha256()
         self.num_seen = 0
+        self.examples: list[Example] | None = []  # as long as they are few
 
     def run(self, total: int | None) -> Iterator[Preparing]:
         began = time.perf_counter()
@@ -202,22 +205,26 @@ class _Work:
 
     def _add(self, part: int, example: Example, row: Any) -> None:
         text = turns_text(example)
+        fields = fields_text(example) if self.encoder.template.reads_fields else ""
+        if self.examples is not None:
+            self.examples.append(example)
         self.digest.update(text.encode() + b"\n")
         label = -1 if example.label is None else self.labels.setdefault(example.label, len(self.labels))
         if isinstance(row, DataError):
             self.rejected.append(rejected_by(row, example))
-            self.writer.add(None, example, text, label=label, part=part, unlearned=0)
+            self.writer.add(None, example, text, label=label, part=part, fields=fields)
             return
         if found := self.encoder.stubborn(example):
             self.stubborn.append((example.source, found))
-        self.writer.add(row, example, text, label=label, part=part, unlearned=self.encoder.num_unlearned(example, row))
+        unlearned = self.encoder.num_unlearned(example, row)
+        self.writer.add(row, example, text, label=label, part=part, unlearned=unlearned, fields=fields)
 
-    def prepared(self, flat: Flat) -> Prepared:
+    def prepared(self, flat: Flat, examples: Sequence[Example] | None = None) -> Prepared:
         if not len(flat.rows):
             first = self.rejected[0]
             self.rejected[0] = Rejected(first.source, first.reason + self.reading.hint())
-        found = tuple(self.labels), tuple(self.rejected), self.reading.notes, tuple(self.stubborn), self.digest.hexdigest()
-        return Prepared(flat, *found)
+        labels, kept = tuple(self.labels), examples if examples is not None else StoredExamples(flat, tuple(self.labels))
+        return Prepared(flat, kept, labels, tuple(self.rejected), self.reading.notes, tuple(self.stubborn), self.digest.hexdigest())
 
 
 def rejected_by(error: DataError, example: Example) -> Rejected:
@@ -301,7 +308,7 @@ def _clear(place: Path) -> None:
 
 
 def _write_facts(folder: Path, found: Prepared) -> None:
-    facts = {name: value for name, value in vars(found).items() if name != "flat"}
+    facts = {name: value for name, value in vars(found).items() if name not in ("flat", "examples")}
     text = json.dumps({**facts, "rejected": [asdict(one) for one in found.rejected]})
     (folder / "facts.json").write_text(text, encoding="utf-8")
 
@@ -328,7 +335,8 @@ def _kept(place: Path) -> Prepared | None:
         return None
     rejected = tuple(Rejected(**one) for one in facts["rejected"])
     stubborn = tuple((row, tuple(tokens)) for row, tokens in facts["stubborn"])
-    return Prepared(flat, tuple(facts["labels"]), rejected, tuple(facts["notes"]), stubborn, facts["fingerprint"])
+    labels = tuple(facts["labels"])
+    return Prepared(flat, StoredExamples(flat, labels), labels, rejected, tuple(facts["notes"]), stubborn, facts["fingerprint"])
 
 
 def _trim(newest: Path) -> None:

@@ -3,15 +3,17 @@
 from collections import Counter
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import compress
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from softprompt.config import Config, Sources
-from softprompt.data import Example, Loaded, Rejected, held_of, hold_out, load_examples
+from softprompt.data import Example, Loaded, Rejected, held_of
 from softprompt.data.examples import turns_text
 from softprompt.encode import Encoder, make_encoder
+from softprompt.engine.loading import load_settings, load_tokenizer
 from softprompt.engine.tokens import Encoded
 from softprompt.errors import ConfigError, DataError
 from softprompt.events import Preparing, returned
@@ -73,32 +75,39 @@ def encode_rows(encoder: Encoder, loaded: Loaded, max_length: int) -> Rows:
             continue
         kept.append(example)
         label = -1 if example.label is None else labels.index(example.label)
-        writer.add(row, example, turns_text(example), label=label, part=0, unlearned=encoder.num_unlearned(example, row))
+        writer.add(row, example, turns_text(example), label=label, unlearned=encoder.num_unlearned(example, row))
     writer.close()
     stubborn = tuple((example.source, found) for example in kept if (found := encoder.stubborn(example)))
     return Rows(writer.in_memory(), tuple(kept), tuple(rejected), loaded.fingerprint, labels, loaded.notes, stubborn)
 
 
-def load_splits(config: Config) -> tuple[Loaded, Loaded | None]:
-    """(training rows, held-out rows or None) of a configuration, before they are encoded."""
-    train = _loaded(config, _source(config), config.data.limit)
+def encoder_of(config: Config) -> Encoder:
+    """That of a configuration, without the base's weights. Raises an Error of errors.py."""
+    num_tokens = getattr(load_settings(config.model).get_text_config(decoder=True), "vocab_size", None)
+    return make_encoder(load_tokenizer(config.model), config.data.template, date=config.data.date, num_tokens=num_tokens)
+
+
+def load_splits(config: Config, encoder: Encoder) -> tuple[Loaded, Loaded | None]:
+    """(training rows, held-out rows or None) of a configuration, those that can be used, for whoever encodes them otherwise."""
+    _, train, held = load_rows(config, encoder)
+    return _loaded(train), None if held is None else _loaded(held)
+
+
+def _loaded(rows: Rows) -> Loaded:
+    return Loaded(rows.examples, rows.rejected, rows.notes)
+
+
+def load_held(config: Config, encoder: Encoder) -> Rows | None:
+    """The held-out rows, encoded. `encoder`: that of the finished prompt, with its system turn. Training rows are read only where the
+    held-out ones are a share of them."""
     if config.data.eval is not None:
-        return train, _loaded(config, config.data.eval)
-    if config.data.eval_fraction:
-        return hold_out(train, config.data.eval_fraction, config.train.seed)
-    return train, None
+        return _rows(returned(preparing(encoder, _wanted(config, config.data.eval, None))), None)
+    return load_rows(config, encoder.told(None))[2] if config.data.eval_fraction else None
 
 
-def load_held(config: Config) -> Loaded | None:
-    """The held-out rows of `load_splits`, the training rows read only where these are a share of them."""
-    if config.data.eval is not None:
-        return _loaded(config, config.data.eval)
-    return load_splits(config)[1] if config.data.eval_fraction else None
-
-
-def _loaded(config: Config, source: Sources, limit: int | None = None) -> Loaded:
+def _wanted(config: Config, source: Sources, limit: int | None, allowed: int | None = None) -> Wanted:
     data = config.data
-    return load_examples(source, limit=limit, label_words=data.label_words, columns=data.columns, stream=data.stream)
+    return Wanted(source, data.max_length, limit, data.label_words, data.columns, data.stream, data.cache, allowed)
 
 
 def _source(config: Config) -> Sources:
@@ -144,14 +153,13 @@ def loading_rows(config: Config, encoder: Encoder, *, judged: bool = True) -> Lo
 
     Raises DataError; where it is `judged`, also when more rows are rejected than `data.max_rejected` allows.
     """
-    data = config.data
-    allowed = data.max_rejected if judged else None
-    wanted = Wanted(_source(config), data.max_length, data.limit, data.label_words, data.columns, data.stream, data.cache, allowed)
+    data, allowed = config.data, config.data.max_rejected if judged else None
+    wanted = _wanted(config, _source(config), data.limit, allowed)
     found = yield from preparing(encoder, wanted)
     if data.eval is not None:
         train = _rows(found, None)
         encoder = encoder.told(train.system)
-        held = yield from preparing(encoder, replace(wanted, source=data.eval, limit=None))
+        held = yield from preparing(encoder, _wanted(config, data.eval, None, allowed))
         return encoder, train, _rows(held, None)
     if not data.eval_fraction:
         train = _rows(found, None)
@@ -168,14 +176,15 @@ def loading_rows(config: Config, encoder: Encoder, *, judged: bool = True) -> Lo
 
 def _rows(found: Prepared, which: NDArray[np.bool_] | None) -> Rows:
     """The usable rows of a source, all or those of a mask."""
-    flat = found.flat if which is None else found.flat.picked(which)
-    fingerprint = found.fingerprint if which is None else flat.fingerprint()
-    codes, first = np.unique(flat.rows["label"], return_index=True)
+    mask = np.ones(len(found.flat.rows), np.bool_) if which is None else which
+    fingerprint = found.fingerprint if which is None else found.flat.picked(mask).fingerprint()
+    codes, first = np.unique(found.flat.rows["label"][mask], return_index=True)
     labels = tuple(found.labels[code] for _, code in sorted(zip(first.tolist(), codes.tolist(), strict=True)) if code >= 0)
-    unusable = flat.rows["length"] == 0
-    if unusable.any():
-        flat = flat.picked(~unusable)
-    return Rows(flat, StoredExamples(flat, found.labels), found.rejected, fingerprint, labels, found.notes, found.stubborn)
+    usable = mask & (found.flat.rows["length"] > 0)
+    flat = found.flat if usable.all() else found.flat.picked(usable)
+    stored = isinstance(found.examples, StoredExamples)
+    examples = StoredExamples(flat, found.labels) if stored else tuple(compress(found.examples, usable))
+    return Rows(flat, examples, found.rejected, fingerprint, labels, found.notes, found.stubborn)
 
 
 # ---- counted -------------------------------------------------------------------------------------------------------

@@ -161,6 +161,24 @@ def test_examples_fit_take_the_labels_in_turn_and_leave_out_held_rows(bases, tmp
     assert choose_shots(encoder, examples, (), 10) == ()
 
 
+def test_examples_of_many_rows_are_taken_from_some_that_are_drawn(bases, monkeypatch):
+    class Counted(list):
+        asked = 0
+
+        def __getitem__(self, number):
+            Counted.asked += 1
+            return super().__getitem__(number)
+
+        def __iter__(self):
+            raise AssertionError("all rows were asked for")
+
+    monkeypatch.setattr(contestants, "POOL", 6)
+    rows = Counted(Example((Message("user", str(n)), Message("assistant", "ab"[n >= 50])), f"r:{n}", "ab"[n >= 50]) for n in range(100))
+    shots = choose_shots(make_encoder(bases().tokenizer, "human-assistant"), rows, (), 1000)
+    assert Counted.asked == 6
+    assert {one.label for one in shots} == {"a", "b"}
+
+
 def lora(base, folder, size=0.5, **how):
     """A LoRA adapter of PEFT's on another copy of the base, all that it adds drawn anew; its folder, and the model with it."""
     torch.manual_seed(0)

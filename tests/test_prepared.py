@@ -96,6 +96,7 @@ def test_the_ids_are_those_of_each_row_alone(tmp_path, template, adds_bos, kept)
         assert rows.encoded[number] == wanted, example
         kept_turns = rows.examples[number]
         assert (kept_turns.messages, kept_turns.source, kept_turns.turns) == (example.messages, example.source, example.turns)
+        assert dict(kept_turns.fields) == (dict(example.fields) if template == OWN else {})
         number += 1
     assert len(rows.encoded) == number > 20
     assert any(row.num_cut and row.num_lost for row in rows.encoded), "some were cut"
@@ -386,6 +387,25 @@ def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path, monkeypatch):
     assert len(load(tmp_path).flat.rows) == 21
 
 
+def test_ctrl_c_while_rows_are_read_leaves_nothing(tmp_path, monkeypatch):
+    tiny.write_rows(tmp_path / "rows.jsonl", PLAIN)
+    read = Reading.__iter__
+
+    def interrupted(self):
+        for number, row in enumerate(read(self)):
+            if number == 17:
+                assert len(list((tmp_path / "cache" / "rows").glob(".*.draft"))) == 1, "it is being written"
+                raise KeyboardInterrupt
+            yield row
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Reading, "__iter__", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            load(tmp_path)
+    assert entries(tmp_path) == []
+    assert len(load(tmp_path).flat.rows) == 20
+
+
 def test_a_disk_without_room_is_one_sentence(tmp_path, monkeypatch):
     tiny.write_rows(tmp_path / "rows.jsonl", PLAIN)
 
@@ -521,6 +541,37 @@ def test_a_hub_data_set_is_streamed_where_that_is_wanted(tmp_path, make_config, 
     events = list(train(make_config("data.train=team/rows", "data.stream=true", "train.steps=1")))
     assert asked[-1] == ("team/rows", True)
     assert events[-1].result["steps"] == 1
+
+
+@pytest.mark.parametrize("template", ["human-assistant", "{{ prompt }} ({{ other }}): "])
+def test_eval_and_doctor_read_what_the_run_has_kept(tmp_path, make_config, monkeypatch, template):
+    """The examples of a few-shot context too, with their columns where the template uses them."""
+    from softprompt.arguments import read_arguments
+    from softprompt.doctor import diagnose
+
+    rows = tiny.write_rows(tmp_path / "rows.jsonl", PLAIN)
+    tree = make_config().model_dump(exclude_none=True)
+    tree["data"] = {"train": str(rows), "eval_fraction": 0.3, "template": template}
+    list(train(load_config(tree)))
+    seen = passes(monkeypatch)
+    given = read_arguments(tmp_path / "run", (), None, None, ())
+    held, shots = given.rows()
+    assert (len(held.examples), len(shots.examples)) == (6, 14)
+    diagnose(tmp_path / "run")
+    assert seen == []
+    whole = {example.source: example for example in load_examples(str(rows)).examples}
+    for example in (*held.examples, *shots.examples):
+        assert example.messages == whole[example.source].messages
+        assert dict(example.fields) == (dict(whole[example.source].fields) if "other" in template else {})
+
+
+def test_the_doctor_needs_no_training_rows(tmp_path, make_config):
+    from softprompt.doctor import diagnose
+
+    rows = tiny.write_rows(tmp_path / "rows.jsonl", PLAIN)
+    list(train(make_config(f"data.train={rows}", "train.steps=2")))
+    rows.unlink()
+    assert list(diagnose(tmp_path / "run")) == ["seed-0"]
 
 
 # ---- the same everywhere -------------------------------------------------------------------------------------------

@@ -19,9 +19,10 @@ def show(
     """Print rows as the model will see them, supervised tokens coloured; then what is in the data and what is wrong with it."""
     config = config_of(settings)
     from softprompt.screen.data import draw_rows
-    from softprompt.show import show
+    from softprompt.screen.run import follow_reading
+    from softprompt.show import showing
 
-    shown = show(config)
+    shown = follow_reading(showing(config))
     draw_rows(shown, rows)
     if html is not None:
         from softprompt.show.page import page

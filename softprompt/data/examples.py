@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -62,7 +62,7 @@ class Loaded:
     """The rows of one source. `labels`: the label words seen, in order of appearance (text/label rows only);
     `notes`: what was assumed about the file, and columns that are not used."""
 
-    examples: tuple[Example, ...]
+    examples: Sequence[Example]
     rejected: tuple[Rejected, ...]
     notes: tuple[str, ...] = ()
 
@@ -86,6 +86,11 @@ def turns_text(example: Example) -> str:
         for message in example.messages
     ]
     return _as_json([*turns, example.tools] if example.tools else turns)
+
+
+def fields_text(example: Example) -> str:
+    """A row's columns as JSON; what JSON does not know, as text."""
+    return _as_json(dict(example.fields))
 
 
 _as_json = json.JSONEncoder(ensure_ascii=False, default=str).encode

@@ -1,17 +1,19 @@
 """A run while it goes on, its end, its findings; and what a run will need."""
 
-from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from softprompt.screen.console import console, size
+from softprompt.screen.console import beside, console, size
 
 if TYPE_CHECKING:
-    from softprompt.events import Event, Started
+    from softprompt.events import Event, Preparing, Started
     from softprompt.plan import Plan
+
+Value = TypeVar("Value")
 
 
 def draw_run(events: "Iterable[Event]", log_every: int) -> None:
@@ -24,16 +26,14 @@ def drawn(events: "Iterable[Event]", log_every: int) -> "Iterator[Event]":
     """The events as they are, once they are shown: a bar with loss, tokens per second and time left, and a line for what matters."""
     from softprompt.events import Evaluated, Finished, Found, Preparing, Saved, Searching, Started, Step, Warned
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[now]}"), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
+    with Progress(*bar_columns(), console=console, transient=True) as progress:
         bar = progress.add_task("loading", total=None, now="")
         window: list[Step] = []
         num_prompts = 1
         for event in events:
             match event:
                 case Preparing():
-                    now = f"{event.num_rows / max(event.seconds, 1e-9):,.0f} rows/s"
-                    progress.update(bar, description="reading rows", total=event.total, completed=event.num_rows, now=now)
+                    show_reading(progress, bar, event)
                 case Searching():
                     progress.update(bar, description="finding the rate", total=event.num_steps, completed=event.step)
                 case Found():
@@ -63,6 +63,28 @@ def drawn(events: "Iterable[Event]", log_every: int) -> "Iterator[Event]":
                     progress.remove_task(bar)
                     _draw_result(event.result)
             yield event
+
+
+def bar_columns() -> "tuple[ProgressColumn, ...]":
+    """Description, bar, how many of how many, what is now, time left."""
+    return TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[now]}"), TimeRemainingColumn()
+
+
+def follow_reading(events: "Generator[Preparing, None, Value]") -> "Value":
+    """Shows how far the reading of rows is, on standard error; what the events return."""
+    with Progress(*bar_columns(), console=beside, transient=True) as progress:
+        bar = progress.add_task("reading rows", total=None, now="")
+        while True:
+            try:
+                show_reading(progress, bar, next(events))
+            except StopIteration as end:
+                found: Value = end.value
+                return found
+
+
+def show_reading(progress: Progress, bar: TaskID, event: "Preparing") -> None:
+    now = f"{event.num_rows / max(event.seconds, 1e-9):,.0f} rows/s"
+    progress.update(bar, description="reading rows", total=event.total, completed=event.num_rows, now=now)
 
 
 def _draw_started(started: "Started") -> None:

@@ -1,6 +1,6 @@
 """What the model will see of the data: counts over all rows, what is wrong with them, and single rows token by token."""
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
@@ -9,11 +9,11 @@ import numpy as np
 
 from softprompt.config import Config
 from softprompt.data import Rejected
-from softprompt.encode import Encoder, make_encoder
-from softprompt.engine.loading import load_settings, load_tokenizer
+from softprompt.encode import Encoder
 from softprompt.engine.tokens import Encoded
 from softprompt.errors import DataError
-from softprompt.rows import Rows, Summary, load_rows, summarize
+from softprompt.events import Preparing, returned
+from softprompt.rows import Rows, Summary, encoder_of, loading_rows, summarize
 from softprompt.show.findings import MEASURE, Findings, Split, compare
 
 
@@ -129,11 +129,14 @@ class Shown:
 
 
 def show(config: Config) -> Shown:
-    """Loads the tokenizer and the rows of a configuration. Raises what `train` would raise about them, DataError where no row is left."""
-    text = load_settings(config.model).get_text_config(decoder=True)
-    num_tokens = getattr(text, "vocab_size", None)
-    encoder = make_encoder(load_tokenizer(config.model), config.data.template, date=config.data.date, num_tokens=num_tokens)
-    shown = Shown(*load_rows(config, encoder))
+    """What `showing` returns."""
+    return returned(showing(config))
+
+
+def showing(config: Config) -> Generator[Preparing, None, Shown]:
+    """Loads the tokenizer and the rows of a configuration, and yields how far it is. Raises what `train` would raise about them,
+    DataError where no row is left."""
+    shown = Shown(*(yield from loading_rows(config, encoder_of(config), judged=False)))
     if not shown.train.encoded:
         first = shown.train.rejected[0]
         raise DataError(f"none of the {len(shown.train.rejected)} rows can be used: {first.reason}", first.source)
