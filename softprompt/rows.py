@@ -83,8 +83,9 @@ def encode_rows(encoder: Encoder, loaded: Loaded, max_length: int) -> Rows:
 
 def encoder_of(config: Config) -> Encoder:
     """That of a configuration, without the base's weights. Raises an Error of errors.py."""
-    num_tokens = getattr(load_settings(config.model).get_text_config(decoder=True), "vocab_size", None)
-    return make_encoder(load_tokenizer(config.model), config.data.template, date=config.data.date, num_tokens=num_tokens)
+    tokenizer, table = load_tokenizer(config.model), getattr(load_settings(config.model).get_text_config(decoder=True), "vocab_size", None)
+    num_tokens = None if table is None else min(len(tokenizer), table)  # that of FrozenBase
+    return make_encoder(tokenizer, config.data.template, date=config.data.date, num_tokens=num_tokens)
 
 
 def load_splits(config: Config, encoder: Encoder) -> tuple[Loaded, Loaded | None]:
