@@ -5,6 +5,7 @@ notebook, report, doctor and trackers read it, on this machine or another. Value
 """
 
 import json
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -102,7 +103,7 @@ class Warned:
 
 @dataclass(frozen=True)
 class Saved:
-    """A checkpoint was written."""
+    """A checkpoint was written, and lies on disk; `train.keep` says how long."""
 
     step: int
     path: Path
@@ -132,6 +133,7 @@ Event = Searching | Found | Started | Step | Evaluated | Warned | Saved | Sample
 KINDS: dict[str, type[Event]] = {
     kind.__name__.lower(): kind for kind in (Searching, Found, Started, Step, Evaluated, Warned, Saved, Sampled, Finished)
 }
+STEP = '{"event": "step", '  # how the line of most events begins
 _ADAPTERS: dict[str, TypeAdapter[Any]] = {name: TypeAdapter(kind) for name, kind in KINDS.items() if kind is not Finished}
 
 
@@ -145,6 +147,10 @@ def to_line(event: Event) -> str:
 
 def from_line(line: str) -> Event:
     """The event of a line. Raises ValueError for what is none, with the reason where the line is JSON."""
+    if line.startswith(STEP):  # a run of days has a million of them: read without a look at what they are, unless something is wrong
+        with suppress(ValidationError):
+            step: Step = _ADAPTERS["step"].validate_json(line)
+            return step
     values = json.loads(line)
     if not isinstance(values, dict):
         raise ValueError("no object")
