@@ -366,6 +366,7 @@ EFFECTS: dict[str, Effect] = {
     "train.minutes": ("1e-9", events_after),
     "train.patience": ("1", events_after),
     "train.save_every": ("1", events_after),
+    "train.keep": ("1", files_after),
     "train.out": ("{out}", finished_runs),
     "train.trackers": ("['tensorboard']", files_after),
 }
@@ -424,6 +425,8 @@ def plain_config(key: str, make_config: Callable[..., Config], tmp_path: Path) -
             list(train(make_config("train.steps=2", f"train.out={tmp_path / 'other'}")))
         case "train.patience":  # rows that stand still never become better
             return make_config("train.steps=9", "optim.lr=1e-30", "train.eval_every=1")
+        case "train.keep":
+            return make_config("train.steps=3", "train.save_every=1")
         case "data.date":
             return make_config(f"model.name={clock_base(tmp_path / 'clock')}", "data.template=chat")
         case "data.max_rejected":

@@ -15,7 +15,8 @@ from softprompt.report.charts import DASHES, SERIES, Line
 from softprompt.report.reading import Evaluation, Inspection, Prompt, Run
 
 NUMBERS = 20  # lines of a table of numbers
-POINTS, FEWEST, DOTS = 8000, 100, 0.25  # of a chart's lines together; of one at least; share of them that is drawn where each is a dot
+MOST, FEWEST, TOGETHER = 1000, 100, 8000  # points of a line, and of all lines of a chart
+DOTS = 0.25  # share of them that is drawn where each is a dot
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def _legend(names: Sequence[str]) -> tuple[Key, ...]:
 def curves(prompts: Sequence[Prompt]) -> list[Figure]:
     """Loss, gradient norm, learning rate and movement of the rows by step, all prompts in one chart each."""
     legend = _legend([prompt.name for prompt in prompts])
-    most = max(FEWEST, min(POINTS // 8, POINTS // max(1, len(prompts))))
+    most = max(FEWEST, min(MOST, TOGETHER // max(1, len(prompts))))
     drawn: list[tuple[str, str, list[Line], bool]] = []
     trained = [Line(f"{one.name} in training", one.steps, one.losses, index, faint=True) for index, one in enumerate(prompts) if one.steps]
     held = [
@@ -94,7 +95,7 @@ def curve_numbers(prompt: Prompt) -> list[tuple[int, list[float | None]]]:
         if column is None:
             return prompt.held_out.get(step)
         at = bisect_left(prompt.steps, step)
-        return column[at] if prompt.steps[at : at + 1] and prompt.steps[at] == step else None
+        return column[at] if at < len(column) and prompt.steps[at] == step else None
 
     return [(step, [cell(column, step) for column in columns]) for step in sorted(shown)]
 
