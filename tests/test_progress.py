@@ -144,9 +144,8 @@ def test_a_long_run_has_few_points():
 
 
 def test_a_long_run_takes_no_more_memory_than_a_short_one():
-    told = story(
-        [started(5000), *(step(number, float(number)) for number in range(1, 5001)), *(Evaluated(n, 1.0, (1.0,)) for n in range(999))]
-    )
+    steps, held = (step(number, float(number)) for number in range(1, 5001)), (Evaluated(number, 1.0, (1.0,)) for number in range(999))
+    told = story([started(5000), *steps, *held])
     assert len(told.last) == 10
     assert notebook.POINTS / 2 <= len(told.raw.groups) == len(told.mean.groups) <= notebook.POINTS
     assert sum(count for _, _, count in told.raw.groups) == 5000
