@@ -162,7 +162,7 @@ def test_a_step_goes_on_while_a_checkpoint_is_written_and_does_not_change_it(mak
     list(train(make_config(*settings, f"train.out={tmp_path / 'straight'}")))
     assert len(late) == 4, "the straight run writes as it likes"
     assert events_of(tmp_path / "run") == events_of(tmp_path / "straight")
-    assert [type(event) for event in events[2:8]] == [Step, Saved, Step, Saved, Step, Saved]
+    assert [type(event) for event in events if isinstance(event, Step | Saved)] == [Step, Saved] * 5
     files = sorted(path.relative_to(tmp_path / "run") for path in (tmp_path / "run" / "checkpoints").rglob("*.safetensors"))
     assert len(files) == 5 * (3 if "prompt.count=2" in kind else 2)
     for file in files:
