@@ -303,7 +303,8 @@ def test_a_micro_batch_that_memory_cut_stays_cut_and_evaluation_does_not_change(
         events = train(config)
         next(event for event in events if isinstance(event, Saved))
         events.close()
-        assert sizes == [2] * 4, "the first step was cut, and the one that was taken while its checkpoint was written"
+        assert sizes[:2] == [2, 2], "the first step was cut"
+        assert sum(sizes) == 8, "one more was taken while its checkpoint was written"
     checkpoint = latest_checkpoint(tmp_path / "straight" / "checkpoints")
     cut = checkpoint.counters.tokens_per_batch
     assert 0 < cut < 1000
