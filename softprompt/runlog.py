@@ -219,11 +219,11 @@ class RunFolder:
         with open(self.events_file, "rb") as file:
             for number, line in enumerate(file, 1):
                 if line.endswith(b"\n"):
-                    yield line, self._event(line[:-1], str(number))
+                    yield line, self._event(line, number)
 
-    def _event(self, line: bytes, place: str) -> Event:
+    def _event(self, line: bytes, place: int | str) -> Event:
         try:
-            return from_line(line.decode("utf-8"))
+            return from_line(line)
         except (json.JSONDecodeError, UnicodeDecodeError):
             raise RunError(f"{self.events_file}:{place}: the line is damaged") from None
         except ValueError as error:

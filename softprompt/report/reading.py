@@ -171,12 +171,13 @@ class Run:
 
 
 class Columns:
-    """The numbers of a stream: its `steps`, and of every prompt what it had at each of them. As plain numbers, since the events of a
-    million steps would fill the memory."""
+    """The numbers of a stream: its `steps`, and what the prompts had at each of them, step by step, prompt by prompt. As plain numbers,
+    since the events of a million steps would fill the memory."""
 
     def __init__(self, num_prompts: int) -> None:
+        self.num_prompts = num_prompts
         self.steps = array("q")
-        self.losses, self.grad_norms, self.lrs, self.movements = ([array("d") for _ in range(num_prompts)] for _ in range(4))
+        self.losses, self.grad_norms, self.lrs, self.movements = (array("d") for _ in range(4))
         self.held_out: list[dict[int, float]] = [{} for _ in range(num_prompts)]
 
     def hear(self, event: Event) -> None:
@@ -184,10 +185,13 @@ class Columns:
         match event:
             case Step():
                 self.steps.append(event.step)
-                of_step = (event.losses, event.grad_norms, event.lrs, event.movements)
-                for columns, values in zip((self.losses, self.grad_norms, self.lrs, self.movements), of_step, strict=True):
-                    for column, value in zip(columns, values, strict=True):
-                        column.append(value)
+                self.losses.extend(event.losses)
+                self.grad_norms.extend(event.grad_norms)
+                self.lrs.extend(event.lrs)
+                self.movements.extend(event.movements)
+                together = len(self.steps) * self.num_prompts
+                if not len(self.losses) == len(self.grad_norms) == len(self.lrs) == len(self.movements) == together:
+                    raise ValueError("a step of another number of prompts")
             case Evaluated():
                 for held_out, loss in zip(self.held_out, event.losses, strict=True):
                     held_out[event.step] = loss
@@ -214,10 +218,10 @@ def _read_run(path: Path, name: str, count: int) -> Run:
                 name=name if len(members) == 1 else called,
                 config=alone,
                 steps=columns.steps,
-                losses=columns.losses[index],
-                grad_norms=columns.grad_norms[index],
-                lrs=columns.lrs[index],
-                movements=columns.movements[index],
+                losses=columns.losses[index :: len(members)],
+                grad_norms=columns.grad_norms[index :: len(members)],
+                lrs=columns.lrs[index :: len(members)],
+                movements=columns.movements[index :: len(members)],
                 held_out=columns.held_out[index],
                 end=result.prompts.get(own) if result else None,
                 inspection=_checked(Inspection, inspected[own], path / "inspection.json") if own in inspected else None,

@@ -45,7 +45,7 @@ class Curve:
 
     @property
     def points(self) -> list[tuple[float, float]]:
-        return [(step, total / count) for step, total, count in self.groups]
+        return [(float(step), total / count) for step, total, count in self.groups]
 
 
 class Story:
@@ -198,7 +198,7 @@ def chart(story: Story) -> str:
     low, high = (low / 1.15, high * 1.15) if log else (low - 0.06 * (high - low or 1), high + 0.06 * (high - low or 1))
     scale = math.log if log else float
     first = story.started.first_step if story.started else 0
-    first = min([first, *(step for step, _ in held[:1])])
+    first = min([first, *(step for step, _ in story.held[:1])])
     last = max(story.num_steps, story.step, first + 1)
 
     def x(step: float) -> float:
