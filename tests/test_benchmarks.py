@@ -297,7 +297,7 @@ def test_a_long_run_says_what_it_left(tmp_path, monkeypatch, capsys):
     long_run.main()
     said = capsys.readouterr().out
     assert re.search(r"^a step of the last tenth: mean \d+\.\d+ ms, median \d+\.\d+ ms$", said, re.MULTILINE)
-    assert "20 checkpoints were written, 10 are there: 4, 8, " in said
+    assert "20 checkpoints were written, 11 are there: 4, 8, " in said
     assert re.search(r"^run folder without metrics\.jsonl: \d\.\d+ MB in \d+ files$", said, re.MULTILINE)
     assert re.search(r"^softprompt report: \d+\.\d s, 0\.\d+ MB$", said, re.MULTILINE)
     assert (tmp_path / "home" / "run" / "result.json").is_file()
