@@ -124,10 +124,10 @@ def chat_template_hash(tokenizer: Any) -> str | None:
     return hashlib.sha256(text.encode()).hexdigest() if text else None
 
 
-def write_prompt(folder: Path, soft: Prompt, card: Card, base: FrozenBase) -> None:
-    """Writes the four files into a folder, which is made where it is missing."""
+def write_prompt(folder: Path, soft: Prompt, card: Card, base: FrozenBase, rows: torch.Tensor | None = None) -> None:
+    """Writes the four files into a folder, which is made where it is missing. `rows`: its `stored`, where that is at hand."""
     folder.mkdir(exist_ok=True)
-    rows = soft.stored(base).float().cpu()
+    rows = (soft.stored(base) if rows is None else rows).float().cpu()
     peft = _peft_config(soft, card, base, rows)
     if peft is not None:
         peft.save_pretrained(str(folder))
@@ -173,6 +173,8 @@ def find_prompt(path: str | Path) -> Path:
         raise ArtifactError(f"{folder} holds {len(several)} prompts: name one, e.g. {several[0]}")
     if (folder / "config.toml").is_file():
         raise ArtifactError(f"{folder} is a run that has not finished: name one of its checkpoints, or softprompt train --resume {folder}")
+    if folder.parent.name == "checkpoints" and not folder.exists():
+        raise ArtifactError(f"{folder}: there is no such checkpoint: train.keep says which of them stay")
     raise ArtifactError(f"{folder}: no prompt here ({WEIGHTS} is missing)")
 
 

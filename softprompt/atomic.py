@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 
 @contextmanager
@@ -30,16 +31,33 @@ def new_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(draft, ignore_errors=True)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Replaces a file's text in one motion."""
+def remove_folder(path: Path) -> None:
+    """Takes a folder away in one motion. One that somebody holds open, on a system that minds, stays as it is."""
+    draft = path.parent / f".{path.name}.{os.getpid()}.draft"
+    with suppress(OSError):
+        path.rename(draft)
+    shutil.rmtree(draft, ignore_errors=True)
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[BinaryIO]:
+    """Yields an empty file that takes the place of `path` when the block ends well and vanishes when it does not."""
     draft = path.parent / f".{path.name}.{os.getpid()}.draft"
     try:
-        draft.write_text(text, encoding="utf-8", newline="\n")
-        _flush(draft)
+        with open(draft, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
         draft.replace(path)
         _flush_folder(path.parent)
     finally:
         draft.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replaces a file's text in one motion; line ends stay as they are."""
+    with new_file(path) as file:
+        file.write(text.encode("utf-8"))
 
 
 def _flush(path: Path, how: int = os.O_RDWR) -> None:

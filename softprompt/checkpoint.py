@@ -2,24 +2,32 @@
 
 The order of rows is a function of seed and step, and the base has no dropout, so there is no random state to keep.
 A checkpoint folder is also a prompt folder (that of a bank holds one for each prompt): it loads like a finished prompt.
+Checkpoints are written beside the steps, and those that `train.keep` does not name go once a newer one is there.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
+from itertools import chain, repeat
 from pathlib import Path
+from types import TracebackType
+from typing import Literal, Self
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from softprompt.artifact import Card, write_prompt
-from softprompt.atomic import new_folder
+from softprompt.atomic import new_folder, remove_folder
 from softprompt.engine.model import FrozenBase
 from softprompt.engine.prompt import Prompt
 from softprompt.errors import RunError
+from softprompt.events import Saved
+from softprompt.runlog import RunFolder
 
 BEST = "best"  # the rows with the lowest held-out loss
+PARTS, LAST = 10, 2  # train.keep = "some": parts of a run that keep a checkpoint each, and how many of the last
 
 
 @dataclass(frozen=True)
@@ -66,6 +74,11 @@ class Counters:
     scores: dict[str, Scores] = field(default_factory=dict)
     tokens_per_batch: int | None = None
 
+    @property
+    def best_steps(self) -> list[int]:
+        """The steps after which a prompt had its lowest held-out loss."""
+        return [scores.best_step for scores in self.scores.values() if scores.best_step is not None]
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -75,20 +88,90 @@ class Checkpoint:
     states: dict[str, dict[str, Tensor]]
 
 
-def save_checkpoint(
-    path: Path, counters: Counters, prompts: Mapping[str, tuple[Prompt, dict[str, Tensor], Card]], base: FrozenBase
-) -> None:
-    """Writes the folder `path` with (prompt to show, state to go on from, card) of every name, whole or not at all; one that is there
-    already holds the same bits and is kept."""
+@dataclass(frozen=True)
+class Snapshot:
+    """One prompt of a run at a moment, copied: training goes on while it is written. `stored`: what lies on disk of `prompt`, whose own
+    numbers may have changed by then; `state`: what it goes on from; `card`: makes the card."""
+
+    prompt: Prompt
+    stored: Tensor
+    state: dict[str, Tensor]
+    card: Callable[[], Card]
+
+    @classmethod
+    def of(cls, prompt: Prompt, state: Mapping[str, Tensor], card: Callable[[], Card], base: FrozenBase) -> Self:
+        copied = {key: tensor.detach().to("cpu", copy=True) for key, tensor in state.items()}
+        return cls(prompt, prompt.stored(base).detach().to("cpu", copy=True), copied, card)
+
+
+def save_checkpoint(path: Path, counters: Counters, prompts: Mapping[str, Snapshot], base: FrozenBase) -> None:
+    """Writes the folder `path`, whole or not at all; one that is there already holds the same bits and is kept.
+
+    Raises OSError, also where the run's folder has vanished.
+    """
     if path.exists():
         return
+    path.parent.mkdir(exist_ok=True)  # not its parents: a run folder that has vanished does not come back as a folder of checkpoints
     with new_folder(path) as draft:
         state: dict[str, Tensor] = {}
-        for name, (prompt, own, card) in prompts.items():
-            write_prompt(prompt_folder(draft, name, len(prompts)), prompt, card, base)
-            state |= _under(name, own)
+        for name, one in prompts.items():
+            write_prompt(prompt_folder(draft, name, len(prompts)), one.prompt, one.card(), base, one.stored)
+            state |= _under(name, one.state)
         save_file(state, draft / "state.safetensors")
         (draft / "progress.json").write_text(json.dumps(asdict(counters), indent=2) + "\n", encoding="utf-8")
+
+
+class Writer:
+    """Writes the checkpoints of a run beside its steps, one at a time. Nothing is begun before what was begun has been waited for."""
+
+    def __init__(self, run: RunFolder) -> None:
+        self._run = run
+        self._worker = ThreadPoolExecutor(1, "checkpoint")
+        self._begun: tuple[Saved, Callable[[], None], Future[None]] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._worker.shutdown()
+
+    def begin(self, saved: Saved, write: Callable[[], None]) -> None:
+        """Begins to `write` this checkpoint."""
+        assert self._begun is None, "waited for, so that checkpoints are told of in their order"
+        self._begun = saved, write, self._worker.submit(write)
+
+    def wait(self) -> Iterator[Saved]:
+        """The checkpoint that was begun, if any, once it lies on disk; what keeps it from there is waited for here, where Ctrl-C arrives.
+
+        Raises RunError when it cannot be written.
+        """
+        if self._begun is None:
+            return
+        saved, write, first = self._begun
+        self._begun = None
+        tries = chain([first.result], repeat(write))
+        self._run.patiently(lambda: next(tries)())
+        yield saved
+
+
+def kept_steps(steps: Iterable[int], keep: Literal["some", "all"] | int, best: Iterable[int], num_steps: int) -> set[int]:
+    """Those of the checkpoints after these steps that `train.keep` keeps. `best`: the steps with the lowest held-out losses; `num_steps`:
+    of the whole run."""
+    there = sorted(steps)
+    if keep == "all":
+        return set(there)
+    if keep != "some":
+        return set(there[-keep:])
+    marks = [*best, *(part * num_steps / PARTS for part in range(1, PARTS + 1))]
+    first = (next((step for step in there if step >= mark), None) for mark in marks)
+    return {*there[-LAST:], *(step for step in first if step is not None)}
+
+
+def drop_checkpoints(folder: Path, keep: Literal["some", "all"] | int, best: Iterable[int], num_steps: int) -> None:
+    """Takes away what `train.keep` does not keep: never the last, which the run goes on from."""
+    there = _checkpoints(folder)
+    for step in set(there) - kept_steps(there, keep, best, num_steps):
+        remove_folder(there[step])
 
 
 def prompt_folder(folder: Path, name: str, count: int) -> Path:
@@ -98,13 +181,19 @@ def prompt_folder(folder: Path, name: str, count: int) -> Path:
 
 def latest_checkpoint(folder: Path) -> Checkpoint | None:
     """The furthest checkpoint of a run, or None before the first."""
-    steps = sorted(folder.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
-    if not steps:
+    there = _checkpoints(folder)
+    if not there:
         return None
-    values = json.loads((steps[-1] / "progress.json").read_text(encoding="utf-8"))
+    last = there[max(there)]
+    values = json.loads((last / "progress.json").read_text(encoding="utf-8"))
     counters = Counters(**{**values, "scores": {name: Scores(**scores) for name, scores in values["scores"].items()}})
-    states = _by_name(load_file(steps[-1] / "state.safetensors"))
+    states = _by_name(load_file(last / "state.safetensors"))
     return Checkpoint(counters, {name: states.get(name, {}) for name in counters.scores})
+
+
+def _checkpoints(folder: Path) -> dict[int, Path]:
+    """The checkpoints in a folder by step."""
+    return {int(path.name.removeprefix("step-")): path for path in folder.glob("step-*")}
 
 
 def save_start(file: Path, prompts: Mapping[str, Prompt]) -> None:

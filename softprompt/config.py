@@ -245,6 +245,9 @@ class TrainConfig(Section):
     one are the run's result. Left out: four times over the run, but not within 10 steps."""
     save_every: Positive = 50
     """Steps between checkpoints. Always after the last step."""
+    keep: Literal["some", "all"] | Positive = "some"
+    """Which checkpoints stay once a newer one is written. "some": the last two, the first one of every tenth of the run, and the first
+    one from the best evaluation on (of each prompt of a bank); "all"; or a number: only so many of the last."""
     out: str = "runs/prompt"
     """The run folder. Must not exist yet, unless the run is resumed."""
     trackers: Annotated[tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...], Field(strict=False)] = ()

@@ -6,6 +6,7 @@ prompt, its own rows in reverse order, and noise.
 """
 
 import math
+from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -75,6 +76,36 @@ class Case:
         return min((loss for step, loss in self.held_out.items() if step), default=None)
 
 
+class History:
+    """What a run's stream has told so far: kept while the run goes on, since reading it anew takes seconds after a million steps.
+    `losses` of the steps and `held_out` losses by step: one of each for every prompt."""
+
+    def __init__(self, num_prompts: int) -> None:
+        self.losses = [array("d") for _ in range(num_prompts)]
+        self.held_out: list[dict[int, float]] = [{} for _ in range(num_prompts)]
+        self.warned: list[Warned] = []
+
+    def hear(self, event: Event) -> None:
+        """Takes an event in."""
+        match event:
+            case Step():
+                for losses, loss in zip(self.losses, event.losses, strict=True):
+                    losses.append(loss)
+            case Evaluated():
+                for held_out, loss in zip(self.held_out, event.losses, strict=True):
+                    held_out[event.step] = loss
+            case Warned():
+                self.warned.append(event)
+
+
+def history_of(run: RunFolder, num_prompts: int) -> History:
+    """What lies in a run folder. Raises RunError for a damaged stream."""
+    history = History(num_prompts)
+    for event in run.stream():
+        history.hear(event)
+    return history
+
+
 def same_to_the_model(rows: Rows, held: Rows | None) -> Iterator[str]:
     questions, asked = (len(np.unique(rows.column(name))) for name in ("seen", "asked"))
     if asked > 1 and questions < asked / 2:
@@ -131,9 +162,9 @@ def ran_away(case: Case) -> Iterator[str]:
 
 
 def spikes(case: Case) -> Iterator[str]:
-    usual = sorted(case.losses)[len(case.losses) // 2]
-    late = case.losses[len(case.losses) // 10 :]
-    worst = max(late, default=0.0)
+    losses = np.array(case.losses)  # a million of them are looked at in milliseconds
+    usual = np.partition(losses, len(losses) // 2)[len(losses) // 2]
+    worst = losses[len(losses) // 10 :].max(initial=0.0)
     if worst > SPIKE * max(usual, case.losses[0]):
         yield f"the loss jumped to {worst:.3f}, its usual value is {usual:.3f}: lower optim.relative_lr = {case.relative_lr:.2g}"
 
@@ -233,7 +264,7 @@ def _of_the_data(case: Case) -> dict[str, str]:
 
 
 def case_of(
-    events: Sequence[Event],
+    history: History,
     index: int,
     optim: OptimConfig,
     start: Prompt,
@@ -242,15 +273,15 @@ def case_of(
     rows: Rows | None,
     held: Rows | None,
 ) -> Case:
-    """The case of a prompt, as it is now, that started as `start`: number `index` in a run's stream."""
+    """The case of a prompt, as it is now, that started as `start`: number `index` of a run."""
     return Case(
         learned_PD=prompt.learned_like(start),
         start_PD=start.learned_PD,
         unit=start.unit(base),
         method=start.method,
         relative_lr=relative_rate(optim, start.unit(base)),
-        losses=[event.losses[index] for event in events if isinstance(event, Step)],
-        held_out={event.step: event.losses[index] for event in events if isinstance(event, Evaluated)},
+        losses=history.losses[index],
+        held_out=history.held_out[index],
         rows=rows,
         held=held,
     )
@@ -268,23 +299,24 @@ def diagnose(run: str | Path, base: FrozenBase | None = None, overrides: Sequenc
     folder = RunFolder.reopen(Path(run))
     config = folder.config()
     base = base or load_base(relocated(config.model, overrides))
-    events, members, findings = folder.events(), config.members(), {}
+    members, findings = config.members(), {}
+    history = history_of(folder, len(members))
     for index, (name, own) in enumerate(members.items()):
         stored = load_prompt(folder.prompt if len(members) == 1 else folder.prompts / name, base)
         held = load_held(config, stored.encoder)
         start = load_start(folder.start, name, stored.soft)
         if start is None:
             raise RunError(f"{folder.start} is missing: without it nobody knows how far the prompt has moved; train the run again")
-        case = case_of(events, index, own.optim, start, stored.soft, base, None, held)
+        case = case_of(history, index, own.optim, start, stored.soft, base, None, held)
         measured = {} if held is None else _others(base, stored.encoder, stored.soft, held, own)
-        findings[name] = [*_said_before(events, name), *examine(replace(case, others=measured))]
+        findings[name] = [*_said_before(history, name), *examine(replace(case, others=measured))]
     return findings
 
 
-def _said_before(events: Sequence[Event], name: str) -> list[str]:
+def _said_before(history: History, name: str) -> list[str]:
     """What the run said of its data."""
     checks = {check.__name__ for check in OF_THE_DATA}
-    return [event.finding for event in events if isinstance(event, Warned) and event.check in checks and name in event.prompts]
+    return [event.finding for event in history.warned if event.check in checks and name in event.prompts]
 
 
 def _others(base: FrozenBase, encoder: Encoder, prompt: Prompt, held: Rows, config: Config) -> dict[str, float]:

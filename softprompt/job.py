@@ -205,8 +205,8 @@ def _where_it_stands(run: RunFolder, setup: Setup) -> tuple[Checkpoint | None, C
         raise RunError(f"{base.name} has other weights than when {run.path} started: they must be the same to resume")
     if began_with.get("tokenizer_fingerprint", base.tokenizer_fingerprint) != base.tokenizer_fingerprint:
         raise RunError(f"{base.name} has another tokenizer than when {run.path} started: it must be the same to resume")
-    run.note_place(setup.config.model)
-    run.forget_after(counters.step if checkpoint else -1)
+    run.patiently(lambda: run.note_place(setup.config.model))
+    run.patiently(lambda: run.forget_after(counters.step if checkpoint else -1))
     return checkpoint, counters
 
 

@@ -8,28 +8,34 @@ evaluations/     what softprompt eval measured       inspection.json    what the
                                                      result.json        the finished run in numbers
 """
 
+import errno
 import json
 import logging
 import os
+import re
 import shutil
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 
-from softprompt.atomic import new_folder, write_text
+from softprompt.atomic import new_file, new_folder, write_text
 from softprompt.config import PLACE, Config, ModelConfig, load_config
 from softprompt.data import Rejected
 from softprompt.errors import RunError
 from softprompt.events import Event, Finished, Found, Preparing, Saved, Searching, Started, from_line, to_line
 
+T = TypeVar("T")
 POLL_SECONDS = 0.2
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT)  # a full disk, a full quota
+RETRY_SECONDS, WAIT_SECONDS = 5.0, 600.0  # between two tries, and in all, where there is no room
 PACKAGES = ("softprompt", "torch", "transformers", "peft", "tokenizers")
 
 
@@ -120,15 +126,52 @@ class RunFolder:
         write_text(self.path / "rejected.jsonl", "".join(lines))
 
     def append(self, event: Event) -> None:
-        """Adds an event to the stream; with the last one, result.json."""
-        with open(self.events_file, "a", encoding="utf-8", newline="\n") as file:
-            file.write(to_line(event) + "\n")
-        if isinstance(event, Finished):
-            self.write("result.json", event.result)
+        """Adds an event to the stream, whole or not at all. Raises OSError, also where the stream has vanished."""
+        line = to_line(event).encode("utf-8") + b"\n"
+        with open(self.events_file, "r+b", buffering=0) as file:
+            end = file.seek(0, os.SEEK_END)
+            try:
+                while line:
+                    line = line[file.write(line) :]
+            except OSError:
+                with suppress(OSError):
+                    file.truncate(end)  # half a line would run into the next one
+                raise
+
+    def patiently(self, write: Callable[[], T]) -> T:
+        """What `write` returns. On a full disk or quota the run waits and tries again.
+
+        Raises RunError when no room comes, and at once when something else keeps it from writing.
+        """
+        began, waiting = time.monotonic(), False
+        while True:
+            try:
+                return write()
+            except (OSError, SafetensorError) as error:
+                number, reason, place = _cause(error)
+            if number not in NO_ROOM or time.monotonic() - began >= WAIT_SECONDS:
+                raise RunError(self._stopped(number, reason, place))
+            if not waiting:
+                logging.getLogger(__name__).warning("%s: %s: the run waits for room, %g s at most", self.path, reason, WAIT_SECONDS)
+            waiting = True
+            time.sleep(RETRY_SECONDS)
+
+    def _stopped(self, number: int | None, reason: str, place: str | None) -> str:
+        if not self.path.is_dir():
+            return f"{self.path} has vanished while its run was writing there: bring it back, then softprompt train --resume {self.path}"
+        rest = f"the last checkpoint is kept: softprompt train --resume {self.path}"
+        if number in NO_ROOM:
+            return f"{self.path}: {reason}, for {WAIT_SECONDS:g} s: make room; {rest}"
+        return f"{place or self.path} cannot be written: {reason}; {rest}"
 
     def events(self) -> list[Event]:
         """What happened so far; a last line that was cut off by a kill is left out. Raises RunError for a damaged one before it."""
-        return [self._event(line, str(number)) for number, line in enumerate(self._lines(), 1)]
+        return list(self.stream())
+
+    def stream(self) -> Iterator[Event]:
+        """The same one by one: those of a million steps would fill the memory."""
+        for _, event in self._read():
+            yield event
 
     def follow(self, offset: int = 0) -> Iterator[tuple[int, Event]]:
         """Events as they are appended, also while another process writes, each with the place in the stream behind it, where another
@@ -169,12 +212,18 @@ class RunFolder:
         del seen[kept:]
         return begin + sum(len(line) + 1 for line in lines[:kept]), lines[kept:]
 
-    def _lines(self) -> list[bytes]:
-        return self.events_file.read_bytes().split(b"\n")[:-1] if self.events_file.is_file() else []
+    def _read(self) -> Iterator[tuple[bytes, Event]]:
+        """Whole lines with their events."""
+        if not self.events_file.is_file():
+            return
+        with open(self.events_file, "rb") as file:
+            for number, line in enumerate(file, 1):
+                if line.endswith(b"\n"):
+                    yield line, self._event(line, number)
 
-    def _event(self, line: bytes, place: str) -> Event:
+    def _event(self, line: bytes, place: int | str) -> Event:
         try:
-            return from_line(line.decode("utf-8"))
+            return from_line(line)
         except (json.JSONDecodeError, UnicodeDecodeError):
             raise RunError(f"{self.events_file}:{place}: the line is damaged") from None
         except ValueError as error:
@@ -182,11 +231,14 @@ class RunFolder:
 
     def forget_after(self, step: int) -> None:
         """Drops what will happen again after a checkpoint of this step (-1: from the beginning), and a last line that was cut off."""
-        kept = [line.decode("utf-8") for line, event in zip(self._lines(), self.events(), strict=True) if _stays(event, step)]
-        saved = Saved(step, self.checkpoint(step))
-        if step >= 0 and to_line(saved) not in kept:
-            kept.append(to_line(saved))  # killed before it could say so
-        write_text(self.events_file, "".join(f"{line}\n" for line in kept))
+        told = False
+        with new_file(self.events_file) as file:
+            for line, event in self._read():
+                if _stays(event, step):
+                    file.write(line)
+                    told |= isinstance(event, Saved) and event.step == step
+            if step >= 0 and not told:  # killed before it could say so
+                file.write(to_line(Saved(step, self.checkpoint(step))).encode("utf-8") + b"\n")
 
     def checkpoint(self, step: int) -> Path:
         """Where the checkpoint after so many steps lies."""
@@ -209,6 +261,14 @@ class RunFolder:
     def result(self) -> dict[str, Any] | None:
         """The numbers of a finished run, or None."""
         return self.read("result.json")
+
+
+def _cause(error: OSError | SafetensorError) -> tuple[int | None, str, str | None]:
+    """Number, reason and place of what keeps something from being written; safetensors says its number in words."""
+    if isinstance(error, OSError):
+        return error.errno, error.strerror or str(error), error.filename
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return (int(found[1]), os.strerror(int(found[1])), None) if found else (None, str(error), None)
 
 
 def _stays(event: Event, step: int) -> bool:

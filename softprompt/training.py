@@ -9,9 +9,10 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -22,9 +23,9 @@ import torch
 from softprompt.answers import limit_of
 from softprompt.artifact import Card, StoredPrompt, load_prompt, make_card, write_prompt
 from softprompt.atomic import new_folder
-from softprompt.checkpoint import Counters, prompt_folder, save_checkpoint, save_start
+from softprompt.checkpoint import Counters, Snapshot, Writer, drop_checkpoints, prompt_folder, save_checkpoint, save_start
 from softprompt.config import Config, Member, with_absolute_paths
-from softprompt.doctor import Case, case_of, examine, warnings
+from softprompt.doctor import Case, History, case_of, examine, history_of, warnings
 from softprompt.engine.decode import Question, Sampling, decode_whole
 from softprompt.engine.loading import load_base
 from softprompt.engine.model import FrozenBase
@@ -53,7 +54,8 @@ def train(
 
     With `resume`, goes on from the run's last checkpoint. `base` spares loading one that is loaded already. `sources`: what the names
     in `prompt.init` mean (init.py). Ctrl-C finishes the step, writes a checkpoint and raises KeyboardInterrupt; a second one stops at
-    once. Raises an Error of errors.py before anything is written when the set-up is wrong.
+    once. Raises an Error of errors.py before anything is written when the set-up is wrong, and RunError when the run's folder cannot be
+    written to any more.
     """
     folder = Path(config.train.out)
     early: list[Event] = []
@@ -78,7 +80,9 @@ def train(
         _write_setup(setup, early)
     run = RunFolder.reopen(folder)
     with run.locked():
-        yield from tracked(_logged(run, _run(*start_job(setup, run))), setup.config)
+        job, counters = start_job(setup, run)
+        history = history_of(run, len(job.trainees))
+        yield from tracked(_logged(run, history, _run(job, counters, history)), setup.config)
 
 
 def _find_rate(config: Config, base: FrozenBase) -> Events:
@@ -115,38 +119,47 @@ def _write_setup(setup: Setup, early: list[Event]) -> None:
             draft.append(event)
 
 
-def _logged(run: RunFolder, events: Events) -> Events:
-    """The events as they are, each written to the run folder before anybody else sees it."""
+def _logged(run: RunFolder, history: History, events: Events) -> Events:
+    """The events as they are, each written to the run folder before anybody else sees it; with the last one, result.json."""
     with closing(events):
         for event in events:
-            run.append(event)
+            run.patiently(partial(run.append, event))
+            if isinstance(event, Finished):
+                run.patiently(partial(run.write, "result.json", event.result))
+            history.hear(event)
             yield event
 
 
-def _run(job: Job, counters: Counters) -> Events:
-    with _interrupt_after_step() as interrupted:
+def _run(job: Job, counters: Counters, history: History) -> Events:
+    with _interrupt_after_step() as interrupted, Writer(job.run) as writer:
         yield _started(job, counters)
         if job.held and counters.step == 0 and all(scores.eval_loss_before is None for scores in counters.scores.values()):
             evaluated, counters = _evaluate(job, counters)
             yield evaluated
         if counters.step == 0:
-            yield from _warnings(job, counters)
+            yield from _warnings(job, counters, history)
         while not _ended(job, counters):
-            step, counters = _step(job, counters)
+            try:
+                step, counters = _step(job, counters)
+            finally:
+                yield from writer.wait()  # what was written beside the step, also where the step fails
             yield step
             if job.held and (_ended(job, counters) or counters.step % job.eval_every == 0):
                 evaluated, counters = _evaluate(job, counters)
                 yield evaluated
             ended, stopped = _ended(job, counters), job.world.any(interrupted())
             if not ended and counters.step % job.eval_every == 0:
-                yield from _warnings(job, counters)
+                yield from _warnings(job, counters, history)
             if ended or counters.step % job.config.train.save_every == 0 or stopped:
-                yield _saved(job, counters)
+                writer.begin(Saved(counters.step, job.run.checkpoint(counters.step)), _checkpoint(job, counters))
+            if ended or stopped:
+                yield from writer.wait()
             if stopped and not ended:
                 raise KeyboardInterrupt
-        places = _write_prompts(job, counters)
-        job.run.write("inspection.json", {one.name: _inspected(job, one, counters) for one in job.trainees})
-        result = _result(job, counters, places)
+        places = job.run.patiently(lambda: _write_prompts(job, counters))
+        inspected = {one.name: _inspected(job, one, counters) for one in job.trainees}
+        job.run.patiently(lambda: job.run.write("inspection.json", inspected))
+        result = _result(job, counters, history, places)
         if job.held and job.config.train.trackers:
             yield _sampled(job, result["prompt"], counters.step)
         yield Finished(result)
@@ -208,13 +221,12 @@ def _evaluate(job: Job, counters: Counters) -> tuple[Evaluated, Counters]:
     return Evaluated(counters.step, fmean(losses), tuple(losses)), replace(counters, scores=scores)
 
 
-def _warnings(job: Job, counters: Counters) -> Iterator[Warned]:
+def _warnings(job: Job, counters: Counters, history: History) -> Iterator[Warned]:
     """What the doctor finds at this step and has not said before; the run's stream remembers it, also over a resume."""
-    events = job.run.events()
-    known = {(prompt, event.check) for event in events if isinstance(event, Warned) for prompt in event.prompts}
+    known = {(prompt, event.check) for event in history.warned for prompt in event.prompts}
     of_whom: dict[tuple[str, str], list[str]] = {}  # the data is that of every prompt of a bank
     for index, one in enumerate(job.trainees):
-        case = _case(job, events, index, one.shown)
+        case = _case(job, history, index, one.shown)
         for check, finding in warnings(case).items():
             if (one.name, check) not in known:
                 of_whom.setdefault((check, finding), []).append(one.name)
@@ -222,9 +234,9 @@ def _warnings(job: Job, counters: Counters) -> Iterator[Warned]:
         yield Warned(counters.step, tuple(prompts), check, finding)
 
 
-def _case(job: Job, events: Sequence[Event], index: int, prompt: Prompt) -> Case:
+def _case(job: Job, history: History, index: int, prompt: Prompt) -> Case:
     one = job.trainees[index]
-    return case_of(events, index, one.config.optim, one.start, prompt, job.base, job.rows, job.held)
+    return case_of(history, index, one.config.optim, one.start, prompt, job.base, job.rows, job.held)
 
 
 def _started(job: Job, counters: Counters) -> Started:
@@ -246,12 +258,18 @@ def _started(job: Job, counters: Counters) -> Started:
 # ---- what a run leaves ---------------------------------------------------------------------------------------------
 
 
-def _saved(job: Job, counters: Counters) -> Saved:
-    now = {one.name: Measured(one.shown, counters.step, None) for one in job.trainees}
-    prompts = {one.name: (one.shown, one.state(), _card(job, one, now[one.name], counters)) for one in job.trainees}
-    path = job.run.checkpoint(counters.step)
-    save_checkpoint(path, counters, prompts, job.base)
-    return Saved(counters.step, path)
+def _checkpoint(job: Job, counters: Counters) -> Callable[[], None]:
+    """What writes the checkpoint of this moment, whenever it is called, and then drops those that are not kept."""
+    prompts = {}
+    for one in job.trainees:
+        card = partial(_card, job, one, Measured(one.shown, counters.step, None), counters)
+        prompts[one.name] = Snapshot.of(one.shown, one.state(), card, job.base)
+
+    def write() -> None:
+        save_checkpoint(job.run.checkpoint(counters.step), counters, prompts, job.base)
+        drop_checkpoints(job.run.checkpoints, job.config.train.keep, counters.best_steps, job.num_steps)
+
+    return write
 
 
 def _card(job: Job, one: Trainee, measured: Measured, counters: Counters) -> Card:
@@ -279,9 +297,8 @@ def _inspected(job: Job, one: Trainee, counters: Counters) -> dict[str, Any]:
     return inspect(job.base, StoredPrompt(best.prompt, _card(job, one, best, counters), job.encoder), start=one.start).as_dict()
 
 
-def _result(job: Job, counters: Counters, places: dict[str, Path]) -> dict[str, Any]:
+def _result(job: Job, counters: Counters, history: History, places: dict[str, Path]) -> dict[str, Any]:
     """The run in numbers; the losses are those of `prompt`, the best of a bank on the held-out rows, else in training."""
-    events = job.run.events()
     prompts: dict[str, dict[str, Any]] = {
         one.name: {
             "seed": one.config.train.seed,
@@ -289,7 +306,7 @@ def _result(job: Job, counters: Counters, places: dict[str, Path]) -> dict[str, 
             "eval_loss_before": counters.scores[one.name].eval_loss_before,
             "eval_loss_after": counters.scores[one.name].best_loss,
             "best_step": counters.scores[one.name].best_step,
-            "findings": examine(_case(job, events, index, one.best(counters).prompt)),
+            "findings": examine(_case(job, history, index, one.best(counters).prompt)),
             "prompt": str(places[one.name]),
         }
         for index, one in enumerate(job.trainees)

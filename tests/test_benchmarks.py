@@ -1,6 +1,7 @@
 """The benchmarks: rows of the wanted lengths, and a comparison from end to end on a tiny model. Times are never judged."""
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -12,7 +13,7 @@ import tiny
 import torch
 
 import softprompt
-from benchmarks import contestants, eval_speed, quality, recipes, tasks, train_speed, workloads
+from benchmarks import contestants, eval_speed, long_run, quality, recipes, tasks, train_speed, workloads
 from softprompt import init
 from softprompt.encode import make_encoder
 from softprompt.engine.prompt import no_prompt
@@ -282,6 +283,18 @@ def test_a_measured_task_is_not_measured_again(contest, tmp_path):
     again = contest("--task", "sentiment", "--run", prompt.parent.parent)
     assert len(again) == 3
     assert again[2]["evaluation"] == more[1]["evaluation"]
+
+
+def test_a_long_run_says_what_it_left(tmp_path, monkeypatch, capsys):
+    given = ("long_run", "--steps", "40", "--save-every", "2", "--eval-every", "10", "--out", str(tmp_path / "home"))
+    monkeypatch.setattr(sys, "argv", list(given))
+    long_run.main()
+    said = capsys.readouterr().out
+    assert re.search(r"^a step of the last tenth: mean \d+\.\d+ ms, median \d+\.\d+ ms$", said, re.MULTILINE)
+    assert "20 checkpoints were written, 11 are there: 4, 8, " in said
+    assert re.search(r"^run folder without metrics\.jsonl: \d\.\d+ MB in \d+ files$", said, re.MULTILINE)
+    assert re.search(r"^softprompt report: \d+\.\d s, 0\.\d+ MB$", said, re.MULTILINE)
+    assert (tmp_path / "home" / "run" / "result.json").is_file()
 
 
 def test_a_stopped_training_goes_on(contest, tmp_path, monkeypatch):

@@ -407,6 +407,7 @@ EFFECTS: dict[str, Effect] = {
     "train.minutes": ("1e-9", events_after),
     "train.patience": ("1", events_after),
     "train.save_every": ("1", events_after),
+    "train.keep": ("1", files_after),
     "train.out": ("{out}", finished_runs),
     "train.trackers": ("['tensorboard']", files_after),
 }
@@ -470,6 +471,8 @@ def plain_config(key: str, make_config: Callable[..., Config], tmp_path: Path) -
             return make_config(f"data.train={both}", "train.steps=3")
         case "data.stream":
             return make_config("data.train=team/rows", "train.steps=3")
+        case "train.keep":
+            return make_config("train.steps=3", "train.save_every=1")
         case "data.date":
             return make_config(f"model.name={clock_base(tmp_path / 'clock')}", "data.template=chat")
         case "data.max_rejected":

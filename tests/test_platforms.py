@@ -110,9 +110,9 @@ def test_text_is_written_with_the_same_line_ends_everywhere():
     """A run's stream is read by its line ends."""
     for name in ("atomic.py", "runlog.py", "predictions.py"):
         text = (PACKAGE / name).read_text(encoding="utf-8")
-        written = re.findall(r"(?:open\([^\n]*\"a\"|draft\.write_text\()[^\n]*", text)
+        written = re.findall(r"open\([^\n]*\"(?:a|w|r\+b|wb)\"[^\n]*", text)
         assert written
-        assert all('newline="\\n"' in one for one in written), name
+        assert all('newline="\\n"' in one or 'b"' in one for one in written), name
 
 
 @pytest.mark.parametrize("rest", ["", ":train", "[0:5]", ":train[0:5]"])

@@ -123,7 +123,7 @@ def test_the_curves_are_the_losses():
     assert mean[-1][0] == notebook.WIDTH - notebook.RIGHT
     depths = [depth for _, depth in mean]
     assert depths == sorted(depths), "the loss falls at every step"
-    values = [told.smooth()[at][1] for at in (0, -1)]
+    values = [told.mean.points[at][1] for at in (0, -1)]
     assert values == pytest.approx([5.0, sum(5 / number for number in range(31, 41)) / 10])
 
 
@@ -141,6 +141,18 @@ def test_a_long_run_has_few_points():
     told = story([started(50_000), *(step(number, 1 + 1 / number) for number in range(1, 50_001))])
     assert all(len(line) <= notebook.POINTS for line in points(told)[:2])
     assert len(notebook.page(told)) < 20_000
+
+
+def test_a_long_run_takes_no_more_memory_than_a_short_one():
+    steps, held = (step(number, float(number)) for number in range(1, 5001)), (Evaluated(number, 1.0, (1.0,)) for number in range(999))
+    told = story([started(5000), *steps, *held])
+    assert len(told.last) == 10
+    assert notebook.POINTS / 2 <= len(told.raw.groups) == len(told.mean.groups) <= notebook.POINTS
+    assert sum(count for _, _, count in told.raw.groups) == 5000
+    assert told.raw.groups[-1][0] == 5000
+    assert sum(total for _, total, _ in told.raw.groups) == sum(range(1, 5001))
+    assert told.raw.points[0] == (32, sum(range(1, 33)) / 32)
+    assert len(notebook.page(told)) < 60_000
 
 
 @pytest.mark.parametrize("losses", [[float("nan")] * 3, [1.0, float("inf"), 2.0], [1.0, 1.0], [0.0, 0.0], [3.0]])

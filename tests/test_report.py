@@ -17,9 +17,11 @@ from softprompt.config import load_config
 from softprompt.data import load_examples
 from softprompt.errors import MissingPackage, RunError
 from softprompt.evaluation import Contest, evaluate
+from softprompt.events import Evaluated, Step, to_line
 from softprompt.inspection import inspect
 from softprompt.report import MARK, number, write_report
 from softprompt.report.answers import compared
+from softprompt.report.charts import Line, thinned
 from softprompt.training import train
 
 SCRIPT = "<script>alert('手机')</script> & more"
@@ -197,6 +199,42 @@ def test_an_unfinished_run_is_shown_as_far_as_it_is(copied):
     assert glance["state"] == "unfinished, at step 3 of 9"
     assert glance["held-out loss, best"].endswith("step 2")
     assert "nearest tokens, with" not in page_of(folder)
+
+
+def test_long_curves_are_thinned_and_said_to_be(copied, tmp_path):
+    """The highest and the lowest stay, and tables stay short."""
+    folder, num_steps = copied("half"), 30_000
+    lines, started = [], next(line for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines() if '"started"' in line)
+    for step in range(1, num_steps + 1):
+        loss = 77.5 if step == 12_345 else 2 + 1 / step
+        lines.append(to_line(Step(step, (loss,), (0.1,), (1.0,), (step / num_steps,), 8, 0.1)))
+        if step % 10 == 0:
+            held = 0.25 if step == 17_170 else 3 - step / num_steps
+            lines.append(to_line(Evaluated(step, held, (held,))))
+    (folder / "metrics.jsonl").write_text("\n".join([started, *lines, ""]), encoding="utf-8")
+    page = page_of(folder)
+    assert "rows of the step; dots: held-out rows; of every 60 steps the lowest and the highest are drawn; of every 24 evaluations" in page
+    assert page.count("of every 60 steps the lowest and the highest are drawn") == 4
+    assert len(page) < 1_000_000
+    rows = Tables(page).found["Numbers of half"][1:]
+    assert len(rows) < 50
+    assert next(row for row in rows if row[0] == "17170")[2] == number(0.25)
+    assert {int(row[0]) for row in rows} >= {1, num_steps}
+    glance = {row[0]: row[1] for row in Tables(page).found["At a glance"]}
+    assert glance["state"] == "unfinished, at step 30000 of 9"
+
+
+def test_a_thinned_line_keeps_its_ends_and_what_stands_out():
+    values = [float(at % 7) for at in range(10_000)]
+    values[4321], values[8765] = 100.0, -100.0
+    line, long = thinned(Line("loss", range(1, 10_001), values, number=3, faint=True), 100)
+    assert (long, line.number, line.faint) == (200, 3, True)
+    assert 100 <= len(line.x) == len(line.y) <= 102
+    assert list(line.x) == sorted(line.x)
+    assert (line.x[0], line.x[-1], line.y[0], line.y[-1]) == (1, 10_000, values[0], values[-1])
+    assert {(4322, 100.0), (8766, -100.0)} <= set(zip(line.x, line.y, strict=True))
+    whole = Line("loss", range(100), values[:100])
+    assert thinned(whole, 100) == (whole, 1)
 
 
 def test_inspect_adds_what_the_rows_are_worth(copied, bases, monkeypatch):

@@ -7,7 +7,7 @@ import hashlib
 import io
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup, escape
@@ -61,6 +61,20 @@ class Line:
     number: int = 0
     faint: bool = False
     dots: bool = False
+
+
+def thinned(line: Line, most: int) -> tuple[Line, int]:
+    """The line with `most` points or so: of each stretch of it the lowest and the highest, and its two ends. Also says how many points
+    are a stretch: 1 where all of them are drawn."""
+    if len(line.x) <= most:
+        return line, 1
+    long = -(-2 * len(line.x) // most)
+    shown, value = {0, len(line.x) - 1}, line.y.__getitem__
+    for start in range(0, len(line.x), long):
+        stretch = range(start, min(start + long, len(line.x)))
+        shown |= {min(stretch, key=value), max(stretch, key=value)}
+    order = sorted(shown)
+    return replace(line, x=[line.x[at] for at in order], y=[line.y[at] for at in order]), long
 
 
 def lines(title: str, series: Sequence[Line], *, x: str = "step", log: bool = False, band: Sequence[float] = ()) -> Markup:

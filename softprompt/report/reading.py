@@ -1,6 +1,7 @@
 """What lies in a run folder, read back and checked. Knows JSON and TOML alone: a report needs neither the base nor torch."""
 
 import json
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from softprompt.config import Config
 from softprompt.errors import RunError
-from softprompt.events import Evaluated, Step
+from softprompt.events import Evaluated, Event, Step
 from softprompt.metrics import Verdict
 from softprompt.runlog import RunFolder
 
@@ -141,11 +142,11 @@ class Prompt:
 
     name: str
     config: Config
-    steps: list[int]
-    losses: list[float]
-    grad_norms: list[float]
-    lrs: list[float]
-    movements: list[float]
+    steps: Sequence[int]
+    losses: Sequence[float]
+    grad_norms: Sequence[float]
+    lrs: Sequence[float]
+    movements: Sequence[float]
     held_out: dict[int, float]
     end: End | None
     inspection: Inspection | None
@@ -169,6 +170,33 @@ class Run:
     evaluations: list[Evaluation]
 
 
+class Columns:
+    """The numbers of a stream: its `steps`, and what the prompts had at each of them, step by step, prompt by prompt. As plain numbers,
+    since the events of a million steps would fill the memory."""
+
+    def __init__(self, num_prompts: int) -> None:
+        self.num_prompts = num_prompts
+        self.steps = array("q")
+        self.losses, self.grad_norms, self.lrs, self.movements = (array("d") for _ in range(4))
+        self.held_out: list[dict[int, float]] = [{} for _ in range(num_prompts)]
+
+    def hear(self, event: Event) -> None:
+        """Takes an event in. Raises ValueError for one of another number of prompts."""
+        match event:
+            case Step():
+                self.steps.append(event.step)
+                self.losses.extend(event.losses)
+                self.grad_norms.extend(event.grad_norms)
+                self.lrs.extend(event.lrs)
+                self.movements.extend(event.movements)
+                together = len(self.steps) * self.num_prompts
+                if not len(self.losses) == len(self.grad_norms) == len(self.lrs) == len(self.movements) == together:
+                    raise ValueError("a step of another number of prompts")
+            case Evaluated():
+                for held_out, loss in zip(self.held_out, event.losses, strict=True):
+                    held_out[event.step] = loss
+
+
 def read_runs(paths: Sequence[Path]) -> list[Run]:
     """The runs in these folders. Raises RunError for what is no run, or damaged."""
     names = [path.absolute().name for path in paths]
@@ -178,13 +206,8 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
 def _read_run(path: Path, name: str, count: int) -> Run:
     folder = RunFolder.reopen(path)
     config = folder.config()
-    events = folder.events()
-    steps = [event for event in events if isinstance(event, Step)]
-    held_out = [event for event in events if isinstance(event, Evaluated)]
     members = config.members()
-    sizes = {len(column) for one in steps for column in (one.losses, one.lrs, one.grad_norms, one.movements)}
-    if not sizes | {len(one.losses) for one in held_out} <= {len(members)}:
-        raise RunError(f"{folder.events_file} is damaged: its steps are not of {len(members)} prompts, as config.toml says")
+    columns = _read_stream(folder, len(members))
     result = _read(Result, folder, "result.json")
     inspected = folder.read("inspection.json") or {}
     prompts = []
@@ -194,18 +217,28 @@ def _read_run(path: Path, name: str, count: int) -> Run:
             Prompt(
                 name=name if len(members) == 1 else called,
                 config=alone,
-                steps=[step.step for step in steps],
-                losses=[step.losses[index] for step in steps],
-                grad_norms=[step.grad_norms[index] for step in steps],
-                lrs=[step.lrs[index] for step in steps],
-                movements=[step.movements[index] for step in steps],
-                held_out={one.step: one.losses[index] for one in held_out},
+                steps=columns.steps,
+                losses=columns.losses[index :: len(members)],
+                grad_norms=columns.grad_norms[index :: len(members)],
+                lrs=columns.lrs[index :: len(members)],
+                movements=columns.movements[index :: len(members)],
+                held_out=columns.held_out[index],
                 end=result.prompts.get(own) if result else None,
                 inspection=_checked(Inspection, inspected[own], path / "inspection.json") if own in inspected else None,
             )
         )
     started = _read(Started, folder, "run.json") or Started(started="", versions={})
     return Run(name, config, started, _read(Data, folder, "data.json"), result, prompts, _evaluations(path / "evaluations"))
+
+
+def _read_stream(folder: RunFolder, num_prompts: int) -> Columns:
+    columns = Columns(num_prompts)
+    for event in folder.stream():
+        try:
+            columns.hear(event)
+        except ValueError:
+            raise RunError(f"{folder.events_file} is damaged: its steps are not of {num_prompts} prompts, as config.toml says") from None
+    return columns
 
 
 def _evaluations(folder: Path) -> list[Evaluation]:

@@ -1,6 +1,7 @@
 """What the page shows of the runs: charts with their legends, and tables with a column for each run."""
 
 import json
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,8 @@ from softprompt.report.charts import DASHES, SERIES, Line
 from softprompt.report.reading import Evaluation, Inspection, Prompt, Run
 
 NUMBERS = 20  # lines of a table of numbers
+MOST, FEWEST, TOGETHER = 1000, 100, 8000  # points of a line, and of all lines of a chart
+DOTS = 0.25  # share of them that is drawn where each is a dot
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,7 @@ def _legend(names: Sequence[str]) -> tuple[Key, ...]:
 def curves(prompts: Sequence[Prompt]) -> list[Figure]:
     """Loss, gradient norm, learning rate and movement of the rows by step, all prompts in one chart each."""
     legend = _legend([prompt.name for prompt in prompts])
+    most = max(FEWEST, min(MOST, TOGETHER // max(1, len(prompts))))
     drawn: list[tuple[str, str, list[Line], bool]] = []
     trained = [Line(f"{one.name} in training", one.steps, one.losses, index, faint=True) for index, one in enumerate(prompts) if one.steps]
     held = [
@@ -61,29 +65,44 @@ def curves(prompts: Sequence[Prompt]) -> list[Figure]:
     ]
     note = "nats per supervised token" + ("; thin: rows of the step; dots: held-out rows" if held else ", rows of the step")
     drawn.append(("Loss", note, trained + held, False))
-    of: list[tuple[str, str, Callable[[Prompt], list[float]], bool]] = [
+    of: list[tuple[str, str, Callable[[Prompt], Sequence[float]], bool]] = [
         ("Gradient norm", "before clipping, logarithmic", lambda one: one.grad_norms, True),
         ("Learning rate", "of the rows", lambda one: one.lrs, False),
         ("Movement of the rows", "RMS distance from the start, as a share of the embedding rows' RMS", lambda one: one.movements, False),
     ]
     for title, note, values, log in of:
         drawn.append((title, note, [Line(one.name, one.steps, values(one), index) for index, one in enumerate(prompts) if one.steps], log))
-    return [Figure(title, note, charts.lines(title, series, log=log), legend) for title, note, series, log in drawn if series]
+    return [_curve(title, note, series, log, legend, most) for title, note, series, log in drawn if series]
+
+
+def _curve(title: str, note: str, series: list[Line], log: bool, legend: tuple[Key, ...], most: int) -> Figure:
+    """The lines in one chart, thinned where they are long, and the thinning said."""
+    thin = [charts.thinned(line, round(most * DOTS) if line.dots else most) for line in series]
+    for what, dots in (("steps", False), ("evaluations", True)):
+        long = max((long for line, long in thin if line.dots == dots), default=1)
+        note += f"; of every {long:,} {what} the lowest and the highest are drawn" if long > 1 else ""
+    return Figure(title, note, charts.lines(title, [line for line, _ in thin], log=log), legend)
 
 
 def curve_numbers(prompt: Prompt) -> list[tuple[int, list[float | None]]]:
-    """(step, [loss, held-out loss, gradient norm, learning rate, movement]) of at most NUMBERS steps, and of every evaluation."""
-    apart = max(1, -(-len(prompt.steps) // NUMBERS))
-    shown = {*prompt.steps[::apart], *prompt.steps[-1:], *prompt.held_out}
-    where = {step: index for index, step in enumerate(prompt.steps)}
+    """(step, [loss, held-out loss, gradient norm, learning rate, movement]) of NUMBERS steps or so, and of as many evaluations, the best
+    among them."""
+    best = () if prompt.best_step is None else (prompt.best_step,)
+    shown = {*_some(prompt.steps), *_some(list(prompt.held_out)), *best}
     columns = (prompt.losses, None, prompt.grad_norms, prompt.lrs, prompt.movements)
 
-    def cell(column: list[float] | None, step: int) -> float | None:
+    def cell(column: Sequence[float] | None, step: int) -> float | None:
         if column is None:
             return prompt.held_out.get(step)
-        return column[where[step]] if step in where else None
+        at = bisect_left(prompt.steps, step)
+        return column[at] if at < len(column) and prompt.steps[at] == step else None
 
     return [(step, [cell(column, step) for column in columns]) for step in sorted(shown)]
+
+
+def _some(steps: Sequence[int]) -> set[int]:
+    """NUMBERS of them or so, evenly apart, and the last."""
+    return {*steps[:: max(1, -(-len(steps) // NUMBERS))], *steps[-1:]}
 
 
 def lengths(runs: Sequence[Run]) -> list[Figure]:

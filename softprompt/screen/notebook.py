@@ -5,9 +5,9 @@ Text has the notebook's own colour, and the two lines have colours that are seen
 
 import math
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from html import escape
-from itertools import accumulate
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
@@ -24,15 +24,39 @@ TRAIN, HELD, WARN = "#3b82c4", "#d9702b", "#b7791f"
 DIM = "opacity:.7"
 
 
+class Curve:
+    """Values over the steps, POINTS at most however many there are: neighbours become one point, their mean."""
+
+    def __init__(self) -> None:
+        self.wide = 1  # values of a point
+        self.groups: list[tuple[int, float, int]] = []  # the last step, the sum and the number of values
+
+    def add(self, step: int, value: float) -> None:
+        """Adds the value of a later step."""
+        if self.groups and self.groups[-1][2] < self.wide:
+            _, total, count = self.groups[-1]
+            self.groups[-1] = (step, total + value, count + 1)
+        else:
+            self.groups.append((step, value, 1))
+        if len(self.groups) > POINTS:
+            self.wide *= 2
+            pairs = [self.groups[start : start + 2] for start in range(0, len(self.groups), 2)]
+            self.groups = [(pair[-1][0], sum(one[1] for one in pair), sum(one[2] for one in pair)) for pair in pairs]
+
+    @property
+    def points(self) -> list[tuple[float, float]]:
+        return [(float(step), total / count) for step, total, count in self.groups]
+
+
 class Story:
-    """What a run has reported so far."""
+    """What a run has reported so far. `last`: the steps that the training loss is averaged over."""
 
     def __init__(self, window: int) -> None:
-        self.window = window  # steps that the training loss is averaged over
+        self.last: deque[Step] = deque(maxlen=window)
         self.state = "loading"
         self.started: Started | None = None
         self.step = self.num_steps = 0
-        self.steps: list[Step] = []
+        self.raw, self.mean = Curve(), Curve()
         self.held: list[tuple[int, float]] = []
         self.said: list[str] = []
         self.result: dict[str, Any] | None = None
@@ -52,7 +76,9 @@ class Story:
                     self.said.append("no held-out rows: set data.eval or data.eval_fraction to know whether the prompt helps")
             case Step():
                 self.step = event.step
-                self.steps.append(event)
+                self.last.append(event)
+                self.raw.add(event.step, event.loss)
+                self.mean.add(event.step, self.loss)
             case Evaluated():
                 self.held.append((event.step, event.loss))
             case Warned():
@@ -62,14 +88,10 @@ class Story:
                 found = (finding for prompt in event.result["prompts"].values() for finding in prompt["findings"])
                 self.said = list(dict.fromkeys([*self.said, *found]))
 
-    def smooth(self) -> list[tuple[float, float]]:
-        """The training loss, each the mean over the steps before it."""
-        sums = [0.0, *accumulate(step.loss for step in self.steps)]
-        starts = [max(0, end - self.window) for end in range(1, len(sums))]
-        return [
-            (step.step, (sums[at + 1] - sums[start]) / (at + 1 - start))
-            for at, (step, start) in enumerate(zip(self.steps, starts, strict=True))
-        ]
+    @property
+    def loss(self) -> float:
+        """The training loss, the mean over the last steps."""
+        return sum(step.loss for step in self.last) / len(self.last)
 
 
 def displayed(events: "Iterable[Event]", window: int) -> "Iterator[Event]":
@@ -106,7 +128,7 @@ def sentence(story: Story) -> str:
 def page(story: Story) -> str:
     """The display as HTML."""
     parts = [_heading(story), _bar(story), _line(_progress(story), DIM)]
-    if len(story.steps) > 1 or story.held:
+    if len(story.last) > 1 or story.held:
         parts += [_legend(story), chart(story)]
     parts += [_line(f"⚠ {escape(said)}", f"color:{WARN}") for said in story.said]
     if story.result is not None:
@@ -137,8 +159,8 @@ def _bar(story: Story) -> str:
 
 def _progress(story: Story) -> str:
     parts = [f"step {story.step:,} of {story.num_steps:,}"] if story.num_steps else []
-    if story.steps:
-        last = story.steps[-story.window :]
+    if story.last:
+        last = story.last
         seconds = sum(step.seconds for step in last)
         if story.state == "training" and story.step < story.num_steps:
             parts.append(f"{minutes(seconds / len(last) * (story.num_steps - story.step))} left")
@@ -149,7 +171,7 @@ def _progress(story: Story) -> str:
 
 
 def _numbers(story: Story) -> list[str]:
-    parts = [f"training loss {number(story.smooth()[-1][1])}"] if story.steps else []
+    parts = [f"training loss {number(story.loss)}"] if story.last else []
     if story.held:
         best = min(story.held, key=lambda one: one[1])
         before = f", {number(story.held[0][1])} before" if len(story.held) > 1 else ""
@@ -169,14 +191,14 @@ def _legend(story: Story) -> str:
 
 def chart(story: Story) -> str:
     """Training loss (each step faintly, their running mean) and held-out loss over the steps, as SVG."""
-    smooth, held = _thinned(story.smooth()), [one for one in story.held if math.isfinite(one[1])]
+    smooth, held = story.mean.points, _thinned([one for one in story.held if math.isfinite(one[1])])
     values = [loss for _, loss in [*smooth, *held] if math.isfinite(loss)] or [0.0, 1.0]
     low, high = min(values), max(values)
     log = low > 0 and high > 10 * low
     low, high = (low / 1.15, high * 1.15) if log else (low - 0.06 * (high - low or 1), high + 0.06 * (high - low or 1))
     scale = math.log if log else float
     first = story.started.first_step if story.started else 0
-    first = min([first, *(step for step, _ in held[:1])])
+    first = min([first, *(step for step, _ in story.held[:1])])
     last = max(story.num_steps, story.step, first + 1)
 
     def x(step: float) -> float:
@@ -190,7 +212,7 @@ def chart(story: Story) -> str:
         at = " ".join(f"{x(step):.1f},{y(loss):.1f}" for step, loss in points if math.isfinite(loss))
         return f'<polyline points="{at}" fill="none" stroke="{color}" {style}/>'
 
-    raw = _thinned([(step.step, step.loss) for step in story.steps])
+    raw = story.raw.points
     parts = [_rule(y(tick), f"{tick:g}") for tick in _ticks(low, high, log)]
     parts += [_under(x(tick), f"{tick:,.0f}") for tick in _ticks(first, last, False) if tick == round(tick)]
     parts.append(_under(LEFT - 25, "step"))
