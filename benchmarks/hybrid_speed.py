@@ -1,7 +1,7 @@
 """A training step over small hybrid bases: from a shared prefix of keys, values and states, against rows that are read whole.
 
 Random weights, sizes of the real layers' shapes but fewer and narrower ones; the ways alternate, medians. "row by row" reads one
-[prompt][text] at a time, as recurrent bases went before; "whole" reads them in batches.
+[prompt][text] at a time, in chunks of the base's own length, as recurrent bases went before; "whole" reads them in batches.
 
     python -m benchmarks.hybrid_speed --rounds 5
 """
@@ -16,6 +16,7 @@ import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from benchmarks.measuring import machine
+from softprompt.engine.family import shorten_chunks
 from softprompt.engine.model import FrozenBase, head_of
 from softprompt.engine.prompt import SoftPrompt
 from softprompt.engine.step import StepSettings, step_gradients
@@ -32,11 +33,13 @@ OWN: dict[str, dict[str, Any]] = {
 WAYS = {"shared": (Sharing(), 4096), "whole": (Sharing(prefix=False), 4096), "row by row": (Sharing(prefix=False), 1)}
 
 
-def small_base(family: str) -> FrozenBase:
-    """A base with random weights and no tokenizer."""
+def small_base(family: str, *, own_chunks: bool = False) -> FrozenBase:
+    """A base with random weights and no tokenizer. `own_chunks`: Mamba 2 layers read as many tokens at a time as the family's do."""
     torch.manual_seed(0)
     settings = CONFIG_MAPPING[family](**SIZES, num_key_value_heads=2, layer_types=LAYERS[family], **OWN[family])
     model = AutoModelForCausalLM.from_config(settings).eval().requires_grad_(False)
+    if not own_chunks:
+        shorten_chunks(model)
     head, mean_H = head_of(model), torch.zeros(settings.hidden_size)
     return FrozenBase(family, model, None, torch.device("cpu"), head, mean_H, mean_H, sharing=check(model, head, family))
 
@@ -60,9 +63,12 @@ def main() -> None:
     given = parser.parse_args()
     print(machine())
     for family in OWN:
-        base = small_base(family)
+        base, as_before = small_base(family), small_base(family, own_chunks=True)
         assert base.shares_prefix
-        rounds = [[seconds(base, way, given.rows, given.length, given.virtual) for way in WAYS] for _ in range(1 + given.rounds)]
+        rounds = [
+            [seconds(as_before if way == "row by row" else base, way, given.rows, given.length, given.virtual) for way in WAYS]
+            for _ in range(1 + given.rounds)
+        ]
         times = {way: median(own) for way, own in zip(WAYS, zip(*rounds[1:], strict=True), strict=True)}  # the first round warms up
         said = ", ".join(f"{way} {value * 1000:.0f} ms ({value / times['shared']:.1f}x)" for way, value in times.items())
         print(f"{family}, {given.virtual} virtual tokens, {given.rows} rows of {given.length}: {said}")

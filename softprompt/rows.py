@@ -13,7 +13,6 @@ from softprompt.config import Config, Sources
 from softprompt.data import Example, Loaded, Rejected, held_of
 from softprompt.data.examples import turns_text
 from softprompt.encode import Encoder, make_encoder
-from softprompt.engine.loading import load_settings, load_tokenizer
 from softprompt.engine.tokens import Encoded
 from softprompt.errors import ConfigError, DataError
 from softprompt.events import Preparing, returned
@@ -83,6 +82,8 @@ def encode_rows(encoder: Encoder, loaded: Loaded, max_length: int) -> Rows:
 
 def encoder_of(config: Config) -> Encoder:
     """That of a configuration, without the base's weights. Raises an Error of errors.py."""
+    from softprompt.engine.loading import load_settings, load_tokenizer  # torch comes with it, and `softprompt init` goes without
+
     tokenizer, table = load_tokenizer(config.model), getattr(load_settings(config.model).get_text_config(decoder=True), "vocab_size", None)
     num_tokens = None if table is None else min(len(tokenizer), table)  # that of FrozenBase
     return make_encoder(tokenizer, config.data.template, date=config.data.date, num_tokens=num_tokens)

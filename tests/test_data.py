@@ -1,10 +1,13 @@
 """Rows of every shape and place; what cannot be used is rejected with its place and the reason."""
 
+import io
 import json
 import os
 import random
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import datasets
 import pyarrow
@@ -12,7 +15,7 @@ import pyarrow.parquet
 import pytest
 from tiny import some_rows, write_rows
 
-from softprompt.data import Message, hold_out, load_examples
+from softprompt.data import Message, hold_out, json_array, load_examples
 from softprompt.errors import DataError
 
 PAIR = {"prompt": "say hi", "completion": "hi"}
@@ -289,3 +292,46 @@ def test_at_least_one_row_is_held_out_and_one_stays(tmp_path):
     assert [len(part.examples) for part in hold_out(loaded, 0.01, seed=0)] == [1, 1]
     with pytest.raises(DataError, match=r"eval_fraction = 0\.9 of 2 different rows leaves nothing to train on"):
         hold_out(loaded, 0.9, seed=0)
+
+
+# ---- arrays of any length ------------------------------------------------------------------------------------------
+
+
+VALUES = [{"a": 'b, ] \\ " \n 水'}, [1, [2.5e-3, -7]], 12345, "x]", True, None, {}, [], {"deep": [{"er": "y" * 50}]}, "\u2028", False]
+
+
+@pytest.mark.parametrize("piece", [1, 2, 3, 7, 64, 10_000])
+@pytest.mark.parametrize("indent", [None, 2])
+def test_an_array_is_read_as_json_reads_it_however_it_is_cut(tmp_path, monkeypatch, piece, indent):
+    monkeypatch.setattr(json_array, "PIECE", piece)
+    for values in (VALUES, VALUES[::-1], [], [7], [[]]):
+        for text in (json.dumps(values, indent=indent), f" \n{json.dumps(values, ensure_ascii=False, indent=indent)}\n\n"):
+            assert list(json_array.elements(Path("a.json"), io.StringIO(text))) == values
+
+
+@pytest.mark.parametrize("piece", [1, 5, 10_000])
+@pytest.mark.parametrize(
+    "text", ["[1, 2", "[1 2]", "[", "[1,]", '[{"a": tru}]', '[{"a": "b}]\n', "[1]\n x", '[\n1,\n{"a" 2},\n3]', "[\n\n 1,\n 2, ,]"]
+)
+def test_a_wrong_array_is_said_with_the_place_that_json_says(monkeypatch, piece, text):
+    monkeypatch.setattr(json_array, "PIECE", piece)
+    with pytest.raises(json.JSONDecodeError) as wanted:
+        json.loads(text)
+    with pytest.raises(DataError) as caught:
+        list(json_array.elements(Path("a.json"), io.StringIO(text)))
+    found = re.fullmatch(r"a\.json:(\d+): not valid JSON: .* \(column (\d+)\)", str(caught.value))
+    assert found
+    assert (int(found[1]), abs(int(found[2]) - wanted.value.colno) <= 1) == (wanted.value.lineno, True)
+
+
+def test_of_a_long_array_little_is_in_memory(monkeypatch):
+    """No more than a few pieces are asked for before the first rows are there, and a mistake in front is said at once."""
+    monkeypatch.setattr(json_array, "PIECE", 1000)
+    file = io.StringIO(json.dumps([{"prompt": "a" * 90}] * 10_000))
+    rows = json_array.elements(Path("a.json"), file)
+    assert [next(rows) for _ in range(5)] == [{"prompt": "a" * 90}] * 5
+    assert file.tell() <= 1000
+    wrong = io.StringIO('[{"a" 1}, ' + "1, " * 100_000 + "2]")
+    with pytest.raises(DataError, match=r"a\.json:1: not valid JSON"):
+        next(json_array.elements(Path("a.json"), wrong))
+    assert wrong.tell() <= 1000

@@ -46,7 +46,7 @@ def drafted(tmp_path: Path, rows: list, *overrides: str) -> dict:
 def test_show_works_on_what_is_written(tmp_path, folders, shape, base):
     found = drafted(tmp_path, SHAPES[shape], f"model.name={folders[base]}")
     shown = show(load_config(found))
-    lengths = [row.num_cut for row in shown.train.encoded + shown.held.encoded]
+    lengths = [row.num_cut for row in (*shown.train.encoded, *shown.held.encoded)]
     assert (len(lengths), sum(lengths), shown.rejected) == (12, 0, ())
     longest = max(summary.lengths.largest for summary in shown.summaries.values())
     assert longest <= found["data"]["max_length"] < longest + 64

@@ -19,6 +19,7 @@ from softprompt.events import (
     Evaluated,
     Finished,
     Found,
+    Preparing,
     Sampled,
     Saved,
     Searching,
@@ -32,6 +33,7 @@ from softprompt.runlog import RunFolder
 from softprompt.training import train
 
 ONE_OF_EACH = [
+    Preparing(2000, None, 0.5),
     Searching(3, 20),
     Found(0.05, {0.02: 1.5, 0.05: 1.25}),
     Started(Path("runs/茶"), "base", 5, 2, 24, 7, 1, {"seed-0": "6 from 6 tokens"}, 192, 10_000, 0.2),

@@ -12,6 +12,7 @@ import torch
 import transformers
 from families import NAMES, small_model, small_settings
 
+from softprompt.engine.family import shorten_chunks
 from softprompt.engine.loading import refuse_unsupported
 from softprompt.engine.model import head_of
 from softprompt.engine.trial import Sharing, check
@@ -73,6 +74,20 @@ def test_what_a_family_multiplies_by_is_known(family, key):
     setattr(settings, key, 3.0)
     model = small_model(settings).requires_grad_(False)
     assert check(model, head_of(model), family) == Sharing()
+
+
+@pytest.mark.parametrize("family", ["mamba2", "granitemoehybrid", "bamba", "nemotron_h", "falcon_h1", "zamba2"])
+def test_shorter_chunks_read_the_same(family):
+    """150 tokens: less than one chunk of the family's own, and more than two of ours."""
+    model = small_model(small_settings(family)).requires_grad_(False)
+    layers = [module for module in model.modules() if hasattr(module, "A_log")]
+    for layer in layers:
+        layer.chunk_size = 256
+    ids = torch.randint(3, 60, (2, 150), generator=torch.Generator().manual_seed(0))
+    before = model(ids).logits
+    shorten_chunks(model)
+    assert {layer.chunk_size for layer in layers} == {64}
+    torch.testing.assert_close(model(ids).logits, before, rtol=1e-3, atol=1e-4)
 
 
 def page() -> str:

@@ -18,6 +18,7 @@ from typing import Any, BinaryIO, TextIO, cast
 
 from softprompt.config import RANGE
 from softprompt.data.examples import ClassName, Unusable
+from softprompt.data.json_array import elements
 from softprompt.errors import DataError, first_line
 from softprompt.hub import hub
 
@@ -188,20 +189,28 @@ def text_lines(path: Path) -> Iterator[str]:
 
 
 def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    """The elements of an array, one object, or lines of JSON in a file with this ending."""
     encoding, notes = _assumed(path)
-    text = _read_text(path, encoding)
-    try:
-        rows = json.loads(text)
-    except json.JSONDecodeError as error:
-        if not text.lstrip().startswith("["):
+    with _text_of(path, encoding) as file:
+        if _first_sign(file) == "[":
+            yield from notes
+            yield from ((f"{path}: row {number}", row) for number, row in enumerate(elements(path, file), 1))
+            return
+        try:
+            row = json.load(file)
+        except (RecursionError, ValueError):
             yield from _json_lines(path)
             return
-        raise DataError(f"{path}:{error.lineno}: not valid JSON: {error.msg} (column {error.colno})") from None
-    except (RecursionError, ValueError) as error:
-        raise DataError(f"{path}: not usable JSON: {error}") from None
     yield from notes
-    for number, row in enumerate(rows if isinstance(rows, list) else [rows], 1):
-        yield f"{path}: row {number}", row
+    yield f"{path}: row 1", row
+
+
+def _first_sign(file: TextIO) -> str:
+    """The first character that is no blank; the file stands at its beginning again."""
+    while (sign := file.read(1)).isspace():
+        pass
+    file.seek(0)
+    return sign
 
 
 def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:

@@ -17,7 +17,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from softprompt.engine.family import backbone_of, weights_of
+from softprompt.engine.family import backbone_of, shorten_chunks, weights_of
 from softprompt.engine.head import Head
 from softprompt.engine.layers import filled_cache, layers_of
 from softprompt.engine.memory import token_budget
@@ -142,6 +142,8 @@ class FrozenBase:
 def freeze(model: Any, tokenizer: Any, name: str) -> FrozenBase:
     """A loaded model and its tokenizer as a base: frozen, in eval mode (no dropout), checked with a few tokens."""
     model.eval().requires_grad_(False)
+    if model.device.type == "cpu":
+        shorten_chunks(model)
     sample_VH = _sample_rows(model)
     head = head_of(model)
     fingerprint, sample = _fingerprint(model)

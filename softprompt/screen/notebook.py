@@ -11,7 +11,7 @@ from html import escape
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from softprompt.events import Evaluated, Finished, Found, Searching, Started, Step, Warned
+from softprompt.events import Evaluated, Finished, Found, Preparing, Searching, Started, Step, Warned
 from softprompt.report import minutes, number
 
 if TYPE_CHECKING:
@@ -61,9 +61,16 @@ class Story:
         self.said: list[str] = []
         self.result: dict[str, Any] | None = None
 
+    @property
+    def unit(self) -> str:
+        """What is counted now."""
+        return "row" if self.state == "reading rows" else "step"
+
     def hear(self, event: "Event") -> None:
         """Takes an event in."""
         match event:
+            case Preparing():
+                self.state, self.step, self.num_steps = "reading rows", event.num_rows, event.total or 0
             case Searching():
                 self.state, self.step, self.num_steps = "finding the rate", event.step, event.num_steps
             case Found():
@@ -121,7 +128,7 @@ def _bundle(story: Story) -> dict[str, str]:
 def sentence(story: Story) -> str:
     """How far the run is, in a line."""
     place = f"{story.started.run}: " if story.started else ""
-    step = f", step {story.step} of {story.num_steps}" if story.num_steps else ""
+    step = f", {story.unit} {story.step} of {story.num_steps}" if story.num_steps else ""
     return place + " · ".join([f"{story.state}{step}", *_numbers(story)])
 
 
@@ -158,7 +165,7 @@ def _bar(story: Story) -> str:
 
 
 def _progress(story: Story) -> str:
-    parts = [f"step {story.step:,} of {story.num_steps:,}"] if story.num_steps else []
+    parts = [f"{story.unit} {story.step:,} of {story.num_steps:,}"] if story.num_steps else []
     if story.last:
         last = story.last
         seconds = sum(step.seconds for step in last)

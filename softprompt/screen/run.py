@@ -72,7 +72,7 @@ def bar_columns() -> "tuple[ProgressColumn, ...]":
 
 def follow_reading(events: "Generator[Preparing, None, Value]") -> "Value":
     """Shows how far the reading of rows is, on standard error; what the events return."""
-    with Progress(*bar_columns(), console=beside, transient=True) as progress:
+    with Progress(*bar_columns(), console=beside, transient=True, disable=not beside.is_terminal) as progress:
         bar = progress.add_task("reading rows", total=None, now="")
         while True:
             try:
