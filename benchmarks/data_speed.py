@@ -1,6 +1,7 @@
 """From rows in a file to ids in arrays: ours, the first time and the next, against a batched map of `datasets` with two processes.
 
-Each measurement is a process of its own: its seconds from the start of Python, and the memory that is its own at the end. `datasets`
+Each measurement is a process of its own: its seconds from the start of Python, those of them that reading took once all is imported, and
+by how much its memory grew meanwhile, with what it has mapped. `datasets`
 tokenizes question and answer, joins them with labels, and keeps the result as Arrow files; both start without a cache.
 
     python -m benchmarks.data_speed --tokenizer FOLDER --data ROWS.jsonl --rows 10000 100000 1000000 [--rounds 3] [--peer-rows 100000]
@@ -16,9 +17,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from itertools import cycle, islice
 from pathlib import Path
 from statistics import median
+
+import psutil
 
 from benchmarks.measuring import machine
 
@@ -56,7 +60,7 @@ def said(found: list[dict[str, float]]) -> str:
     """Medians, and the range of the seconds."""
     seconds = sorted(one["seconds"] for one in found)
     rows, memory = (median(one[name] for one in found) for name in ("rows_seconds", "memory"))
-    return f"{median(seconds):.1f} s ({seconds[0]:.1f} to {seconds[-1]:.1f}), of these {rows:.1f} s for the rows; {memory / 2**20:.0f} MB"
+    return f"{median(seconds):.1f} s ({seconds[0]:.1f} to {seconds[-1]:.1f}), of these {rows:.2f} s for the rows; {memory / 2**20:+.0f} MB"
 
 
 def write_rows(source: Path, out: Path, count: int, characters: int) -> None:
@@ -79,23 +83,26 @@ def measured(side: str, tokenizer: str, rows: Path, home: Path) -> dict[str, flo
     return {**json.loads(ended.stdout.splitlines()[-1]), "seconds": seconds}
 
 
-def ours(tokenizer: str, rows: str) -> int:
-    """As `softprompt train` does it before the first step; the tokens that there are."""
+def ours(tokenizer: str) -> Callable[[str], int]:
+    """As `softprompt train` reads rows before the first step; the tokens that there are."""
     from softprompt.config import ModelConfig, load_config
     from softprompt.encode import make_encoder
     from softprompt.engine.loading import load_tokenizer
     from softprompt.events import returned
     from softprompt.rows import loading_rows
 
-    config = load_config({"data": {"train": rows, "max_length": MAX_LENGTH, "max_rejected": 10**9}})
-    encoder = make_encoder(load_tokenizer(ModelConfig(name=tokenizer)), config.data.template)
-    _, found, _ = returned(loading_rows(config, encoder))
-    return int(found.column("length").sum())
+    encoder = make_encoder(load_tokenizer(ModelConfig(name=tokenizer)), "human-assistant")
+
+    def read(rows: str) -> int:
+        config = load_config({"data": {"train": rows, "max_length": MAX_LENGTH, "max_rejected": 10**9}})
+        return int(returned(loading_rows(config, encoder))[1].column("length").sum())
+
+    return read
 
 
-def peer(tokenizer: str, rows: str) -> int:
+def peer(tokenizer: str) -> Callable[[str], int]:
     import datasets
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, Trainer  # noqa: F401 - a training imports it too
 
     tokenize = AutoTokenizer.from_pretrained(tokenizer)
 
@@ -113,18 +120,21 @@ def peer(tokenizer: str, rows: str) -> int:
             labels.append(([-100] * len(question) + ended)[:MAX_LENGTH])
         return {"input_ids": ids, "labels": labels}
 
-    loaded = datasets.load_dataset("json", data_files=rows, split="train")
-    done = loaded.map(mapped, batched=True, num_proc=2, remove_columns=loaded.column_names)
-    return sum(map(len, done.with_format("numpy")["input_ids"][:100])) * len(done) // 100
+    def read(rows: str) -> int:
+        loaded = datasets.load_dataset("json", data_files=rows, split="train")
+        done = loaded.map(mapped, batched=True, num_proc=2, remove_columns=loaded.column_names)
+        return sum(map(len, done.with_format("numpy")["input_ids"][:100])) * len(done) // 100
+
+    return read
 
 
 def alone(side: str, tokenizer: str, rows: str) -> None:
     """One measurement, in this process."""
-    import psutil
-
-    began = time.perf_counter()
-    tokens = {"ours": ours, "datasets": peer}[side](tokenizer, rows)
-    print(json.dumps({"tokens": tokens, "rows_seconds": time.perf_counter() - began, "memory": psutil.Process().memory_info().rss}))
+    read = {"ours": ours, "datasets": peer}[side](tokenizer)
+    before, began = psutil.Process().memory_info().rss, time.perf_counter()
+    tokens = read(rows)
+    facts = {"tokens": tokens, "rows_seconds": time.perf_counter() - began, "memory": psutil.Process().memory_info().rss - before}
+    print(json.dumps(facts))
 
 
 if __name__ == "__main__":

@@ -41,6 +41,11 @@ class Encoder:
     system: str | None = None
     num_tokens: int | None = None
 
+    @cached_property
+    def eos_id(self) -> int:
+        """The tokenizer's end of a text."""
+        return int(self.tokenizer.eos_token_id)
+
     @property
     def end_ids(self) -> frozenset[int]:
         """Tokens that end an answer beside the base's own end-of-text tokens."""
@@ -92,7 +97,7 @@ class Encoder:
         ids: list[int] = []
         supervised: list[bool] = []
         for segment, found in zip(segments, pieces, strict=True):
-            piece, last = self.template.ended(found, segment, self.tokenizer)
+            piece, last = self.template.ended(found, segment, self.eos_id)
             ids += piece
             supervised += [segment.supervised] * last + [False] * (len(piece) - last)
         if supervised and supervised[0]:
@@ -116,7 +121,7 @@ class Encoder:
         """Ids of a question, or of a conversation that ends with one, that waits for its answer, without BOS."""
         messages = (Message("user", text),) if isinstance(text, str) else tuple(text)
         asked = Example(messages, "question", fields=_question_fields(messages[-1].content))
-        found = (self.template.ended(self._ids(segment.text), segment, self.tokenizer)[0] for segment in self.segments(asked))
+        found = (self.template.ended(self._ids(segment.text), segment, self.eos_id)[0] for segment in self.segments(asked))
         ids = tuple(chain.from_iterable(found))
         self.check_ids(ids, "question")
         return ids[1:] if self._begins_with_bos(ids) else ids
@@ -201,9 +206,9 @@ class Encoder:
 
     def _marked(self, example: Example) -> Example:
         """The example with marks around the control tokens that it spells."""
-        if any(mark in message.content for message in example.messages for mark in MARKS):
+        if any([mark in message.content for message in example.messages for mark in MARKS]):
             raise DataError(f"the row holds U+{ord(MARKS[0]):X} or U+{ord(MARKS[1]):X}, which are no characters", example.source)
-        if not (example.has_tools or self.template.reads_fields or any(map(self._literal.spells, (m.content for m in example.messages)))):
+        if not (example.has_tools or self.template.reads_fields or any([self._literal.spells(one.content) for one in example.messages])):
             return example
         marked = self._literal.marked
         messages = tuple(

@@ -5,6 +5,7 @@ where they lie, the settings of [data], the template, the tokenizer, and the cod
 each time.
 """
 
+import gc
 import hashlib
 import json
 import logging
@@ -178,7 +179,7 @@ class _Work:
         began = time.perf_counter()
         self.encoder.warm_up()
         waiting: deque[tuple[list[Any], list[Draft], Future[list[list[int]]]]] = deque()
-        with ThreadPoolExecutor(1) as thread:
+        with ThreadPoolExecutor(1) as thread, _old_objects_at_rest():
             for batch in _batches((self.reading.part, row) for row in self.reading):
                 drafts = self.encoder.drafts([row for _, row in batch if isinstance(row, Example)])
                 waiting.append((batch, drafts, thread.submit(self.encoder.tokenized, drafts)))
@@ -235,6 +236,20 @@ def _batches(rows: Iterable[Any]) -> Iterator[list[Any]]:
     rows = iter(rows)
     while batch := list(islice(rows, BATCH)):
         yield batch
+
+
+@contextmanager
+def _old_objects_at_rest() -> Iterator[None]:
+    """Python's collector leaves out what was there before: rows are many small objects, and for each generation of them it would look at
+    all of torch and transformers, a third of the time (LOG.md)."""
+    if gc.get_freeze_count():  # somebody else's
+        yield
+        return
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 @contextmanager

@@ -70,9 +70,9 @@ class Template(ABC):
     def segments(self, example: Example) -> list[Segment]:
         """Raises DataError for an example that cannot be written."""
 
-    def ended(self, ids: list[int], segment: Segment, tokenizer: Tokenizer) -> tuple[list[int], int]:
+    def ended(self, ids: list[int], segment: Segment, eos_id: int) -> tuple[list[int], int]:
         """(the segment's ids with its end, how many of them count as the segment's own)."""
-        return ([*ids, tokenizer.eos_token_id], len(ids) + 1) if segment.ends else (ids, len(ids))
+        return ([*ids, eos_id], len(ids) + 1) if segment.ends else (ids, len(ids))
 
 
 def _without_tools(example: Example) -> None:
@@ -206,7 +206,7 @@ class Chat(Template):
                 return f"{thoughts}\n{end}\n\n{said.lstrip()}"
         raise DataError("this chat template writes a question differently once it is answered: use a template of your own", example.source)
 
-    def ended(self, ids: list[int], segment: Segment, tokenizer: Tokenizer) -> tuple[list[int], int]:
+    def ended(self, ids: list[int], segment: Segment, eos_id: int) -> tuple[list[int], int]:
         """A chat template writes the end of a turn itself, and something after it, which nobody need learn."""
         if not (segment.supervised or segment.ends):
             return ids, len(ids)
@@ -214,7 +214,7 @@ class Chat(Template):
             ends = [index for index, token in enumerate(ids) if token in known]
             if ends:
                 return ids, ends[-1] + 1
-        return [*ids, tokenizer.eos_token_id], len(ids) + 1
+        return [*ids, eos_id], len(ids) + 1
 
     @cached_property
     def _around(self) -> tuple[str, str]:

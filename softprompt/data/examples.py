@@ -31,7 +31,7 @@ class Example:
     @property
     def has_tools(self) -> bool:
         """Whether any of it has to do with tools."""
-        return bool(self.tools) or any(message.more or message.role == "tool" for message in self.messages)
+        return bool(self.tools) or any([message.more or message.role == "tool" for message in self.messages])
 
     @property
     def response(self) -> str:
@@ -40,8 +40,8 @@ class Example:
     @property
     def turns(self) -> tuple[str, ...]:
         """The texts of all turns with runs of white space as single blanks, and calls of tools: what rows are compared by."""
-        texts = (message.content + (_as_json(message.more) if message.more else "") for message in self.messages)
-        return tuple(" ".join(text.split()) for text in texts)
+        texts = [message.content + _as_json(message.more) if message.more else message.content for message in self.messages]
+        return tuple([" ".join(text.split()) for text in texts])
 
     def answered(self, response: str) -> "Example":
         """The same row with another response."""

@@ -17,14 +17,14 @@ import jinja2.sandbox
 from softprompt.data.examples import ClassName, Example, Message, Unusable
 from softprompt.errors import ConfigError
 
-MEANING = ("system", "history", "rejected", "tools", "images", "image", "videos", "audios")  # columns that change what a row means
+MEANING = frozenset(("system", "history", "rejected", "tools", "images", "image", "videos", "audios"))  # change what a row means
 
 
 def example_of(row: Any, place: str, label_words: Mapping[str, str], columns: Mapping[str, str]) -> Example:
     """The row as turns, all its columns in `fields`. Raises Unusable; ConfigError for an expression that is not Jinja."""
     if not isinstance(row, Mapping):
         raise Unusable(f"a row must be an object with fields, this is {type(row).__name__}")
-    named = {**row, **{name: _column(row, name, wanted) for name, wanted in columns.items()}}
+    named = {**row, **{name: _column(row, name, wanted) for name, wanted in columns.items()}} if columns else row
     shape = _shape(named, columns)
     if shape is None:
         fields = ", ".join(map(str, row)) or "(none)"
@@ -35,18 +35,23 @@ def example_of(row: Any, place: str, label_words: Mapping[str, str], columns: Ma
 
 def _shape(row: Mapping[str, Any], columns: Mapping[str, str]) -> str | None:
     """What `data.columns` names goes before what the row happens to hold."""
-    own = [shape for shape, needed in NEEDED.items() if needed & set(columns)] if columns else []
-    return next((shape for shape in [*own, *SHAPES] if shape in row), None)
+    own = [shape for shape, needed in NEEDED.items() if needed & columns.keys()] if columns else []
+    for shape in (*own, *SHAPES):
+        if shape in row:
+            return shape
+    return None
 
 
 def unused_columns(row: Any, columns: Mapping[str, str]) -> Iterator[str]:
     """Columns that change what a row means and that its shape does not read."""
+    if MEANING.isdisjoint(row):
+        return
     shape = _shape({**row, **columns}, columns)
     used = {"system", "history"} if shape == "instruction" else set() if shape == "text" else {"system"}
     if shape in ("messages", "conversations") or isinstance(row.get("prompt"), list):
         used.add("tools")
-    for name in MEANING:
-        if row.get(name) and name not in used and not any(name in wanted for wanted in columns.values()):
+    for name in row:
+        if name in MEANING and row[name] and name not in used and not any(name in wanted for wanted in columns.values()):
             yield name
 
 
