@@ -107,7 +107,7 @@ def history_of(run: RunFolder, num_prompts: int) -> History:
 
 
 def same_to_the_model(rows: Rows, held: Rows | None) -> Iterator[str]:
-    questions, asked = (len(np.unique(rows.column(name))) for name in ("seen", "asked"))
+    asked, questions = rows.num_questions
     if asked > 1 and questions < asked / 2:
         yield (
             f"{asked} different questions look like {questions} to the model: data.template leaves out what they ask; "

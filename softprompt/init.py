@@ -20,9 +20,11 @@ from softprompt.engine.model import FrozenBase
 from softprompt.engine.tokens import Encoded
 from softprompt.errors import ConfigError
 from softprompt.literal import control_tokens
+from softprompt.rows import sampled
 
 LENGTH_WITHOUT_TEXT = 16
 COMMON_TOKENS = 5000  # as in Lester et al. (2021)
+LOOKED_AT = 20_000  # training rows, where there are more
 
 
 @dataclass(frozen=True)
@@ -92,13 +94,14 @@ def from_labels(material: Material, room: int) -> Initial:
 
 def from_vocabulary(material: Material, room: int) -> Initial:
     """Embeddings of different tokens, drawn from the most frequent ones of the training rows, special tokens left out."""
-    special = control_tokens(material.base.tokenizer)
-    counts = Counter(token for row in material.rows for token in row.ids if token not in special)
+    special, looked_at = control_tokens(material.base.tokenizer), _looked_at(material)
+    counts = Counter(token for row in looked_at for token in row.ids if token not in special)
     common = [token for token, _ in counts.most_common(COMMON_TOKENS)]
     if not common:
         raise ConfigError('prompt.init = "vocab": the training rows have no tokens to draw from')
     drawn = random.Random(material.seed).sample(common, min(room, len(common)))
-    return Initial(_rows(material, drawn), f"{len(drawn)} drawn from the data's {len(common)} most frequent tokens (seed {material.seed})")
+    note = f"{len(drawn)} drawn from the data's {len(common)} most frequent tokens (seed {material.seed})"
+    return Initial(_rows(material, drawn), note + ("" if len(looked_at) == len(material.rows) else f", of {len(looked_at)} training rows"))
 
 
 def from_examples(material: Material, room: int) -> Initial:
@@ -106,7 +109,8 @@ def from_examples(material: Material, room: int) -> Initial:
 
     The first one is cut where there is no room, so that the text goes on behind a whole answer: a cut one is no pattern to go by.
     """
-    short = sorted(material.rows, key=len)[: (len(material.rows) + 1) // 2]
+    looked_at = _looked_at(material)
+    short = sorted(looked_at, key=len)[: (len(looked_at) + 1) // 2]
     random.Random(material.seed).shuffle(short)
     by_answer: dict[tuple[int, ...], list[Encoded]] = {}
     for row in short:
@@ -148,6 +152,11 @@ SOURCES: dict[str, Source] = {
     "random": from_noise,
     "file": from_file,
 }
+
+
+def _looked_at(material: Material) -> Sequence[Encoded]:
+    """All training rows, or LOOKED_AT of them, spread evenly."""
+    return [material.rows[number] for number in sampled(len(material.rows), LOOKED_AT)]
 
 
 def _rows(material: Material, ids: Sequence[int]) -> Tensor:

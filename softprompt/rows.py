@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import compress
 from typing import Any
 
@@ -45,6 +46,12 @@ class Rows:
         """One number of every row (flat.ROW)."""
         found: NDArray[Any] = self.flat.rows[name]
         return found
+
+    @cached_property
+    def num_questions(self) -> tuple[int, int]:
+        """How many different questions were asked, and how many of them look different to the model."""
+        asked, seen = (len(np.unique(self.column(name))) for name in ("asked", "seen"))
+        return asked, seen
 
     @property
     def num_supervised(self) -> int:

@@ -23,7 +23,7 @@ from softprompt.data import Example, Loaded, Message, Reading, held_of, load_exa
 from softprompt.encode import make_encoder
 from softprompt.errors import ConfigError, DataError
 from softprompt.events import Preparing, returned
-from softprompt.flat import FlatWriter
+from softprompt.flat import Flat, FlatWriter
 from softprompt.prepared import Wanted, preparing
 from softprompt.rows import encode_file, load_rows
 from softprompt.training import train
@@ -105,6 +105,22 @@ def test_the_ids_are_those_of_each_row_alone(tmp_path, template, adds_bos, kept)
     assert bool(entries(tmp_path)) == kept
 
 
+def test_a_start_from_many_rows_looks_at_some_of_them(tmp_path, make_config, bases, monkeypatch):
+    from softprompt import init
+    from softprompt.job import prepare
+
+    rows = tiny.write_rows(tmp_path / "rows.jsonl", [{"prompt": "q", "completion": chr(97 + n // 8)} for n in range(160)])
+    asked, made = [], Flat.encoded
+    monkeypatch.setattr(init, "LOOKED_AT", 20)
+    monkeypatch.setattr(Flat, "encoded", lambda self, number: asked.append(number) or made(self, number))
+    for source in ("vocab", "examples"):
+        del asked[:]
+        config = make_config(f"data.train={rows}", f"data.eval={rows}", f"prompt.init={source}", "prompt.length=40")
+        note = returned(prepare(config, bases())).untrained["seed-0"].note
+        assert sorted(asked) == list(range(0, 160, 8)), "spread evenly"
+        assert "of 20 training rows" in note if source == "vocab" else "training rows" in note
+
+
 def test_the_arrays_are_as_documented(tmp_path):
     source = str(tiny.write_rows(tmp_path / "rows.jsonl", [{"text": f"t{n}", "label": "ab"[n % 2]} for n in range(20)]))
     rows = encode_file(source, tiny.tiny_tokenizer())
@@ -114,7 +130,7 @@ def test_the_arrays_are_as_documented(tmp_path):
     assert tiny.tiny_tokenizer().decode(rows.flat.ids[own]) == "Human: t3\n\nAssistant: b</s>"
     assert rows.flat.ids[own][rows.flat.supervised[own]].tolist() == [*tiny.tiny_tokenizer()("b", add_special_tokens=False)["input_ids"], 2]
     assert (rows.labels, [example.label for example in rows.examples[:3]]) == (("a", "b"), ["a", "b", "a"])
-    assert isinstance(rows.flat.ids, np.memmap), "mapped, not read"
+    assert isinstance(rows.flat.ids.base, np.memmap), "mapped, not read"
 
 
 # ---- kept ----------------------------------------------------------------------------------------------------------
