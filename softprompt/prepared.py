@@ -147,9 +147,10 @@ def _made(encoder: Encoder, wanted: Wanted, content: Content, place: Path | None
             if place is None:
                 return work.prepared(map_folder(folder))
             _write_facts(folder, work.prepared(map_folder(folder)))
-    except FileExistsError:  # without locks another process may have been faster
-        pass
     except OSError as error:
+        found = _kept(place) if place else None
+        if found is not None:  # without locks another process may have been faster
+            return found
         where = place.parent if place else tempfile.gettempdir()
         raise DataError(f"tokenized rows cannot be written to {where}: {error.strerror}; SOFTPROMPT_CACHE names another folder") from None
     found = _kept(place) if place else None
@@ -361,12 +362,16 @@ def _trim(newest: Path) -> None:
     for draft in root.glob(".*.draft"):
         name = draft.name[1:].partition(".")[0]
         if name != newest.name:
-            with suppress(OSError, Timeout), FileLock(root / f"{name}.lock", blocking=False):
-                shutil.rmtree(draft, ignore_errors=True)
+            _remove(root, name, draft)
     folders = [(folder.stat().st_mtime, folder) for folder in root.iterdir() if folder.is_dir() and folder.name[0] != "."]
     room = CACHE_BYTES
     for _, folder in sorted(folders, key=lambda one: (one[1] != newest, -one[0])):
         room -= sum(file.stat().st_size for file in folder.iterdir())
         if room < 0 and folder != newest:
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.with_name(f"{folder.name}.lock").unlink(missing_ok=True)
+            _remove(root, folder.name, folder)
+
+
+def _remove(root: Path, name: str, folder: Path) -> None:
+    """Unless somebody works on the rows of this name."""
+    with suppress(OSError, NotImplementedError, Timeout), FileLock(root / f"{name}.lock", blocking=False):
+        shutil.rmtree(folder, ignore_errors=True)

@@ -376,6 +376,27 @@ def test_of_two_that_start_at_once_one_reads(tmp_path, monkeypatch, caplog):
     assert found.ids.tolist() == load(tmp_path, cache=False).flat.ids.tolist()
 
 
+def test_without_locks_the_rows_of_the_faster_process_are_taken(tmp_path, monkeypatch):
+    tiny.write_rows(tmp_path / "rows.jsonl", PLAIN)
+    close = FlatWriter.close
+
+    def slow(self):
+        with monkeypatch.context() as patch:
+            patch.setattr(FlatWriter, "close", close)
+            load(tmp_path)  # another one begins later and is done earlier
+        close(self)
+
+    @contextmanager
+    def no_locks(place):
+        yield
+
+    monkeypatch.setattr(prepared, "_alone", no_locks)
+    monkeypatch.setattr(FlatWriter, "close", slow)
+    found = load(tmp_path)
+    assert found.flat.ids.tolist() == load(tmp_path, cache=False).flat.ids.tolist()
+    assert len(entries(tmp_path)) == 1
+
+
 def test_the_draft_of_a_process_that_is_gone_goes_with_the_next_rows(tmp_path):
     tiny.write_rows(tmp_path / "rows.jsonl", PLAIN)
     draft = tmp_path / "cache" / "rows" / ".abc.123.draft"
