@@ -80,7 +80,7 @@ def thinned(line: Line, most: int) -> tuple[Line, int]:
 def lines(title: str, series: Sequence[Line], *, x: str = "step", log: bool = False, band: Sequence[float] = ()) -> Markup:
     """Lines over `x`; `band` is a low, a usual and a high value to compare with."""
     figure, axes = _figure()
-    from matplotlib.ticker import LogLocator, NullFormatter
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
     if band:
         axes.axhspan(band[0], band[2], color=INKS["band"], linewidth=0)
@@ -97,6 +97,9 @@ def lines(title: str, series: Sequence[Line], *, x: str = "step", log: bool = Fa
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter(NullFormatter())
+    if max((one.x[-1] for one in series if one.x), default=0) >= 10_000:  # in full, with room between them
+        axes.xaxis.set_major_locator(MaxNLocator(5))
+        axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.set_xlabel(x)
     axes.margins(x=0.02)
     told = [f"{one.name} from {one.y[0]:.3g} to {one.y[-1]:.3g}" for one in series if one.y]
