@@ -107,7 +107,13 @@ def test_only_the_same_command_goes_on(generate, tmp_path):
     file.write_text("bring tea\n")
     assert generate("--in", file, "--out", out)[0] == 0
     whole = out.read_bytes()
-    for words in (("--temperature=1",), ("--system=Be kind.",), ("--answer-field=said",), ("data.columns.prompt=text",)):
+    for words in (
+        ("--temperature=1",),
+        ("--system=Be kind.",),
+        ("--answer-field=said",),
+        ("data.columns.prompt=text",),
+        ("model.dtype=bfloat16",),
+    ):
         code, error = generate("--in", file, "--out", out, "--resume", *words)
         assert code == 2
         assert "was begun with another" in error

@@ -263,7 +263,8 @@ def _answer_file(answerers: "Callable[[], Any]", sampling: Any, files: _Files, o
     found = questions.survey([named.answer, named.error])
     base, ((_, one), *_) = answerers()
     task = Task(base, one, questions, found.num_rows, sampling, named)
-    told = {**made_with, "base": base.fingerprint, "questions": found.digest, "columns": dict(columns), "answer_field": named.answer}
+    of_base = {"base": base.fingerprint, "dtype": str(base.dtype)}
+    told = {**made_with, **of_base, "questions": found.digest, "columns": dict(columns), "answer_field": named.answer}
     try:
         follow_answers(answer_file(task, files.out, told, resume=files.resume), files.out)
     except KeyboardInterrupt:
