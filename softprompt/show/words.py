@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from softprompt.rows import SAMPLE
 from softprompt.show import Shown
 from softprompt.show.findings import MEASURE, NEAR_ROWS, InBoth, OneAnswer
 
@@ -29,6 +30,8 @@ def said_of(shown: Shown) -> list[Said]:
 
 def _notes(shown: Shown) -> Iterator[str]:
     yield from shown.notes
+    if max(summary.num_rows for summary in shown.summaries.values()) > SAMPLE:
+        yield f"scripts are those of {SAMPLE:,} rows of a split, spread evenly"
     if shown.findings.sampled is not None:
         yield f"near rows were looked for among {NEAR_ROWS:,} of {shown.findings.sampled:,} rows, spread evenly; all else among all"
 
