@@ -25,6 +25,7 @@ from softprompt.config import Config, ModelConfig
 from softprompt.encode import Encoder, make_encoder
 from softprompt.engine.model import FrozenBase, same_weights
 from softprompt.engine.prompt import DeepPrompt, Prompt, SoftPrompt, shapes_of
+from softprompt.engine.quantized import unadvised
 from softprompt.errors import ArtifactError
 from softprompt.runlog import package_versions
 
@@ -138,7 +139,8 @@ def write_prompt(folder: Path, soft: Prompt, card: Card, base: FrozenBase, rows:
 
 def _peft_config(soft: Prompt, card: Card, base: FrozenBase, rows: torch.Tensor) -> Any:
     """What makes the folder a PEFT adapter, or None for a deep prompt whose layers differ in shape: PEFT has no such format."""
-    from peft import PrefixTuningConfig, PromptTuningConfig
+    with unadvised():
+        from peft import PrefixTuningConfig, PromptTuningConfig
 
     text = base.model.config.get_text_config(decoder=True)
     common = {

@@ -16,6 +16,7 @@ from softprompt.encode import Encoder
 from softprompt.engine.head import Head
 from softprompt.engine.model import FrozenBase
 from softprompt.engine.prompt import Prompt
+from softprompt.engine.quantized import unadvised
 from softprompt.engine.shelf import Context
 from softprompt.engine.tokens import Encoded, num_shared
 from softprompt.engine.trial import check
@@ -173,7 +174,8 @@ def competing(base: FrozenBase, contestant: Contestant) -> Iterator[FrozenBase]:
     if contestant.adapter is None:
         yield base
         return
-    from peft import PeftModel
+    with unadvised():
+        from peft import PeftModel
 
     wrong = f"{contestant.adapter} cannot be put on {base.name}"
     before = [(parent, name, child) for parent in base.model.modules() for name, child in parent.named_children()]

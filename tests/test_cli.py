@@ -71,6 +71,12 @@ def contents(folder: Path) -> dict[str, bytes]:
 # ---- what each verb writes -----------------------------------------------------------------------------------------
 
 
+def test_a_run_in_a_process_of_its_own_says_nothing_on_standard_error(config_file):
+    """Whatever is installed beside: bitsandbytes advises to install kernels where a processor multiplies in bfloat16."""
+    done = subprocess.run([sys.executable, "-m", "softprompt", "train", config_file()], capture_output=True, text=True, check=True)
+    assert done.stderr == ""
+
+
 def test_train_writes_its_result(finished, tmp_path):
     result = json.loads((tmp_path / "train.json").read_text())
     documented = ["steps", "train_loss", "eval_loss_before", "eval_loss_after", "seconds", "samples_per_second", "peak_bytes", "prompt"]

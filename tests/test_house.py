@@ -119,6 +119,15 @@ def test_files_and_functions_stay_readable():
     assert not {name for name, share in found.items() if share > 1}
 
 
+def test_the_version_to_cite_is_that_of_the_package():
+    assert f"version: {softprompt.__version__}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+
+
+def test_the_types_are_there_for_others():
+    assert (PACKAGE / "py.typed").is_file()
+    assert '"py.typed"' in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+
+
 def test_public_names_are_pinned():
     names = [
         "Config",

@@ -23,6 +23,8 @@ from softprompt.engine.layers import Layer, Layers, empty_cache, filled_cache, k
 from softprompt.engine.precise import float32_products
 from softprompt.errors import ModelError
 
+CACHE_NAMES = ("cache", "past_key_values", "cache_params")  # what a forward calls what its layers keep; "cache" since transformers 5.24
+
 
 @dataclass(frozen=True)
 class Prefix:
@@ -148,7 +150,7 @@ def run(backbone: Any, embeds_BTH: Tensor, mask_BS: Tensor, positions_BT: Tensor
     """Hidden states of the last layer. A base that only keeps states is told of the padding of `embeds_BTH` alone."""
     takes = _parameters(type(backbone))  # type: ignore[arg-type]
     mask_BS = mask_BS if looks_back(cache) else mask_BS[:, -embeds_BTH.shape[1] :]
-    kept = {"cache_params" if "cache_params" in takes else "past_key_values": cache}
+    kept = {next(name for name in CACHE_NAMES if name in takes): cache}
     where = {"position_ids": positions_BT} if "position_ids" in takes else {}
     return backbone(inputs_embeds=embeds_BTH, attention_mask=mask_BS, use_cache=True, **where, **kept).last_hidden_state
 

@@ -1,5 +1,8 @@
 """Bases that were saved in few bits: what their configuration says, and the precision of what was left as it was."""
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -52,3 +55,15 @@ def settle(model: Any, dtype: torch.dtype) -> None:
 def _said(settings: Any) -> dict[str, Any]:
     said = getattr(settings, "quantization_config", None) or {}
     return said if isinstance(said, dict) else said.to_dict()
+
+
+@contextmanager
+def unadvised() -> Iterator[None]:
+    """bitsandbytes, which PEFT imports wherever it is installed, advises then to install faster kernels: nobody has asked for 4 bits."""
+    log = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    before = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(before)
