@@ -380,7 +380,11 @@ def model_card(card: Card, repo_id: str | None = None) -> str:
 ```
 
 ```python
-from peft import PeftModel
+import softprompt
+base = softprompt.load_base(softprompt.load_config(None, ["model.name=BASE"]).model)
+answers = softprompt.generate(base, softprompt.load_prompt("{place}", base), ["your text"])
+
+from peft import PeftModel  # PEFT 0.21's generate loses the prompt under transformers 5.24; its forward is right
 model = PeftModel.from_pretrained(base_model, "{place}")
 ```
 {bos}

@@ -82,6 +82,16 @@ def test_the_readme_is_a_model_card_with_yaml_front_matter(trained):
     assert LICENCE_NOTE in readme
 
 
+def test_the_lines_of_the_card_answer_without_peft(trained, bases):
+    block = (trained / "prompt" / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    ours, peft_s = block.split("\n\n")
+    assert "peft" not in ours
+    assert peft_s.startswith("from peft import")
+    found = {}
+    exec(ours.replace("BASE", bases().name).replace("THIS_FOLDER", str(trained / "prompt")), found)
+    assert [type(text) for text in found["answers"]] == [str]
+
+
 def test_the_folder_names_no_place_of_the_training_rows(trained):
     for file in (trained / "prompt").glob("*.*"):
         assert str(trained.parent / "train.jsonl").encode() not in file.read_bytes()
