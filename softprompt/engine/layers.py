@@ -11,9 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, cache_utils
 from transformers.cache_utils import (
-    DummyLayer,
     DynamicIndexedLayer,
     DynamicLayer,
     DynamicSlidingWindowLayer,
@@ -120,15 +119,16 @@ class Hybrid(_Concatenating, _Replacing, LinearAttentionAndFullAttentionLayer): 
     """Both in one layer."""
 
 
-OURS = {
+OURS: dict[Any, Any] = {
     DynamicLayer: Attention,
     DynamicSlidingWindowLayer: Attention,
     DynamicIndexedLayer: Indexed,
     LinearAttentionLayer: Recurrent,
     LinearAttentionAndFullAttentionLayer: Hybrid,
     LinearAttentionAndSlidingWindowAttentionLayer: Hybrid,
-    DummyLayer: DummyLayer,
 }
+if hasattr(cache_utils, "DummyLayer"):  # keeps nothing; transformers 5.19 has no such layers
+    OURS[cache_utils.DummyLayer] = cache_utils.DummyLayer
 
 
 def empty_cache(settings: Any) -> DynamicCache:
