@@ -15,7 +15,7 @@ import pyarrow.parquet
 import pytest
 from tiny import some_rows, write_rows
 
-from softprompt.data import Message, hold_out, json_array, load_examples
+from softprompt.data import Loaded, Message, held_of, json_array, load_examples
 from softprompt.errors import DataError
 
 PAIR = {"prompt": "say hi", "completion": "hi"}
@@ -31,6 +31,13 @@ def only(tmp_path, row, **how):
     loaded = load(write_rows(tmp_path / "one.jsonl", [row]), **how)
     assert loaded.rejected == ()
     return loaded.examples[0]
+
+
+def hold_out(loaded, fraction, seed):
+    """(training rows, held-out rows)."""
+    sides = list(zip(loaded.examples, held_of([example.turns for example in loaded.examples], fraction, seed), strict=True))
+    train, held = (tuple(example for example, side in sides if side is on) for on in (False, True))
+    return Loaded(train, loaded.rejected, loaded.notes), Loaded(held, ())
 
 
 def answers(loaded):

@@ -7,7 +7,7 @@ import random
 from collections import Counter
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import compress, islice
+from itertools import islice
 from typing import Any
 
 from softprompt.data.examples import Example as Example
@@ -114,16 +114,9 @@ def first_rows(source: str, count: int) -> list[Mapping[str, Any]]:
     return [row for _, row in islice(rows_of(source), count) if isinstance(row, Mapping)]
 
 
-def hold_out(loaded: Loaded, fraction: float, seed: int) -> tuple[Loaded, Loaded]:
-    """Splits off `fraction` of the different examples (at least one), chosen by `seed`; both parts keep the file's order. Copies of a
-    row, up to white space, stay on one side."""
-    sides = held_of([example.turns for example in loaded.examples], fraction, seed)
-    train, held = (tuple(compress(loaded.examples, (side is on for side in sides))) for on in (False, True))
-    return Loaded(train, loaded.rejected, loaded.notes), Loaded(held, ())
-
-
 def held_of(turns: Sequence[Hashable], fraction: float, seed: int) -> list[bool]:
-    """Whether each row is held out, of rows that are the same where their `turns` are. Raises DataError where none would be left."""
+    """Whether each row is held out: `fraction` of the different ones (at least one), chosen by `seed`. Rows are the same where their
+    `turns` are, so that copies stay on one side. Raises DataError where none would be left."""
     different = list(dict.fromkeys(turns))
     num_held = max(1, round(fraction * len(different)))
     if num_held >= len(different):

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from softprompt.data import Example
 from softprompt.flat import turn_hashes
+from softprompt.rows import sampled
 
 NEAR, PIECE, NEAR_ROWS = 0.7, 3, 20_000
 COMMON, COMMON_ROWS = 0.05, 20  # a piece in more than this share of the rows, and in more than so many, tells nothing
@@ -102,8 +103,7 @@ class Split:
     @property
     def looked_at(self) -> Sequence[int]:
         """The numbers of the rows that are compared for being near."""
-        count = len(self.examples)
-        return range(count) if count <= NEAR_ROWS else [index * count // NEAR_ROWS for index in range(NEAR_ROWS)]
+        return sampled(len(self.examples), NEAR_ROWS)
 
 
 def compare(train: Split, held: Split | None = None) -> Findings:
