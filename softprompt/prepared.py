@@ -83,11 +83,9 @@ def preparing(encoder: Encoder, wanted: Wanted) -> Pass:
     Raises DataError when the source cannot be read, changes while it is read, or holds more unusable rows than `wanted` allows.
     """
     content = content_of(wanted.source)
-    tokenizer = _tokenizer_name(encoder)
-    root = cache_root() / "rows"
-    if content.name is None or tokenizer is None or not wanted.cache or not _writable(root):
+    place = _place(content, encoder, wanted)
+    if place is None:
         return (yield from _made(encoder, wanted, content, None))
-    place = root / _name(content.name, tokenizer, encoder, wanted)
     with _alone(place):
         found = _kept(place)
         if found is None:
@@ -265,6 +263,16 @@ def _vanishing() -> Iterator[Path]:
 
 
 # ---- the cache -----------------------------------------------------------------------------------------------------
+
+
+def _place(content: Content, encoder: Encoder, wanted: Wanted) -> Path | None:
+    """Where the rows lie, or would lie; None where they are not to be kept, cannot be told from others, or are too few."""
+    few = content.num_rows is not None and content.num_rows < SMALL
+    root = cache_root() / "rows"
+    if content.name is None or few or not wanted.cache or not _writable(root):
+        return None
+    tokenizer = _tokenizer_name(encoder)  # a third of a second for the largest vocabularies
+    return None if tokenizer is None else root / _name(content.name, tokenizer, encoder, wanted)
 
 
 def _name(content: str, tokenizer: str, encoder: Encoder, wanted: Wanted) -> str:
