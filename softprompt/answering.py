@@ -8,20 +8,16 @@ somebody works on, and windows that are complete while one before them is not.
 """
 
 import json
-import logging
 import math
 import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
-from softprompt.atomic import write_text
+from softprompt.atomic import locked, write_text
 from softprompt.data import Questions, Unanswered
 from softprompt.engine.decode import Question, Sampling
 from softprompt.engine.model import FrozenBase
@@ -30,6 +26,7 @@ from softprompt.generation import Answerer, Ensemble, pieces_of, prepared
 
 WINDOW = 1024  # rows: what a kill may cost, and how far answers may come out of order; at its end the batch runs empty
 PAUSE = 0.05  # seconds between two writings: with every answer, the lock would be a tenth of the work on the smallest bases
+ALONE = "start no second process on this file"  # where there are no locks
 PATIENCE = 0.2  # seconds until a process that finds all windows taken looks again
 
 
@@ -95,7 +92,7 @@ def answer_file(task: Task, out: Path, settings: Mapping[str, Any], *, resume: b
         yield Answered(shared.num_done(), task.num_rows)
         while missing := shared.missing():
             for number in missing:
-                with _locked(shared.folder / f"{number}.lock", wait=False) as ours:
+                with locked(shared.folder / f"{number}.lock", wait=False, unlocked=ALONE) as ours:
                     if ours and number in shared.missing():
                         yield from _answer_window(task, shared, number)
                         break
@@ -194,7 +191,7 @@ class Shared:
         return self.folder / f"{number}.jsonl"
 
     def _alone(self) -> Any:
-        return _locked(self.folder / "out.lock", wait=True)
+        return locked(self.folder / "out.lock", wait=True, unlocked=ALONE)
 
     def _look(self) -> None:
         """Counts what others have written; a half line at the end is what a kill left, and is cut away."""
@@ -214,23 +211,6 @@ class Shared:
             with self.out.open("ab") as file:
                 self.num_bytes += file.write(b"".join(lines))
             self.num_lines += len(lines)
-
-
-@contextmanager
-def _locked(path: Path, *, wait: bool) -> Iterator[bool]:
-    """Yields whether the lock is held here: by nobody else, or this file system has none. A kill gives it back."""
-    lock, ours = FileLock(path, blocking=wait), True
-    try:
-        lock.acquire()
-    except Timeout:
-        ours = False
-    except (OSError, NotImplementedError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        logging.getLogger(__name__).warning("%s: no locks here (%s): start no second process on this file", path.parent, reason)
-    try:
-        yield ours
-    finally:
-        lock.release()
 
 
 # ---- a window ----------------------------------------------------------------------------------------------------

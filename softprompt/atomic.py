@@ -1,11 +1,14 @@
-"""Files and folders that are there whole or not at all: written beside their place, flushed to disk, then renamed."""
+"""Files and folders that are there whole or not at all: written beside their place, flushed to disk, then renamed; and locks."""
 
+import logging
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
+
+from filelock import FileLock, Timeout
 
 
 @contextmanager
@@ -72,3 +75,21 @@ def _flush_folder(path: Path) -> None:
     """Makes a renaming last. Windows opens no folders, and some network shares flush none: the file itself is flushed by then."""
     with suppress(OSError):
         _flush(path, os.O_RDONLY)
+
+
+@contextmanager
+def locked(path: Path, *, wait: bool, unlocked: str) -> Iterator[bool]:
+    """Yields whether the lock of this file is held here; a kill gives it back. `wait`: until it is. A file system that knows no locks,
+    some network shares, is said with `unlocked`, and taken for one where nobody else is."""
+    lock, ours = FileLock(path, blocking=wait), True
+    try:
+        lock.acquire()
+    except Timeout:
+        ours = False
+    except (OSError, NotImplementedError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        logging.getLogger(__name__).warning("%s: no locks here (%s): %s", path.parent, reason, unlocked)
+    try:
+        yield ours
+    finally:
+        lock.release()

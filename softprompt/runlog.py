@@ -16,17 +16,16 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
-from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
-from softprompt.atomic import new_file, new_folder, write_text
+from softprompt.atomic import locked, new_file, new_folder, write_text
 from softprompt.config import PLACE, Config, ModelConfig, load_config
 from softprompt.data import Rejected
 from softprompt.errors import RunError
@@ -95,15 +94,9 @@ class RunFolder:
     def locked(self) -> Iterator[None]:
         """Keeps a second process out of the same run. Raises RunError when one is in it. A file system that knows no locks, some
         network shares, is said, and the run goes on."""
-        lock = FileLock(self.path / ".lock", blocking=False)
-        with ExitStack() as held:
-            try:
-                held.enter_context(lock)
-            except Timeout:
-                raise RunError(f"{self.path}: another process is running this run") from None
-            except (OSError, NotImplementedError) as error:
-                reason = getattr(error, "strerror", None) or str(error)
-                logging.getLogger(__name__).warning("%s: no locks here (%s): start no second process on this run", self.path, reason)
+        with locked(self.path / ".lock", wait=False, unlocked="start no second process on this run") as ours:
+            if not ours:
+                raise RunError(f"{self.path}: another process is running this run")
             for draft in (*self.path.glob(".*.draft"), *self.checkpoints.glob(".*.draft")):  # left half-written by a kill
                 shutil.rmtree(draft) if draft.is_dir() else draft.unlink()
             yield
