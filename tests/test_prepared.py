@@ -455,9 +455,8 @@ def test_a_disk_without_room_is_one_sentence(tmp_path, monkeypatch):
     assert entries(tmp_path) == []
 
 
-@pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="whom no permission holds back")
 def test_a_cache_that_cannot_be_written_costs_no_run(tmp_path):
-    (tmp_path / "cache").mkdir(mode=0o500)
+    (tmp_path / "cache").write_text("no folder can be made here, whoever runs this")
     tiny.write_rows(tmp_path / "rows.jsonl", PLAIN)
     assert len(load(tmp_path).flat.rows) == 20
 
