@@ -6,13 +6,14 @@ turns and the place of each as UTF-8. A row's tokens are `ids[start : start + le
 
 import hashlib
 import json
+from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
-from typing import Any, BinaryIO, overload
+from typing import Any, BinaryIO, TypeVar, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +32,8 @@ ROW = np.dtype(
     + [(name, "<i4") for name in ("length", "supervised", "cut", "lost", "unlearned", "label", "part", "tools", "size", "place", "fields")]
 )
 KINDS = {"rows": ROW, "ids": np.dtype("<i4"), "supervised": np.dtype(np.bool_), "texts": np.dtype(np.uint8)}
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -81,44 +84,43 @@ class Flat:
         return self.texts[begin + start : begin + stop].tobytes()
 
 
-class EncodedRows(Sequence[Encoded]):
-    """The rows of flat arrays, each made when it is asked for."""
+class _MadeOnDemand(Sequence[Item], ABC):
+    """What stands behind the rows of flat arrays, each made when it is asked for."""
 
     def __init__(self, flat: Flat) -> None:
         self.flat = flat
 
+    @abstractmethod
+    def _made(self, number: int) -> Item: ...
+
     def __len__(self) -> int:
         return len(self.flat.rows)
 
     @overload
-    def __getitem__(self, at: int) -> Encoded: ...
+    def __getitem__(self, at: int) -> Item: ...
     @overload
-    def __getitem__(self, at: slice) -> tuple[Encoded, ...]: ...
-    def __getitem__(self, at: int | slice) -> Encoded | tuple[Encoded, ...]:
+    def __getitem__(self, at: slice) -> tuple[Item, ...]: ...
+    def __getitem__(self, at: int | slice) -> Item | tuple[Item, ...]:
         if isinstance(at, slice):
-            return tuple(map(self.flat.encoded, range(*at.indices(len(self)))))
-        return self.flat.encoded(range(len(self))[at])
+            return tuple(map(self._made, range(*at.indices(len(self)))))
+        return self._made(range(len(self))[at])
 
 
-class StoredExamples(Sequence[Example]):
-    """The examples of flat arrays, each made when it is asked for: turns, tools, label and place; other columns where they are kept."""
+class EncodedRows(_MadeOnDemand[Encoded]):
+    """The rows as the model sees them."""
+
+    def _made(self, number: int) -> Encoded:
+        return self.flat.encoded(number)
+
+
+class StoredExamples(_MadeOnDemand[Example]):
+    """The examples: turns, tools, label and place; other columns where they are kept."""
 
     def __init__(self, flat: Flat, labels: Sequence[str]) -> None:
-        self.flat, self.labels = flat, labels
+        super().__init__(flat)
+        self.labels = labels
 
-    def __len__(self) -> int:
-        return len(self.flat.rows)
-
-    @overload
-    def __getitem__(self, at: int) -> Example: ...
-    @overload
-    def __getitem__(self, at: slice) -> tuple[Example, ...]: ...
-    def __getitem__(self, at: int | slice) -> Example | tuple[Example, ...]:
-        if isinstance(at, slice):
-            return tuple(map(self._example, range(*at.indices(len(self)))))
-        return self._example(range(len(self))[at])
-
-    def _example(self, number: int) -> Example:
+    def _made(self, number: int) -> Example:
         turns, label = self.flat.turns(number), int(self.flat.rows[number]["label"])
         tools = tuple(turns.pop()) if self.flat.rows[number]["tools"] else ()
         name = None if label < 0 else self.labels[label]
