@@ -51,9 +51,6 @@ class RunError(Error, RuntimeError):
 class MissingPackage(Error, ImportError):
     """An optional package that is not installed."""
 
-    def __init__(self, package: str, extra: str) -> None:
-        super().__init__(f"{package} is not installed: pip install 'softprompt[{extra}]'")
-
 
 def first_line(error: Exception) -> str:
     """What somebody else's error says, in one line; its kind where it says nothing."""

@@ -7,6 +7,7 @@ Shapes: N rows, L labels, R bootstrap samples.
 
 import importlib
 import json
+import logging
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from softprompt.errors import ConfigError
+from softprompt.extras import has, install_line, need
 
 Numbers = NDArray[np.float64]
 SAMPLES, TAIL, ENOUGH_ROWS = 1000, 2.5, 20  # bootstrap samples; per cent on either side of an interval; rows that a verdict needs
@@ -57,13 +59,14 @@ Score = Callable[[Numbers], float]  # of weights [N]
 
 @dataclass(frozen=True)
 class Metric:
-    """`of` prepares a table once and returns the score of weighted rows. `needs`: what the table must hold."""
+    """`of` prepares a table once and returns the score of weighted rows. `needs`: what the table must hold. `package`: see extras."""
 
     name: str
     needs: Literal["losses", "label_losses", "answers"]
     of: Callable[[Table], Score]
     higher_is_better: bool = True
     percent: bool = False
+    package: str | None = None
 
 
 def _mean_of(values: Sequence[float] | Numbers) -> Score:
@@ -95,12 +98,12 @@ def _accuracy(table: Table) -> Score:
 
 
 def _macro_f1(table: Table) -> Score:
-    from sklearn.metrics import f1_score
-
-    every = list(range(len(table.labels)))
+    """The mean over labels of F1, which is 0 where a label is neither in the rows nor chosen."""
 
     def score(weights: Numbers) -> float:
-        return float(f1_score(table.truth, table.chosen, labels=every, average="macro", sample_weight=weights, zero_division=0.0))
+        counts_LL = _counted(table, weights)
+        both = counts_LL.sum(axis=0) + counts_LL.sum(axis=1)
+        return float(np.divide(2 * counts_LL.diagonal(), both, out=np.zeros_like(both), where=both > 0).mean())
 
     return score
 
@@ -131,9 +134,16 @@ def reliability(table: Table) -> list[tuple[float, float, int]]:
 
 def confusion(table: Table) -> list[list[int]]:
     """[L][L] rows by their own label (first) and the label chosen."""
-    from sklearn.metrics import confusion_matrix
+    assert table.truth is not None
+    return _counted(table, np.ones(len(table.truth))).astype(int).tolist()
 
-    return confusion_matrix(table.truth, table.chosen, labels=list(range(len(table.labels)))).tolist()
+
+def _counted(table: Table, weights: Numbers) -> Numbers:
+    """[L, L] the weight of the rows of every own label (first) and label chosen."""
+    assert table.truth is not None
+    num_labels = len(table.labels)
+    counts = np.bincount(table.truth * num_labels + table.chosen, weights, num_labels**2).astype(np.float64)
+    return counts.reshape(num_labels, num_labels)
 
 
 # ---- of generated answers ------------------------------------------------------------------------------------------
@@ -231,9 +241,9 @@ METRICS: dict[str, Metric] = {
         Metric("exact_match", "answers", by_row(exact), percent=True),
         Metric("json_valid", "answers", by_row(json_valid), percent=True),
         Metric("json_fields", "answers", by_row(json_fields), percent=True),
-        Metric("chrf", "answers", by_row(chrf), percent=True),
-        Metric("bleu", "answers", _bleu, percent=True),
-        Metric("rouge_l", "answers", by_row(rouge_l), percent=True),
+        Metric("chrf", "answers", by_row(chrf), percent=True, package="sacrebleu"),
+        Metric("bleu", "answers", _bleu, percent=True, package="sacrebleu"),
+        Metric("rouge_l", "answers", by_row(rouge_l), percent=True, package="rouge_score"),
     )
 }
 LIKELIHOOD = ("loss", "perplexity", "bits_per_byte")
@@ -241,17 +251,25 @@ LABELS = ("accuracy", "macro_f1", "calibration_error")
 
 
 def suiting(references: Sequence[str], labelled: bool, generates: bool) -> tuple[str, ...]:
-    """The metrics that the rows' shape asks for: of labels, of JSON, else of text."""
+    """The metrics that the rows' shape asks for: of labels, of JSON, else of text. Those that are not installed are said and left out."""
     said: tuple[str, ...] = ("exact_match",) if labelled else ("chrf", "bleu", "rouge_l", "exact_match")
     if all(isinstance(read_json(text), dict) for text in references):
         said = ("exact_match", "json_valid", "json_fields")
-    return (*LIKELIHOOD, *(LABELS if labelled else ()), *(said if generates else ()))
+    suit = (*LIKELIHOOD, *(LABELS if labelled else ()), *(said if generates else ()))
+    absent = {name: package for name in suit if (package := METRICS[name].package) and not has(package)}
+    if absent:
+        lines = " ".join(dict.fromkeys(map(install_line, absent.values())))
+        logging.getLogger(__name__).warning("not measured: %s: %s", ", ".join(absent), lines)
+    return tuple(name for name in suit if name not in absent)
 
 
 def metric_named(name: str) -> Metric:
-    """A metric by its name, or `module:function`, a function of (answer, reference) to a number. Raises ConfigError."""
+    """A metric by its name, or `module:function`, a function of (answer, reference) to a number. Raises ConfigError, MissingPackage."""
     if name in METRICS:
-        return METRICS[name]
+        metric = METRICS[name]
+        if metric.package:
+            need(metric.package, f"the metric {name}")
+        return metric
     module, colon, function = name.partition(":")
     if not colon:
         raise ConfigError(f"no metric is called {name!r}: there are {', '.join(METRICS)}, and module:function of your own")

@@ -3,13 +3,12 @@
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from softprompt.config import Config
-from softprompt.errors import MissingPackage
 from softprompt.events import Cell, Evaluated, Event, Finished, Sampled, Step
+from softprompt.extras import need
 
 PROJECT = "softprompt"  # what the trackers call a project or an experiment
 
@@ -41,8 +40,7 @@ class Tracking:
 def check_trackers(names: Sequence[str]) -> None:
     """Raises MissingPackage when one of them is not installed."""
     for package in names:
-        if find_spec(package) is None:
-            raise MissingPackage(package, package)
+        need(package, f"train.trackers = {package}")
 
 
 @contextmanager

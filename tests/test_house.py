@@ -22,7 +22,7 @@ PACKAGE = ROOT / "softprompt"
 # A module imports only from layers below its own; a folder is one module.
 LAYERS = [
     {"errors"},
-    {"config", "hub", "atomic", "scripts", "thinking", "literal", "events"},
+    {"config", "extras", "hub", "atomic", "scripts", "thinking", "literal", "events"},
     {"engine", "metrics"},
     {"data", "predictions", "trackers"},
     {"templates"},
@@ -39,7 +39,7 @@ LAYERS = [
     {"demo"},
     {"cli"},
 ]
-ENGINE_MAY_IMPORT = {"errors", "config", "hub", "atomic"}
+ENGINE_MAY_IMPORT = {"errors", "config", "extras", "hub", "atomic"}
 ENGINE = [
     {"tokens", "world", "precise", "head", "memory", "unpack", "family", "quantized", "optim", "layers"},
     {"offload", "places"},

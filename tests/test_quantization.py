@@ -2,6 +2,7 @@
 
 import copy
 import json
+import sys
 
 import pytest
 import tiny
@@ -70,7 +71,7 @@ def test_a_gguf_file_is_not_quantized_again():
 
 
 def test_without_bitsandbytes_the_install_line_is_said(folder, monkeypatch):
-    monkeypatch.setattr(loading, "find_spec", lambda package: None)
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)  # as if it were not installed
     with pytest.raises(MissingPackage, match=r"pip install 'softprompt\[quantization\]'"):
         quantized(folder, "nf4")
 
@@ -133,7 +134,7 @@ def test_it_is_not_quantized_again(saved):
 
 
 def test_a_base_saved_in_few_bits_says_which_package_it_wants(saved, monkeypatch):
-    monkeypatch.setattr(loading, "find_spec", lambda package: None)
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)  # as if it were not installed
     with pytest.raises(MissingPackage, match=r"pip install 'softprompt\[quantization\]'"):
         load_base(ModelConfig(name=str(saved[0]), device="cpu"))
 

@@ -32,7 +32,8 @@ from softprompt.cli.options import (
     app,
     write_json,
 )
-from softprompt.errors import ConfigError, MissingPackage
+from softprompt.errors import ConfigError
+from softprompt.extras import need
 
 if TYPE_CHECKING:
     from softprompt.generation import Piece
@@ -298,10 +299,9 @@ def _keeping_thoughts(pieces: "Iterable[Piece]", thoughts: list[str]) -> "Iterat
 @app.command("lm-eval", context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
 def lm_eval(context: typer.Context) -> None:
     """Run the lm-evaluation-harness, which then knows --model softprompt --model_args prompt=PROMPT; all else is its own."""
-    try:
-        from lm_eval.__main__ import cli_evaluate
-    except ImportError:
-        raise MissingPackage("lm-eval", "lm-eval") from None
+    need("lm_eval", "this command")
+    from lm_eval.__main__ import cli_evaluate
+
     from softprompt import harness  # noqa: F401 - registers the model
 
     sys.argv = ["softprompt lm-eval", *context.args]

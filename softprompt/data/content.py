@@ -9,6 +9,7 @@ from pathlib import Path
 
 from softprompt.config import RANGE
 from softprompt.data.files import COMPRESSED
+from softprompt.extras import need
 
 LINES = (".jsonl", ".csv", ".tsv")  # kinds of files with a row a line, nearly
 PIECE = 1 << 22
@@ -69,6 +70,7 @@ def _read(file: Path) -> tuple[str, int | None]:
 
 
 def _rows_of_parquet(file: Path) -> int | None:
+    need("pyarrow", str(file))
     import pyarrow.parquet
 
     try:

@@ -20,6 +20,7 @@ from softprompt.config import RANGE
 from softprompt.data.examples import ClassName, Unusable
 from softprompt.data.json_array import elements
 from softprompt.errors import DataError, first_line
+from softprompt.extras import need
 from softprompt.hub import hub
 
 PARQUET_ROWS = 1_000  # that are in memory at once
@@ -122,6 +123,7 @@ def _binary(path: Path) -> BinaryIO:
     if path.suffix.lower() == ".gz":
         return cast(BinaryIO, gzip.open(path, "rb"))
     if path.suffix.lower() == ".zst":
+        need("pyarrow", str(path))
         import pyarrow
 
         return cast(BinaryIO, io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd")))
@@ -285,6 +287,7 @@ def _csv_rows(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    need("pyarrow", str(path))
     import pyarrow.parquet
 
     try:
@@ -296,6 +299,7 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _saved_dataset(path: Path, split: str | None) -> Iterator[tuple[str, Any]]:
+    need("datasets", str(path))
     import datasets
 
     try:
@@ -313,6 +317,7 @@ def _saved_dataset(path: Path, split: str | None) -> Iterator[tuple[str, Any]]:
 
 
 def _hub_dataset(source: str, stream: bool) -> Iterator[tuple[str, Any]]:
+    need("datasets", f"{source}: no such file or folder here; a data set of the hub")
     import datasets
 
     name, *rest = source.split(":")

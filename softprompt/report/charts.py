@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup, escape
 
-from softprompt.errors import MissingPackage
+from softprompt.extras import need
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -149,11 +149,9 @@ def heatmap(title: str, cosines: Sequence[Sequence[float]]) -> Markup:
 
 
 def _figure(width: float = WIDTH, height: float = HEIGHT) -> "tuple[Figure, Axes]":
-    try:
-        from matplotlib import rc_context
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise MissingPackage("matplotlib", "report") from None
+    need("matplotlib", "a report")
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
 
     with rc_context(STYLE):
         figure = Figure(figsize=(width, height))

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from softprompt.data import Example
+from softprompt.extras import has
 from softprompt.flat import turn_hashes
 from softprompt.rows import sampled
 
@@ -74,13 +75,14 @@ class Contradiction:
 @dataclass(frozen=True)
 class Findings:
     """What is wrong, each kind in the order of the rows. Empty for sound rows. `sampled`: how many rows the larger
-    split has, where NEAR_ROWS of it were compared for being near."""
+    split has, where NEAR_ROWS of it were compared for being near. `near_compared`: False without scikit-learn, where none were."""
 
     duplicates: tuple[Duplicates, ...]
     near_duplicates: tuple[NearDuplicate, ...]
     in_both_splits: tuple[InBoth, ...]
     contradictions: tuple[Contradiction, ...]
     sampled: int | None = None
+    near_compared: bool = True
 
 
 @dataclass(frozen=True)
@@ -117,6 +119,7 @@ def compare(train: Split, held: Split | None = None) -> Findings:
         tuple(_in_both(train, held)),
         tuple(_contradictions(train, held)),
         max((len(split.examples) for split in splits if len(split.examples) > NEAR_ROWS), default=None),
+        has("sklearn"),
     )
 
 
@@ -190,12 +193,13 @@ def _known(hashes: Hashes, wanted: Hashes) -> list[int | None]:
 def _near(texts: Sequence[str], num_kept: int) -> dict[int, tuple[int, float]]:
     """(the text that it is most like, their likeness) of every text that is near an earlier one.
 
-    Of the first `num_kept` texts, those near no earlier one are kept to be compared with; of many near texts, one stands for all.
+    Empty without scikit-learn. Of the first `num_kept` texts, those near no earlier one are kept to be compared with; of many near texts,
+    one stands for all.
     """
+    if not texts or not has("sklearn"):
+        return {}
     from sklearn.feature_extraction.text import HashingVectorizer
 
-    if not texts:
-        return {}
     pieces = HashingVectorizer(analyzer="char", ngram_range=(PIECE, PIECE), n_features=2**22, norm=None, alternate_sign=False, binary=True)
     counts_TF = pieces.transform(f" {text} " for text in texts)
     often_F = np.bincount(counts_TF.indices, minlength=counts_TF.shape[1]) > max(COMMON_ROWS, COMMON * len(texts))

@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from softprompt.extras import install_line
 from softprompt.rows import SAMPLE
 from softprompt.show import Shown
 from softprompt.show.findings import MEASURE, NEAR_ROWS, InBoth, OneAnswer
@@ -32,7 +33,9 @@ def _notes(shown: Shown) -> Iterator[str]:
     yield from shown.notes
     if max(summary.num_rows for summary in shown.summaries.values()) > SAMPLE:
         yield f"scripts are those of {SAMPLE:,} rows of a split, spread evenly"
-    if shown.findings.sampled is not None:
+    if not shown.findings.near_compared:
+        yield f"rows that are nearly the same were not looked for, scikit-learn is not installed: {install_line('sklearn')}"
+    elif shown.findings.sampled is not None:
         yield f"near rows were looked for among {NEAR_ROWS:,} of {shown.findings.sampled:,} rows, spread evenly; all else among all"
 
 
