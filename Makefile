@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 VLLM ?= .venv-vllm
 TORCH ?= torch==2.13.0
 
-.PHONY: demo test test-engines test-gpu check install clean
+.PHONY: demo test test-fast test-engines test-gpu check package resolve install clean
 
 # torch first, by its own line: a plain dependency may pull gigabytes of CUDA onto a machine without a GPU.
 $(VENV)/.installed: pyproject.toml
@@ -44,10 +44,27 @@ test-engines: install $(VLLM)/.installed
 test-gpu: install
 	$(BIN)/python -m pytest -m gpu
 
+# The tests that need no browser, tracker or other engine, and no minute: what other systems run too (.github/workflows/tests.yml).
+test-fast: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "fast and not engines and not gpu" --numprocesses auto --maxprocesses 4 $(PYTEST)
+
 check: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/shellcheck .ci/run
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/actionlint
+
+# Wheel and sdist in dist/, checked, and tried in an empty environment. INSTALLED=--weights: with the whole demo.
+package: install
+	rm -rf dist build *.egg-info
+	$(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
+	$(BIN)/python .ci/installed.py dist/*.whl --torch '$(TORCH)' $(INSTALLED)
+
+# Whether all that softprompt needs has wheels on every Python and platform; EXTRAS: and what these need.
+resolve:
+	$(PYTHON) .ci/resolve.py $(EXTRAS)
 
 clean:
 	rm -rf $(VENV) $(VLLM) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

