@@ -123,3 +123,16 @@ def test_a_path_with_a_colon_of_its_own_is_made_absolute(monkeypatch, tmp_path, 
     config = load_config(None, ["model.name=base", f"data.train=C:rows.jsonl{rest}", "data.eval=owner/name:test"])
     data = with_absolute_paths(config).data
     assert (data.train, data.eval) == (f"{tmp_path}/C:rows.jsonl{rest}", "owner/name:test")
+
+
+def test_a_child_process_computes_in_the_precision_of_the_tests(make_config, tmp_path):
+    """Also where the processor multiplies in bfloat16, which a child finds out for itself."""
+    file = tmp_path / "run.toml"
+    file.write_text(make_config().to_toml(), encoding="utf-8")
+    code = (
+        "import sys, torch; torch.cpu.get_capabilities = lambda: {'avx512_bf16': True}\n"
+        "from softprompt import load_base, load_config\n"
+        "print(load_base(load_config(sys.argv[1]).model).dtype, load_base(load_config(sys.argv[1], ['model.dtype=auto']).model).dtype)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(file)], capture_output=True, text=True, check=True, cwd=PACKAGE.parent)
+    assert done.stdout.split() == ["torch.float32", "torch.bfloat16"]
