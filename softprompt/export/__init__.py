@@ -9,6 +9,7 @@ import re
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,8 @@ def _write(wanted: Wanted, goal: Callable[[Path], Goal]) -> dict[str, Any]:
     try:
         with new_folder(wanted.out) as draft:
             written = FORMATS[wanted.format](goal(draft)).as_dict()
-            (draft / "softprompt.json").write_text(json.dumps(written, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            text = json.dumps({"softprompt": version("softprompt"), **written}, indent=2, ensure_ascii=False)
+            (draft / "softprompt.json").write_text(text + "\n", encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"--out {wanted.out}: cannot be written: {error.strerror or error}") from None
     return written
