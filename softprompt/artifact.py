@@ -134,8 +134,8 @@ def write_prompt(folder: Path, soft: Prompt, card: Card, base: FrozenBase, rows:
     if peft is not None:
         peft.save_pretrained(str(folder))
     save_file({TENSOR: rows.contiguous()}, folder / WEIGHTS)
-    (folder / "card.json").write_text(card.model_dump_json(indent=2) + "\n", encoding="utf-8")
-    (folder / "README.md").write_text(model_card(card), encoding="utf-8")
+    (folder / "card.json").write_text(card.model_dump_json(indent=2) + "\n", encoding="utf-8", newline="\n")
+    (folder / "README.md").write_text(model_card(card), encoding="utf-8", newline="\n")
 
 
 def _peft_config(soft: Prompt, card: Card, base: FrozenBase, rows: torch.Tensor) -> Any:

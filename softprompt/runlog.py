@@ -66,7 +66,7 @@ class RunFolder:
         try:
             with new_folder(path) as draft:
                 run = cls(draft)
-                (draft / "config.toml").write_text(config.to_toml(), encoding="utf-8")
+                (draft / "config.toml").write_text(config.to_toml(), encoding="utf-8", newline="\n")
                 now = datetime.now(UTC).isoformat(timespec="seconds")
                 run.write("run.json", {"format": RUN, "started": now, "versions": package_versions()})
                 run.events_file.touch()
