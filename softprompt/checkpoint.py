@@ -118,7 +118,7 @@ def save_checkpoint(path: Path, counters: Counters, prompts: Mapping[str, Snapsh
             write_prompt(prompt_folder(draft, name, len(prompts)), one.prompt, one.card(), base, one.stored)
             state |= _under(name, one.state)
         save_file(state, draft / "state.safetensors")
-        (draft / "progress.json").write_text(json.dumps(asdict(counters), indent=2) + "\n", encoding="utf-8")
+        (draft / "progress.json").write_text(json.dumps(asdict(counters), indent=2) + "\n", encoding="utf-8", newline="\n")
 
 
 class Writer:

@@ -268,7 +268,7 @@ class Config(Section):
         bank = self.prompt.bank or [
             Member(name=f"seed-{self.train.seed + index}", seed=self.train.seed + index) for index in range(self.prompt.count)
         ]
-        if len({member.name for member in bank}) < len(bank):
+        if len({member.name.casefold() for member in bank}) < len(bank):  # folders, which macOS and Windows tell apart by letters alone
             raise ConfigError("prompt.bank: two prompts have the same name")
         return {member.name: self._alone(member) for member in bank}
 

@@ -20,6 +20,7 @@ from softprompt.artifact import StoredPrompt
 from softprompt.atomic import write_text
 from softprompt.contestants import Contestant, Reading, all_contestants, choose_shots, competing, read_rows
 from softprompt.data import Example, Loaded
+from softprompt.data.examples import fields_text, turns_text
 from softprompt.encode import Encoder
 from softprompt.engine.likelihood import Candidates, ensemble_losses, row_losses
 from softprompt.engine.model import FrozenBase
@@ -27,6 +28,7 @@ from softprompt.engine.prefix import Prefix
 from softprompt.engine.prompt import Prompt, no_prompt, read_together
 from softprompt.engine.tokens import Encoded
 from softprompt.errors import ConfigError, DataError
+from softprompt.formats import EVALUATION
 from softprompt.metrics import (
     Estimate,
     Metric,
@@ -221,7 +223,8 @@ def evaluating(
     evaluation = replace(_conclude(work, tables, predictions), folder=folder)
     if folder:
         folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / "evaluation.json", json.dumps(evaluation.as_dict(), indent=2, ensure_ascii=False) + "\n")
+        stored = {"format": EVALUATION, **evaluation.as_dict()}
+        write_text(folder / "evaluation.json", json.dumps(stored, indent=2, ensure_ascii=False) + "\n")
     yield evaluation
 
 
@@ -272,7 +275,8 @@ def _key(work: _Work, named: Sequence[tuple[str, StoredPrompt]]) -> str:
             f"{name} {template.name} {template.date} {system}".encode() + prompt.soft.stored(base).float().cpu().numpy().tobytes()
         )
     for one in work.line:
-        digest.update(repr((one.name, one.wish, one.shots)).encode())
+        shots = [(turns_text(shot), fields_text(shot)) for shot in one.shots]  # wherever they lie
+        digest.update(repr((one.name, one.wish, shots)).encode())
         for file in sorted(one.adapter.iterdir()) if one.adapter else ():
             if file.suffix in (".json", ".safetensors", ".bin"):
                 digest.update(file.name.encode() + hashlib.sha256(file.read_bytes()).digest())

@@ -1,6 +1,6 @@
 """predictions.jsonl: what every contestant answered to every row, written row by row, so that an evaluation can go on.
 
-The first line names the evaluation; the file is read again only by the same one.
+The first line names the evaluation and its format; the file is read again only by the same one.
 """
 
 import json
@@ -9,6 +9,7 @@ from typing import Any
 
 from softprompt.atomic import write_text
 from softprompt.errors import RunError
+from softprompt.formats import EVALUATION, newer
 
 
 class Predictions:
@@ -23,14 +24,20 @@ class Predictions:
         try:
             whole = self._read(path, key) if path.exists() else []
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_text(path, "".join(line + "\n" for line in [json.dumps({"evaluation": key}), *whole]))
+            write_text(path, "".join(line + "\n" for line in [json.dumps({"format": EVALUATION, "evaluation": key}), *whole]))
         except OSError as error:
             raise RunError(f"{path}: cannot be written: {error.strerror}") from None
 
     def _read(self, path: Path, key: str) -> list[str]:
         """The whole lines of an earlier try; a last one that was cut off by a kill is dropped."""
         first, *lines = path.read_text(encoding="utf-8").split("\n")
-        if first != json.dumps({"evaluation": key}):
+        try:
+            named = json.loads(first)
+        except ValueError:
+            named = None
+        if refusal := newer(path, named, EVALUATION):
+            raise RunError(refusal)
+        if not isinstance(named, dict) or named.get("evaluation") != key:
             raise RunError(f"{path} is not of this evaluation: remove it, or choose another --out")
         whole = lines[:-1]
         for line in whole:

@@ -26,7 +26,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from softprompt.atomic import new_folder
+from softprompt.atomic import new_folder, remove_folder
 from softprompt.config import Sources
 from softprompt.data import Example, Reading, Rejected
 from softprompt.data.content import Content, content_of
@@ -334,7 +334,7 @@ def _clear(place: Path) -> None:
 def _write_facts(folder: Path, found: Prepared) -> None:
     facts = {name: value for name, value in vars(found).items() if name not in ("flat", "examples")}
     text = json.dumps({**facts, "rejected": [asdict(one) for one in found.rejected]})
-    (folder / "facts.json").write_text(text, encoding="utf-8")
+    (folder / "facts.json").write_text(text, encoding="utf-8", newline="\n")
 
 
 def _writable(root: Path) -> bool:
@@ -355,7 +355,7 @@ def _kept(place: Path) -> Prepared | None:
         flat = map_folder(place)
         os.utime(place)
     except (OSError, ValueError):
-        shutil.rmtree(place, ignore_errors=True)
+        remove_folder(place)
         return None
     rejected = tuple(Rejected(**one) for one in facts["rejected"])
     stubborn = tuple((row, tuple(tokens)) for row, tokens in facts["stubborn"])
@@ -382,4 +382,4 @@ def _trim(newest: Path) -> None:
 def _remove(root: Path, name: str, folder: Path) -> None:
     """Unless somebody works on the rows of this name."""
     with suppress(OSError, NotImplementedError, Timeout), FileLock(root / f"{name}.lock", blocking=False):
-        shutil.rmtree(folder, ignore_errors=True)
+        remove_folder(folder)

@@ -30,6 +30,7 @@ from softprompt.config import PLACE, Config, ModelConfig, load_config
 from softprompt.data import Rejected
 from softprompt.errors import RunError
 from softprompt.events import Event, Finished, Found, Preparing, Saved, Searching, Started, from_line, to_line
+from softprompt.formats import RUN, newer
 
 T = TypeVar("T")
 POLL_SECONDS = 0.2
@@ -65,8 +66,9 @@ class RunFolder:
         try:
             with new_folder(path) as draft:
                 run = cls(draft)
-                (draft / "config.toml").write_text(config.to_toml(), encoding="utf-8")
-                run.write("run.json", {"started": datetime.now(UTC).isoformat(timespec="seconds"), "versions": package_versions()})
+                (draft / "config.toml").write_text(config.to_toml(), encoding="utf-8", newline="\n")
+                now = datetime.now(UTC).isoformat(timespec="seconds")
+                run.write("run.json", {"format": RUN, "started": now, "versions": package_versions()})
                 run.events_file.touch()
                 yield run
         except FileExistsError:
@@ -85,10 +87,13 @@ class RunFolder:
 
     @classmethod
     def reopen(cls, path: Path) -> "RunFolder":
-        """Raises RunError when there is no run to go on with."""
+        """Raises RunError when there is no run to go on with, or one of a newer softprompt."""
         if not (path / "config.toml").is_file():
             raise RunError(f"{path} is not a run folder (no config.toml)")
-        return cls(path)
+        run = cls(path)
+        if refusal := newer(path, run.read("run.json"), RUN):
+            raise RunError(refusal)
+        return run
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -274,9 +279,9 @@ def _stays(event: Event, step: int) -> bool:
 
 
 def run_of(path: Path) -> RunFolder | None:
-    """The run that a prompt or checkpoint lies in, or None."""
+    """The run that a prompt or checkpoint lies in, or None. Raises RunError for one of a newer softprompt."""
     above = (folder for folder in (path, *path.absolute().parents[:3]) if (folder / "config.toml").is_file())
-    return next((RunFolder(folder) for folder in above), None)
+    return next((RunFolder.reopen(folder) for folder in above), None)
 
 
 def _in_the_way(path: Path) -> str:

@@ -75,7 +75,7 @@ def _staged(folder: Path, place: Path, card: Card, repo_id: str, base_id: str) -
     for name, text in texts.items():
         if len(home.parts) > 1 and str(home) in text:
             raise ArtifactError(f"{folder / name} names {home}, a place on this machine: take it out and push again")
-        (place / name).write_text(text, encoding="utf-8")
+        (place / name).write_text(text, encoding="utf-8", newline="\n")
     for name in set(FILES) - {"card.json", "README.md", "adapter_config.json"}:
         shutil.copyfile(folder / name, place / name)
     return sorted(place.iterdir())

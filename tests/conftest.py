@@ -57,6 +57,7 @@ def make_config(tmp_path: Path, bases: Callable[..., FrozenBase]) -> Callable[..
         own = [
             f"model.name={bases().name}",
             "model.device=cpu",
+            "model.dtype=float32",  # said, so that a child process keeps it too
             f"data.train={rows}",
             f"data.eval={held}",
             "prompt.text=Repeat the drink.",

@@ -251,7 +251,7 @@ main()
 @pytest.mark.parametrize("key", [b"\x04", b"\x03"], ids=["ctrl-d", "ctrl-c"])
 def test_the_terminal_edits_lines_and_is_left_cleanly(home, base, key):
     ours, theirs = pty.openpty()
-    words = ["chat", str(home / "chat"), "model.device=cpu", "--max-new-tokens", "6"]
+    words = ["chat", str(home / "chat"), "model.device=cpu", "model.dtype=float32", "--max-new-tokens", "6"]
     with subprocess.Popen(
         [sys.executable, "-c", IN_TERMINAL, *words], stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True
     ) as child:

@@ -22,7 +22,7 @@ PACKAGE = ROOT / "softprompt"
 # A module imports only from layers below its own; a folder is one module.
 LAYERS = [
     {"errors"},
-    {"config", "extras", "hub", "atomic", "scripts", "thinking", "literal", "events"},
+    {"config", "extras", "hub", "atomic", "formats", "scripts", "thinking", "literal", "events"},
     {"engine", "metrics"},
     {"data", "predictions", "trackers"},
     {"templates"},

@@ -1,6 +1,8 @@
 """Other platforms than Linux: what they lack is taken away, and a run is made all the same."""
 
+import ast
 import errno
+import json
 import logging
 import os
 import re
@@ -106,15 +108,6 @@ def test_a_folder_that_cannot_be_flushed_is_there_all_the_same(monkeypatch, tmp_
     assert (tmp_path / "text").read_bytes() == b"a\nb\n"
 
 
-def test_text_is_written_with_the_same_line_ends_everywhere():
-    """A run's stream is read by its line ends."""
-    for name in ("atomic.py", "runlog.py", "predictions.py"):
-        text = (PACKAGE / name).read_text(encoding="utf-8")
-        written = re.findall(r"open\([^\n]*\"(?:a|w|r\+b|wb)\"[^\n]*", text)
-        assert written
-        assert all('newline="\\n"' in one or 'b"' in one for one in written), name
-
-
 @pytest.mark.parametrize("rest", ["", ":train", "[0:5]", ":train[0:5]"])
 def test_a_path_with_a_colon_of_its_own_is_made_absolute(monkeypatch, tmp_path, rest):
     """As a drive has one."""
@@ -123,3 +116,156 @@ def test_a_path_with_a_colon_of_its_own_is_made_absolute(monkeypatch, tmp_path, 
     config = load_config(None, ["model.name=base", f"data.train=C:rows.jsonl{rest}", "data.eval=owner/name:test"])
     data = with_absolute_paths(config).data
     assert (data.train, data.eval) == (f"{tmp_path}/C:rows.jsonl{rest}", "owner/name:test")
+
+
+def test_a_child_process_computes_in_the_precision_of_the_tests(make_config, tmp_path):
+    """Also where the processor multiplies in bfloat16, which a child finds out for itself."""
+    file = tmp_path / "run.toml"
+    file.write_text(make_config().to_toml(), encoding="utf-8")
+    code = (
+        "import sys, torch; torch.cpu.get_capabilities = lambda: {'avx512_bf16': True}\n"
+        "from softprompt import load_base, load_config\n"
+        "print(load_base(load_config(sys.argv[1]).model).dtype, load_base(load_config(sys.argv[1], ['model.dtype=auto']).model).dtype)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(file)], capture_output=True, text=True, check=True, cwd=PACKAGE.parent)
+    assert done.stdout.split() == ["torch.float32", "torch.bfloat16"]
+
+
+def opened() -> list[tuple[str, ast.Call, str]]:
+    """Every call that reads or writes a file as text, or might: (where, the call, its mode)."""
+    found = []
+    for file in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            name = getattr(node.func, "attr", getattr(node.func, "id", "")) if isinstance(node, ast.Call) else ""
+            if name not in ("open", "read_text", "write_text", "fdopen", "NamedTemporaryFile", "TemporaryFile", "TextIOWrapper"):
+                continue
+            assert isinstance(node, ast.Call)
+            if name == "write_text" and isinstance(node.func, ast.Name):
+                continue  # atomic's own, of UTF-8 with line ends as they are
+            given = [*node.args, *(word.value for word in node.keywords if word.arg == "mode")]
+            modes = [one.value for one in given if isinstance(one, ast.Constant) and re.fullmatch(r"[rwax]?[bt]?\+?[bt]?", str(one.value))]
+            mode = {"write_text": "w", "read_text": "r", "TextIOWrapper": "r"}.get(name) or next(iter(modes), "r")
+            where = f"{file.relative_to(PACKAGE)}:{node.lineno}"
+            if not (name == "open" and ast.unparse(node.func) in ("os.open", "fsspec.open")):
+                found.append((where, node, mode))
+    return found
+
+
+def test_every_file_of_text_says_its_encoding_and_its_line_ends():
+    """What Windows takes otherwise is not UTF-8, and ends lines with two characters."""
+    calls = opened()
+    assert len(calls) > 40
+    text = [(where, {word.arg for word in call.keywords}, mode) for where, call, mode in calls if "b" not in mode]
+    assert len(text) > 20
+    assert not [where for where, said, _ in text if "encoding" not in said]
+    assert not [where for where, said, mode in text if mode[0] in "wax" and "newline" not in said]
+
+
+def test_no_process_is_started_and_nothing_is_asked_of_linux_alone():
+    wanted = (
+        r"subprocess|multiprocessing|os\.fork|os\.symlink|symlink_to|hardlink_to|os\.link|SIGKILL|SIGHUP|SIGALRM|/proc/|/dev/|cpu_count"
+    )
+    for file in PACKAGE.rglob("*.py"):
+        assert not re.findall(wanted, file.read_text(encoding="utf-8")), file
+
+
+def test_what_is_open_for_a_moment_is_moved_onto_where_systems_mind(monkeypatch, tmp_path):
+    file, tries = tmp_path / "file", []
+    replace = Path.replace
+
+    def minds(draft, goal):
+        tries.append(goal)
+        if len(tries) < 3:
+            raise PermissionError(errno.EACCES, "Access is denied", str(goal))
+        return replace(draft, goal)
+
+    monkeypatch.setattr(Path, "replace", minds)
+    with pytest.raises(PermissionError):
+        atomic.write_text(file, "x")
+    assert len(tries) == 1, "elsewhere it is no use to wait"
+    tries.clear()
+    monkeypatch.setattr(atomic, "os", type("Windows", (), {**vars(os), "name": "nt"}))
+    atomic.write_text(file, "x")
+    assert file.read_bytes() == b"x"
+    assert len(tries) == 3
+
+
+def in_use(folder):
+    """What this process has open or mapped below a folder."""
+    opened = [os.readlink(link) for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
+    mapped = [line.split(maxsplit=5)[-1].strip() for line in Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()]
+    return [path for path in (*opened, *mapped) if path.startswith(f"{folder}{os.sep}")]
+
+
+@pytest.mark.parametrize("what", ["run", "rows", "vocab", "vllm", "npy", "torch"])
+def test_nothing_in_a_draft_is_open_when_it_takes_its_place(make_config, monkeypatch, tmp_path, what):
+    """Windows moves no folder in which something is open or mapped."""
+    from softprompt import prepared
+    from softprompt.export import Wanted, export
+
+    config = make_config("train.steps=2", "train.save_every=1")
+    monkeypatch.setenv("SOFTPROMPT_CACHE", str(tmp_path / "cache"))
+    if what == "rows":
+        monkeypatch.setattr(prepared, "SMALL", 1)
+    elif what != "run":
+        list(training.train(config))
+    moved, rename = [], Path.rename
+
+    def looked_at(draft, goal):
+        moved.append((draft.name, in_use(draft)))
+        return rename(draft, goal)
+
+    monkeypatch.setattr(Path, "rename", looked_at)
+    if what in ("run", "rows"):
+        list(training.train(config))
+    else:
+        export(Wanted([tmp_path / "run"], what, tmp_path / "out"))
+    assert len(moved) >= {"run": 4, "rows": 6}.get(what, 1)
+    with (tmp_path / "train.jsonl").open("rb"):
+        assert in_use(tmp_path), "it would be seen"
+    assert not [one for one in moved if one[1]]
+
+
+CONSOLES = {
+    "ascii": {"PYTHONIOENCODING": "ascii"},
+    "cp1252": {"PYTHONIOENCODING": "cp1252", "TERM": "dumb"},
+    "C": {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "NO_COLOR": "1"},
+}
+VERBS = """
+import json, sys
+from softprompt.cli import main
+for words in json.loads(sys.argv[1]):
+    sys.argv = ["softprompt", *words]
+    code = 0
+    try:
+        main()
+    except SystemExit as end:
+        code = int(end.code or 0)
+    print("exit", code, flush=True)
+"""
+
+
+@pytest.mark.parametrize("console", CONSOLES)
+def test_a_console_without_unicode_is_written_to(make_config, tmp_path, console):
+    file, run = tmp_path / "run.toml", str(tmp_path / "run")
+    settings = make_config("train.steps=2", "prompt.text=请重复饮料。", "prompt.length=4", "data.max_length=80")
+    file.write_text(settings.to_toml(), encoding="utf-8", newline="\n")
+    verbs = [
+        ["--help"],
+        ["show", str(file)],
+        ["train", str(file)],
+        ["inspect", run],
+        ["eval", run, "--metric", "loss"],
+        ["generate", run, "请来一杯水", "--max-new-tokens", "4"],
+        ["train", str(file), "data.train=没有.jsonl", f"train.out={run}-2"],
+    ]
+    own = {key: value for key, value in os.environ.items() if not key.startswith(("LC_", "LANG", "PYTHONIO"))}
+    done = subprocess.run(
+        [sys.executable, "-c", VERBS, json.dumps(verbs)], env=own | CONSOLES[console], capture_output=True, check=False, cwd=PACKAGE.parent
+    )
+    encoding = CONSOLES[console].get("PYTHONIOENCODING", "ascii")
+    said = done.stdout.decode(encoding), done.stderr.decode(encoding)
+    assert re.findall(r"^exit (\d)", said[0], flags=re.MULTILINE) == ["0"] * 6 + ["2"], said
+    assert r"\u6c34" in said[0], "what cannot be shown is escaped"
+    assert r"\u6ca1\u6709.jsonl" in said[1]
+    assert "Traceback" not in said[1]

@@ -1,5 +1,6 @@
 """The command line: one short function per verb. Heavy modules are imported by the verb that needs them."""
 
+import io
 import os
 import sys
 
@@ -20,6 +21,9 @@ arrange(GROUPS)
 def main() -> None:
     """Entry point: errors of the user are one line and exit code 2."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for stream in (sys.stdout, sys.stderr):  # what a console cannot show is escaped, and ends nothing
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         app()
     except Error as error:

@@ -192,7 +192,7 @@ def generate(
     files = _Files(source, out, resume, answer_field) if source is not None and out is not None else None
     if (asked or json_file or (other and not together)) if files else (source or out or resume or answer_field != "answer"):
         raise ConfigError(TOGETHER)
-    if not files and not (asked := asked or [line.rstrip("\n") for line in sys.stdin if line.strip()]):
+    if not files and not (asked := asked or _lines_of_input()):
         raise ConfigError("no text to answer")
     from softprompt import Sampling
     from softprompt.generation import Ensemble, check_sampling
@@ -207,6 +207,15 @@ def generate(
     else:
         base, each = answerers()
         _answer_texts(base, each, asked, sampling, json_file)
+
+
+def _lines_of_input() -> list[str]:
+    try:
+        return [line.rstrip("\n") for line in sys.stdin if line.strip()]
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"the standard input is not {error.encoding}: put the texts into a file and use --in, or set PYTHONUTF8=1"
+        ) from None
 
 
 @dataclass(frozen=True)

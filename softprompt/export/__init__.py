@@ -9,6 +9,7 @@ import re
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ def export(wanted: Wanted, model: ModelConfig | None = None, *, allow_other_base
     if config.quantization is not None and wanted.format in ("vocab", "gguf"):
         raise ArtifactError(f"{first} was trained on its base in {config.quantization}, and an exported model has the full weights: {move}")
     default = wanted.default or (next(iter(names)) if len(names) == 1 else None)
-    with tempfile.TemporaryDirectory() as spare:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as spare:  # Windows removes no file that is still mapped
         base = load_base(config, layers_in_files=Path(spare))
         if wanted.format == "gguf" and getattr(base.model, "is_quantized", False):
             raise ArtifactError(f"{first} was trained on a base in few bits, and a GGUF file has other weights: {move}")
@@ -79,7 +80,8 @@ def _write(wanted: Wanted, goal: Callable[[Path], Goal]) -> dict[str, Any]:
     try:
         with new_folder(wanted.out) as draft:
             written = FORMATS[wanted.format](goal(draft)).as_dict()
-            (draft / "softprompt.json").write_text(json.dumps(written, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            text = json.dumps({"softprompt": version("softprompt"), **written}, indent=2, ensure_ascii=False)
+            (draft / "softprompt.json").write_text(text + "\n", encoding="utf-8", newline="\n")
     except OSError as error:
         raise ConfigError(f"--out {wanted.out}: cannot be written: {error.strerror or error}") from None
     return written

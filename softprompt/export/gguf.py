@@ -49,7 +49,9 @@ def export(goal: Goal) -> Exported:
     _write(goal, reader, ids, {TABLE: (table, kind), HEAD: (head, head_kind)})
     for prompt in goal.prompts:
         name = "Modelfile" if len(goal.prompts) == 1 else f"Modelfile.{prompt.name}"
-        (goal.draft / name).write_text(_modelfile(prompt, goal.base.tokenizer.convert_ids_to_tokens(goal.new_end_ids)), encoding="utf-8")
+        (goal.draft / name).write_text(
+            _modelfile(prompt, goal.base.tokenizer.convert_ids_to_tokens(goal.new_end_ids)), encoding="utf-8", newline="\n"
+        )
     checked = _read_back(goal, ids)
     files = sorted(file.name for file in goal.draft.iterdir())
     notes = (mute.note, f"table in {kind.name}, head in {head_kind.name}", *_bos_note(goal), *_end_note(goal))

@@ -34,7 +34,7 @@ def export_vllm(goal: Goal) -> Exported:
     exported = _export(goal, "safetensors", lambda rows_PH, file: save_file({"rows": rows_PH}, file), _read_safetensors)
     for prompt in goal.prompts:
         template = with_rows_from_message(prompt)
-        (goal.draft / f"{prompt.name}.jinja").write_text(template, encoding="utf-8")
+        (goal.draft / f"{prompt.name}.jinja").write_text(template, encoding="utf-8", newline="\n")
         exported.prompts[prompt.name] |= {"template": f"{prompt.name}.jinja", "cached_positions": _cached(prompt)}
     return exported
 

@@ -156,7 +156,7 @@ def _write_index(source: Path, draft: Path, files: dict[str, str]) -> None:
     index = json.loads((source / INDEX).read_text(encoding="utf-8"))
     index["weight_map"] = dict(sorted(files.items()))
     index.setdefault("metadata", {})["total_size"] = sum(_num_bytes(draft / name) for name in set(files.values()))
-    (draft / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    (draft / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8", newline="\n")
 
 
 def _num_bytes(file: Path) -> int:
@@ -174,13 +174,13 @@ def _write_settings(goal: Goal, size: int, ids: list[int]) -> None:
         if "vocab_size" in part or part is parts[-1]:
             part["vocab_size"] = size
         part["tie_word_embeddings"] = False
-    (draft / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    (draft / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8", newline="\n")
     file = draft / "generation_config.json"
     generation = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     generation["suppress_tokens"] = sorted({*(generation.get("suppress_tokens") or ()), *ids})
     if goal.new_end_ids:
         generation["eos_token_id"] = sorted({*goal.base.stop_ids, *goal.new_end_ids})
-    file.write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
+    file.write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8", newline="\n")
 
 
 # ---- reading back --------------------------------------------------------------------------------------------------

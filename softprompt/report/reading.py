@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from softprompt.config import Config
 from softprompt.errors import RunError
 from softprompt.events import Evaluated, Event, Step
+from softprompt.formats import EVALUATION, newer
 from softprompt.metrics import Verdict
 from softprompt.runlog import RunFolder
 
@@ -249,6 +250,8 @@ def _evaluations(folder: Path) -> list[Evaluation]:
 def _read_evaluation(file: Path) -> Evaluation:
     answers = file.parent / "predictions.jsonl"
     values = _parsed(file.read_bytes(), file)
+    if refusal := newer(file, values, EVALUATION):
+        raise RunError(refusal)
     lines = answers.read_bytes().split(b"\n")[1:-1] if answers.is_file() else []  # the first names the evaluation
     said = [_checked(Prediction, _parsed(line, answers), answers) for line in lines]
     return _checked(Evaluation, values, file).model_copy(update={"answers": said})
