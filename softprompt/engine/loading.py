@@ -169,8 +169,7 @@ def load_dtype(config: ModelConfig) -> torch.dtype:
         return getattr(torch, config.dtype)
     device = device_of(config.device).type
     if device == "cpu":  # without such instructions a CPU takes a hundred times longer than in float32
-        found = torch.cpu.get_capabilities()
-        fast = any(found.get(name) for name in ("avx512_bf16", "amx_bf16"))
+        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()  # torch 2.9 knows no other names
     else:
         fast = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.bfloat16 if fast else torch.float32
