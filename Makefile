@@ -4,8 +4,12 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 VLLM ?= .venv-vllm
 TORCH ?= torch==2.13.0
+TORCH_OLDEST ?= torch==2.5.1
+TORCH_NEWEST ?= torch
+FAST_TESTS := tests/test_artifact.py tests/test_decode.py tests/test_deep.py tests/test_import.py tests/test_invariants.py \
+    tests/test_step.py tests/test_versions.py
 
-.PHONY: demo test test-engines test-gpu check install clean
+.PHONY: demo test test-oldest test-newest test-engines test-gpu check install clean
 
 # torch first, by its own line: a plain dependency may pull gigabytes of CUDA onto a machine without a GPU.
 $(VENV)/.installed: pyproject.toml
@@ -27,6 +31,23 @@ demo: $(VENV)/.installed
 # One thread a process, as many processes as there are cores: twice as fast as one process that has all threads. PYTEST: more options.
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 $(PYTEST)
+
+# The oldest torch and transformers that pyproject.toml allows, and the newest that there are, each in an environment of its own. FAST=1: the
+# tests of the engine, of prompts on disk and of PEFT alone. TORCH_OLDEST, TORCH_NEWEST: another build of torch, e.g. one for the CPU.
+.venv-oldest/.installed: pyproject.toml .ci/oldest.txt
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet $(TORCH_OLDEST)
+	.venv-oldest/bin/python -m pip install --quiet --constraint .ci/oldest.txt -e '.[dev]'
+	touch $@
+
+.venv-newest/.installed: pyproject.toml
+	$(PYTHON) -m venv .venv-newest
+	.venv-newest/bin/python -m pip install --quiet --upgrade $(TORCH_NEWEST)
+	.venv-newest/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager -e '.[dev]' $(TORCH_NEWEST)
+	touch $@
+
+test-oldest test-newest: test-%: .venv-%/.installed
+	OMP_NUM_THREADS=1 .venv-$*/bin/python -m pytest --numprocesses auto --maxprocesses 4 $(PYTEST) $(if $(FAST),$(FAST_TESTS))
 
 # vLLM pins what it needs, so it has an environment of its own; of torchvision and its kin it wants other builds than torch's.
 $(VLLM)/.installed:
@@ -50,4 +71,4 @@ check: install
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) $(VLLM) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VLLM) .venv-oldest .venv-newest build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -24,7 +24,7 @@ LAYERS = [
     {"errors"},
     {"config", "hub", "atomic", "scripts", "thinking", "literal", "events"},
     {"engine", "metrics"},
-    {"data", "predictions", "trackers"},
+    {"data", "predictions", "trackers", "peft_here"},
     {"templates"},
     {"runlog", "encode", "flat"},
     {"prepared", "artifact"},
@@ -41,7 +41,7 @@ LAYERS = [
 ]
 ENGINE_MAY_IMPORT = {"errors", "config", "hub", "atomic"}
 ENGINE = [
-    {"tokens", "world", "precise", "head", "memory", "unpack", "family", "quantized", "optim", "layers"},
+    {"tokens", "world", "precise", "head", "memory", "unpack", "family", "quantized", "optim", "layers", "tried"},
     {"offload", "places"},
     {"prefix", "batch"},
     {"trial"},

@@ -18,6 +18,7 @@ from softprompt.engine.model import FrozenBase, freeze
 from softprompt.engine.offload import from_files
 from softprompt.engine.places import device_map, free_memory
 from softprompt.engine.quantized import bits_of, computed_in, method_of, settle
+from softprompt.engine.tried import warn_of_newer
 from softprompt.engine.unpack import keep_unpacked, unpacked_folder
 from softprompt.errors import ConfigError, MissingPackage, ModelError, first_line
 from softprompt.hub import hub
@@ -33,6 +34,7 @@ def load_base(config: ModelConfig, *, layers_in_files: Path | None = None) -> Fr
     `layers_in_files`: a folder to spare; the layers are then read from the base's files at every forward (offload.py). A
     quantised base is loaded whole, and so is a GGUF file for the first time.
     """
+    warn_of_newer()
     name, gguf_file = config.location
     settings = load_settings(config)
     refuse_unsupported(settings)

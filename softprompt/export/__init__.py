@@ -8,7 +8,7 @@ import json
 import re
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from softprompt.engine.prompt import SoftPrompt
 from softprompt.errors import ArtifactError, ConfigError
 from softprompt.export import gguf, rows, vocab
 from softprompt.export.carried import Carried, Exported, Goal
+from softprompt.peft_here import fault_of_generate
 
 FORMATS: dict[str, Callable[[Goal], Exported]] = {
     "vocab": vocab.export,
@@ -78,7 +79,9 @@ def _write(wanted: Wanted, goal: Callable[[Path], Goal]) -> dict[str, Any]:
     """The whole folder or nothing of it."""
     try:
         with new_folder(wanted.out) as draft:
-            written = FORMATS[wanted.format](goal(draft)).as_dict()
+            exported = FORMATS[wanted.format](goal(draft))
+            fault = fault_of_generate()  # the prompt's own folder is read by PEFT
+            written = replace(exported, notes=(*exported.notes, *([fault] if fault else []))).as_dict()
             (draft / "softprompt.json").write_text(json.dumps(written, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"--out {wanted.out}: cannot be written: {error.strerror or error}") from None
@@ -87,7 +90,9 @@ def _write(wanted: Wanted, goal: Callable[[Path], Goal]) -> dict[str, Any]:
 
 def _check(wanted: Wanted) -> None:
     if wanted.format == "peft":
-        raise ConfigError("a prompt's folder is a PEFT adapter already: PeftModel.from_pretrained(model, FOLDER)")
+        fault = fault_of_generate()
+        already = "a prompt's folder is a PEFT adapter already: PeftModel.from_pretrained(model, FOLDER)"
+        raise ConfigError(f"{already}; but {fault}" if fault else already)
     if wanted.format not in FORMATS:
         raise ConfigError(f"--to {wanted.format}: known are {', '.join(FORMATS)}")
     if wanted.gguf_file is not None and wanted.format != "gguf":
