@@ -4,8 +4,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 VLLM ?= .venv-vllm
 TORCH ?= torch==2.13.0
-TORCH_OLDEST ?= torch==2.5.1
-TORCH_NEWEST ?= torch
+OLDEST ?= torch==2.5.1
+NEWEST ?= torch transformers
 FAST_TESTS := tests/test_artifact.py tests/test_decode.py tests/test_deep.py tests/test_import.py tests/test_invariants.py \
     tests/test_step.py tests/test_versions.py
 
@@ -33,17 +33,17 @@ test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 $(PYTEST)
 
 # The oldest torch and transformers that pyproject.toml allows, and the newest that there are, each in an environment of its own. FAST=1: the
-# tests of the engine, of prompts on disk and of PEFT alone. TORCH_OLDEST, TORCH_NEWEST: another build of torch, e.g. one for the CPU.
+# tests of the engine, of prompts on disk and of PEFT alone. OLDEST, NEWEST: other versions, e.g. a torch that is built for the CPU.
 .venv-oldest/.installed: pyproject.toml .ci/oldest.txt
 	$(PYTHON) -m venv .venv-oldest
-	.venv-oldest/bin/python -m pip install --quiet $(TORCH_OLDEST)
+	.venv-oldest/bin/python -m pip install --quiet $(OLDEST)
 	.venv-oldest/bin/python -m pip install --quiet --constraint .ci/oldest.txt -e '.[dev]'
 	touch $@
 
 .venv-newest/.installed: pyproject.toml
 	$(PYTHON) -m venv .venv-newest
-	.venv-newest/bin/python -m pip install --quiet --upgrade $(TORCH_NEWEST)
-	.venv-newest/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager -e '.[dev]' $(TORCH_NEWEST)
+	.venv-newest/bin/python -m pip install --quiet $(filter torch%,$(NEWEST))
+	.venv-newest/bin/python -m pip install --quiet $(NEWEST) -e '.[dev]'
 	touch $@
 
 test-oldest test-newest: test-%: .venv-%/.installed

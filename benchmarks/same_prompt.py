@@ -2,9 +2,9 @@
 
     python -m benchmarks.same_prompt --json FILE PYTHON PYTHON ... [--steps 20] [--base FILE.gguf]
 
-PYTHON: the interpreters of environments that softprompt can run in, e.g. .venv-oldest/bin/python .venv-newest/bin/python. Each trains from
-here, in turn; the prompts after every fifth step are compared with those of the first: the largest difference of a number, as it is and as a
-share of the root mean square of all numbers.
+PYTHON: interpreters of environments that softprompt can run in, e.g. .venv-oldest/bin/python .venv-newest/bin/python. Each trains in turn.
+The prompts after every fifth step are compared with those of the first: the largest difference of a number, as it is and as a share of
+the root mean square of all numbers.
 """
 
 import argparse
