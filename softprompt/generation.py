@@ -1,6 +1,5 @@
 """Answers to texts, with one soft prompt or several side by side in one batch."""
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -8,10 +7,11 @@ from typing import Any, Literal
 from softprompt.artifact import StoredPrompt
 from softprompt.data import Message
 from softprompt.encode import Encoder
-from softprompt.engine.decode import Question, Sampling, Token, decode
+from softprompt.engine.decode import Question, Token, decode
 from softprompt.engine.model import FrozenBase
 from softprompt.engine.prompt import no_prompt
 from softprompt.errors import ConfigError, DataError
+from softprompt.sampling import Sampling
 from softprompt.thinking import Told
 
 
@@ -86,16 +86,9 @@ def without_prompt(base: FrozenBase, prompt: StoredPrompt) -> StoredPrompt:
 
 def check_sampling(sampling: Sampling, together: Sequence[Ensemble] = ()) -> None:
     """Raises ConfigError for a value that makes no sense."""
-    if sampling.max_new_tokens < 1:
-        raise ConfigError(f"max_new_tokens must be at least 1, this is {sampling.max_new_tokens}")
-    if not 0 <= sampling.temperature < math.inf:
-        raise ConfigError(f"temperature must be 0 or a positive number, this is {sampling.temperature}")
-    if not 0 < sampling.top_p <= 1:
-        raise ConfigError(f"top_p must be above 0 and at most 1, this is {sampling.top_p}")
+    sampling.check()
     if sampling.temperature > 0 and any(one.by == "vote" for one in together):
         raise ConfigError("a vote has no probabilities to sample from: temperature must be 0, or the ensemble a mean")
-    if sampling.top_k < 0:
-        raise ConfigError(f"top_k must not be negative, this is {sampling.top_k}")
 
 
 def _ids(encoder: Encoder, text: Asked) -> tuple[int, ...]:

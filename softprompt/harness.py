@@ -19,12 +19,13 @@ from softprompt.artifact import load_prompt, read_card
 from softprompt.config import relocated
 from softprompt.data import Example, Message
 from softprompt.engine.batch import batches
-from softprompt.engine.decode import Question, Sampling, decode_whole
+from softprompt.engine.decode import Question, decode_whole
 from softprompt.engine.loading import load_base
 from softprompt.engine.prompt import SoftPrompt
 from softprompt.engine.shelf import shelved
 from softprompt.engine.tokens import Encoded
 from softprompt.errors import ConfigError
+from softprompt.sampling import Sampling
 from softprompt.templates import Chat
 from softprompt.thinking import Thinking, spoken
 

@@ -10,8 +10,9 @@ import torch
 from test_invariants import some_prompt
 
 from softprompt.engine import decode as decode_module
-from softprompt.engine.decode import OpenBatch, Question, Sampling, admit, advance, decode, decode_whole, drop
+from softprompt.engine.decode import OpenBatch, Question, admit, advance, decode, decode_whole, drop
 from softprompt.engine.prompt import deepened, no_prompt, shapes_of
+from softprompt.sampling import Sampling
 
 FAMILIES = ["bloom", "llama", "mistral", "gemma3_text", "gpt2", "phi3", *tiny.RECURRENT, *tiny.WHOLE]
 HOW = (

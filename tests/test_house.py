@@ -22,7 +22,7 @@ PACKAGE = ROOT / "softprompt"
 # A module imports only from layers below its own; a folder is one module.
 LAYERS = [
     {"errors"},
-    {"config", "hub", "atomic", "scripts", "thinking", "literal", "events"},
+    {"config", "hub", "atomic", "scripts", "thinking", "literal", "events", "sampling"},
     {"engine", "metrics"},
     {"data", "predictions", "trackers"},
     {"templates"},
@@ -36,10 +36,10 @@ LAYERS = [
     {"draft", "job", "doctor", "arguments", "foreign", "sharing"},
     {"training", "plan", "recycle", "report"},
     {"screen"},
-    {"demo"},
+    {"demo", "serve"},
     {"cli"},
 ]
-ENGINE_MAY_IMPORT = {"errors", "config", "hub", "atomic"}
+ENGINE_MAY_IMPORT = {"errors", "config", "hub", "atomic", "sampling"}
 ENGINE = [
     {"tokens", "world", "precise", "head", "memory", "unpack", "family", "quantized", "optim", "layers"},
     {"offload", "places"},

@@ -8,7 +8,7 @@ Shapes: Q questions, B rows (more than Q where prompts answer together), T text 
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Literal
 
@@ -20,6 +20,7 @@ from softprompt.engine.layers import merged
 from softprompt.engine.model import FrozenBase
 from softprompt.engine.prefix import Continued, as_prefixes, left_padded
 from softprompt.engine.shelf import Context, shelved
+from softprompt.sampling import Sampling
 
 POSITIONS, ROWS = 16384, 64  # of a batch at most: positions that the cache holds, rows
 WINDOW = 256  # questions that are sorted by length: the first ones are still answered early
@@ -34,24 +35,13 @@ def never(token: int) -> bool:
 
 
 @dataclass(frozen=True)
-class Sampling:
-    """How to choose tokens. Temperature 0 is greedy; top_k 0 and top_p 1 switch those cuts off."""
-
-    max_new_tokens: int = 256
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    seed: int = 0
-
-
-@dataclass(frozen=True)
 class Question:
     """What one answer is made from: `texts[i]` continues from `contexts[i]`. Several answer together, as an ensemble that agrees on a
     token `by` the "mean" of the log-probabilities or by "vote" (greedy only). `stop_ids`: tokens that end it, beside the base's."""
 
     contexts: tuple[Context, ...]
     texts: tuple[tuple[int, ...], ...]
-    sampling: Sampling = Sampling()
+    sampling: Sampling = field(default_factory=Sampling)
     ends: Ends = never
     by: Literal["mean", "vote"] = "mean"
     stop_ids: frozenset[int] = frozenset()
