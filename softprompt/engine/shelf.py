@@ -47,13 +47,13 @@ class Shelf:
     def take(self, prompt: Owner, ids: tuple[int, ...], make: Callable[[], Prefix]) -> Prefix:
         """The prefix of a prompt and the ids behind it, made now if it is not there."""
         key = (id(prompt), ids)
-        if key not in self._kept:
-            with torch.inference_mode(False), torch.no_grad():  # ordinary tensors, of use outside of decoding too
-                self.put(prompt, ids, make())
-        self._kept.move_to_end(key)
-        found = self._kept[key].prefix
-        self._clear()
-        return found
+        if key in self._kept:
+            self._kept.move_to_end(key)
+            return self._kept[key].prefix
+        with torch.inference_mode(False), torch.no_grad():  # ordinary tensors, of use outside of decoding too
+            made = make()
+        self.put(prompt, ids, made)
+        return made
 
     def put(self, prompt: Owner, ids: tuple[int, ...], prefix: Prefix) -> None:
         """Keeps a prefix that somebody else made."""
@@ -63,6 +63,8 @@ class Shelf:
         gone = ref(prompt, lambda _: self._drop(key))
         self._kept[key] = _Kept(gone, None if self.room is None else prompt, prefix, num_bytes)
         self.num_bytes += num_bytes
+        while self.room is not None and self.num_bytes > self.room:
+            self._drop(next(iter(self._kept)))
 
     def longest(self, prompt: Owner, text: Sequence[int]) -> tuple[int, ...]:
         """Of what is kept behind this prompt, the most that the text begins with; it leaves a token to be read."""
@@ -72,7 +74,3 @@ class Shelf:
     def _drop(self, key: tuple[int, tuple[int, ...]]) -> None:
         kept = self._kept.pop(key, None)
         self.num_bytes -= kept.num_bytes if kept is not None else 0
-
-    def _clear(self) -> None:
-        while self.room is not None and self.num_bytes > self.room and self._kept:
-            self._drop(next(iter(self._kept)))
