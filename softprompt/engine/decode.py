@@ -165,7 +165,7 @@ class OpenBatch:
             stop = token in self.base.stop_ids | question.stop_ids
             if question.guide is not None and not stop:
                 question.guide.accept(token)
-            last = stop or answer.said.total() >= answer.limit or question.ends(token)
+            last = stop or question.ends(token) or answer.said.total() >= answer.limit
             tokens.append(Token(answer.number, None if stop else token, last, None if stop else score))
         return tokens
 
