@@ -32,10 +32,10 @@ from softprompt.artifact import StoredPrompt, load_prompt
 from softprompt.atomic import write_text
 from softprompt.config import ModelConfig, load_config
 from softprompt.data import Questions
-from softprompt.engine.decode import Sampling
 from softprompt.engine.loading import load_base
 from softprompt.engine.model import FrozenBase
 from softprompt.generation import generate
+from softprompt.sampling import Sampling
 
 WORDS = ("where", "is", "my", "parcel", "the", "shoes", "came", "too", "small", "can", "I", "return", "them", "please", "send", "a", "bill")
 

@@ -9,7 +9,6 @@ if TYPE_CHECKING:
     from softprompt.config import load_config as load_config
     from softprompt.data import Message as Message
     from softprompt.data import load_examples as load_examples
-    from softprompt.engine.decode import Sampling as Sampling
     from softprompt.engine.loading import load_base as load_base
     from softprompt.errors import Error as Error
     from softprompt.evaluation import Contest as Contest
@@ -28,6 +27,7 @@ if TYPE_CHECKING:
     from softprompt.generation import Ensemble as Ensemble
     from softprompt.generation import generate as generate
     from softprompt.rows import encode_file as encode_file
+    from softprompt.sampling import Sampling as Sampling
     from softprompt.screen.progress import show_progress as show_progress
     from softprompt.training import train as train
 
@@ -43,7 +43,7 @@ _HOMES = {
     "Message": "data",
     "Preparing": "events",
     "Sampled": "events",
-    "Sampling": "engine.decode",
+    "Sampling": "sampling",
     "Saved": "events",
     "Searching": "events",
     "Started": "events",

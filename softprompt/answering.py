@@ -19,11 +19,12 @@ from typing import Any
 
 from softprompt.atomic import locked, write_text
 from softprompt.data import Questions, Unanswered
-from softprompt.engine.decode import Question, Sampling
+from softprompt.engine.decode import Question
 from softprompt.engine.model import FrozenBase
 from softprompt.errors import ConfigError, DataError
 from softprompt.formats import ANSWERS, newer
 from softprompt.generation import Answerer, Ensemble, pieces_of, prepared
+from softprompt.sampling import Sampling
 
 WINDOW = 1024  # rows: what a kill may cost, and how far answers may come out of order; at its end the batch runs empty
 PAUSE = 0.05  # seconds between two writings: with every answer, the lock would be a tenth of the work on the smallest bases

@@ -7,11 +7,12 @@ from typing import Any
 from softprompt.contestants import Reading
 from softprompt.data import Example
 from softprompt.encode import Encoder
-from softprompt.engine.decode import Ends, Question, Sampling, decode_whole
+from softprompt.engine.decode import Ends, Question, decode_whole
 from softprompt.engine.model import FrozenBase
 from softprompt.engine.tokens import Encoded
 from softprompt.errors import DataError
 from softprompt.generation import Spelled
+from softprompt.sampling import Sampling
 from softprompt.thinking import Thinking, spoken
 
 

@@ -1,6 +1,5 @@
 """Answers to texts, with one soft prompt or several side by side in one batch."""
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -8,10 +7,11 @@ from typing import Any, Literal
 from softprompt.artifact import StoredPrompt
 from softprompt.data import Message
 from softprompt.encode import Encoder
-from softprompt.engine.decode import Question, Sampling, Token, decode
+from softprompt.engine.decode import Question, Token, decode
 from softprompt.engine.model import FrozenBase
 from softprompt.engine.prompt import no_prompt
 from softprompt.errors import ConfigError, DataError
+from softprompt.sampling import Sampling
 from softprompt.thinking import Told
 
 
@@ -65,7 +65,7 @@ def stream(
 
 def prepared(base: FrozenBase, one: Ensemble, text: Asked, sampling: Sampling) -> Question:
     """A text as `pieces_of` takes it. Raises DataError as `stream` does."""
-    ids = tuple(_ids(prompt.encoder, text) for prompt in one.prompts)
+    ids = tuple(asked_ids(prompt.encoder, text) for prompt in one.prompts)
     stop_ids = frozenset[int]().union(*(prompt.encoder.end_ids for prompt in one.prompts))
     question = Question(tuple((prompt.soft, ()) for prompt in one.prompts), ids, sampling, by=one.by, stop_ids=stop_ids)
     if base.context_length is not None and question.length >= base.context_length:
@@ -86,19 +86,13 @@ def without_prompt(base: FrozenBase, prompt: StoredPrompt) -> StoredPrompt:
 
 def check_sampling(sampling: Sampling, together: Sequence[Ensemble] = ()) -> None:
     """Raises ConfigError for a value that makes no sense."""
-    if sampling.max_new_tokens < 1:
-        raise ConfigError(f"max_new_tokens must be at least 1, this is {sampling.max_new_tokens}")
-    if not 0 <= sampling.temperature < math.inf:
-        raise ConfigError(f"temperature must be 0 or a positive number, this is {sampling.temperature}")
-    if not 0 < sampling.top_p <= 1:
-        raise ConfigError(f"top_p must be above 0 and at most 1, this is {sampling.top_p}")
+    sampling.check()
     if sampling.temperature > 0 and any(one.by == "vote" for one in together):
         raise ConfigError("a vote has no probabilities to sample from: temperature must be 0, or the ensemble a mean")
-    if sampling.top_k < 0:
-        raise ConfigError(f"top_k must not be negative, this is {sampling.top_k}")
 
 
-def _ids(encoder: Encoder, text: Asked) -> tuple[int, ...]:
+def asked_ids(encoder: Encoder, text: Asked) -> tuple[int, ...]:
+    """Ids of what is asked. Raises DataError for a text that is empty or that the template cannot write."""
     last = text if isinstance(text, str) else text[-1].content if text else ""
     if not last.strip():
         raise DataError("the text is empty: there is nothing to answer")

@@ -26,7 +26,7 @@ from softprompt.atomic import new_folder
 from softprompt.checkpoint import Counters, Snapshot, Writer, drop_checkpoints, prompt_folder, save_checkpoint, save_start
 from softprompt.config import Config, Member, with_absolute_paths
 from softprompt.doctor import Case, History, case_of, examine, history_of, warnings
-from softprompt.engine.decode import Question, Sampling, decode_whole
+from softprompt.engine.decode import Question, decode_whole
 from softprompt.engine.loading import load_base
 from softprompt.engine.model import FrozenBase
 from softprompt.engine.prompt import Prompt
@@ -38,6 +38,7 @@ from softprompt.init import SOURCES, Source
 from softprompt.inspection import inspect
 from softprompt.job import Job, Measured, Setup, Trainee, data_card, data_facts, prepare, start_job
 from softprompt.runlog import RunFolder
+from softprompt.sampling import Sampling
 from softprompt.thinking import spoken
 from softprompt.trackers import check_trackers, tracked
 

@@ -12,12 +12,12 @@ from test_run import rows_of
 from transformers import AutoModelForCausalLM
 
 from softprompt.artifact import load_prompt, read_card
-from softprompt.engine.decode import Sampling
 from softprompt.engine.prompt import deepened
 from softprompt.errors import ArtifactError, ModelError
 from softprompt.generation import generate
 from softprompt.plan import make_plan
 from softprompt.runlog import RunFolder
+from softprompt.sampling import Sampling
 from softprompt.training import train
 
 PREFIX = "prompt.method=prefix"

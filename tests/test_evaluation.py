@@ -23,7 +23,7 @@ from softprompt.contestants import Contestant, all_contestants, choose_shots, re
 from softprompt.data import Example, Message, load_examples
 from softprompt.encode import make_encoder
 from softprompt.engine import likelihood
-from softprompt.engine.decode import Question, Sampling, decode_whole
+from softprompt.engine.decode import Question, decode_whole
 from softprompt.engine.likelihood import candidate_losses, ensemble_losses, row_losses
 from softprompt.engine.loading import load_base
 from softprompt.engine.model import freeze
@@ -32,6 +32,7 @@ from softprompt.errors import ArtifactError, ConfigError, DataError
 from softprompt.evaluation import Contest, evaluate, evaluating
 from softprompt.metrics import METRICS, Table, bootstrap_weights, confusion, estimate, verdict
 from softprompt.rows import encode_rows
+from softprompt.sampling import Sampling
 from softprompt.training import train
 
 FAMILIES = [family for family in tiny.FAMILIES if family != "mistral"]  # whose window of 12 reads nothing of long texts

@@ -14,11 +14,11 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from softprompt.artifact import StoredPrompt, find_prompts, load_prompt
 from softprompt.config import ModelConfig, load_config
-from softprompt.engine.decode import Sampling
 from softprompt.engine.loading import load_base
 from softprompt.engine.model import FrozenBase
 from softprompt.errors import ConfigError, DataError
 from softprompt.generation import Ensemble, Spelled, generate, stream, without_prompt
+from softprompt.sampling import Sampling
 from softprompt.training import train
 
 TEXTS = ["bring tea", "please please bring 咖啡", "x", "a longer question than the others, so that padding is needed"]

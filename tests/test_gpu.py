@@ -14,7 +14,6 @@ from test_invariants import FAMILIES, encoded_rows, loss_and_gradient, rows_alik
 from softprompt.artifact import load_prompt
 from softprompt.config import ModelConfig
 from softprompt.engine import head as head_module
-from softprompt.engine.decode import Sampling
 from softprompt.engine.head import Head
 from softprompt.engine.loading import load_base
 from softprompt.engine.loss import TokenIds
@@ -23,6 +22,7 @@ from softprompt.engine.prompt import SoftPrompt
 from softprompt.engine.step import StepSettings, step_gradients
 from softprompt.events import Finished, Step
 from softprompt.generation import generate
+from softprompt.sampling import Sampling
 from softprompt.training import train
 
 pytestmark = pytest.mark.gpu

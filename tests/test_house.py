@@ -24,7 +24,7 @@ PACKAGE = ROOT / "softprompt"
 # A module imports only from layers below its own; a folder is one module.
 LAYERS = [
     {"errors"},
-    {"config", "extras", "hub", "atomic", "formats", "scripts", "thinking", "literal", "events"},
+    {"config", "extras", "hub", "atomic", "formats", "scripts", "thinking", "literal", "events", "sampling"},
     {"engine", "metrics"},
     {"data", "predictions", "trackers", "peft_here"},
     {"templates"},
@@ -38,18 +38,18 @@ LAYERS = [
     {"draft", "job", "doctor", "arguments", "foreign", "sharing"},
     {"training", "plan", "recycle", "report"},
     {"screen"},
-    {"demo"},
+    {"demo", "serve"},
     {"cli"},
 ]
-ENGINE_MAY_IMPORT = {"errors", "config", "extras", "hub", "atomic"}
+ENGINE_MAY_IMPORT = {"errors", "config", "extras", "hub", "atomic", "sampling"}
 ENGINE = [
     {"tokens", "world", "precise", "head", "memory", "unpack", "family", "quantized", "optim", "layers", "tried"},
-    {"offload", "places"},
+    {"offload", "places", "slots"},
     {"prefix", "batch"},
-    {"trial"},
+    {"trial", "shelf"},
     {"model"},
-    {"loss", "prompt", "loading", "likelihood"},
-    {"shelf", "step"},
+    {"loss", "prompt", "loading", "likelihood", "choose"},
+    {"reading", "step"},
     {"decode", "dryrun"},
 ]
 

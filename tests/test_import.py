@@ -16,11 +16,11 @@ from test_cli import refused, run  # noqa: F401 - fixtures
 from transformers import AutoModelForCausalLM, T5Config, T5ForConditionalGeneration
 
 from softprompt.artifact import load_prompt, read_card
-from softprompt.engine.decode import Sampling
 from softprompt.engine.model import FrozenBase
 from softprompt.foreign import import_prompt
 from softprompt.generation import generate
 from softprompt.peft_here import fault_of_generate
+from softprompt.sampling import Sampling
 
 TASKS = 3
 LENGTH = 5

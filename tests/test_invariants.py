@@ -11,10 +11,11 @@ import torch
 
 from softprompt.artifact import load_prompt
 from softprompt.engine.batch import batches, collate
-from softprompt.engine.decode import Question, Sampling, decode
+from softprompt.engine.decode import Question, decode
 from softprompt.engine.prompt import Prompt, SoftPrompt, deepened, prefix_of, read_together
 from softprompt.engine.step import StepSettings, step_gradients
 from softprompt.engine.tokens import Encoded, shared_beginning
+from softprompt.sampling import Sampling
 from softprompt.training import train
 
 FAMILIES = sorted(tiny.FAMILIES)

@@ -16,7 +16,6 @@ from transformers import (
 
 from softprompt.artifact import load_prompt
 from softprompt.config import ModelConfig, load_config
-from softprompt.engine.decode import Sampling
 from softprompt.engine.dryrun import step_peak
 from softprompt.engine.loading import load_base
 from softprompt.engine.prompt import prefix_of
@@ -24,6 +23,7 @@ from softprompt.export import Wanted, export
 from softprompt.export.chat import chat_ids
 from softprompt.generation import generate
 from softprompt.plan import make_plan
+from softprompt.sampling import Sampling
 from softprompt.training import train
 
 TEXT = {**tiny._grouped, "head_dim": 8}

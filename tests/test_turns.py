@@ -20,7 +20,6 @@ from softprompt.cli import main
 from softprompt.config import ModelConfig, load_config
 from softprompt.data import load_examples
 from softprompt.encode import Encoder
-from softprompt.engine.decode import Sampling
 from softprompt.engine.loading import load_base
 from softprompt.engine.model import FrozenBase
 from softprompt.errors import DataError
@@ -28,6 +27,7 @@ from softprompt.evaluation import Contest, evaluate
 from softprompt.export import Wanted, export
 from softprompt.generation import Ensemble, generate, stream
 from softprompt.inspection import nearest_tokens
+from softprompt.sampling import Sampling
 from softprompt.training import train
 
 PLAIN = (

@@ -41,11 +41,11 @@ def run_demo(overrides: Sequence[str]) -> None:
     """Trains, compares with what needs no training on messages that nothing has seen, and shows answers to some of them."""
     from softprompt.artifact import load_prompt
     from softprompt.data import load_examples
-    from softprompt.engine.decode import Sampling
     from softprompt.engine.loading import load_base
     from softprompt.evaluation import Contest, evaluating
     from softprompt.generation import generate
     from softprompt.metrics import exact
+    from softprompt.sampling import Sampling
     from softprompt.screen.console import console
     from softprompt.screen.prompts import draw_evaluation, follow_evaluation
     from softprompt.screen.run import draw_run

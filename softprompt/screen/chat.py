@@ -13,8 +13,8 @@ from softprompt.screen.prompts import draw_stream
 if TYPE_CHECKING:
     from softprompt.artifact import StoredPrompt
     from softprompt.conversation import Conversation
-    from softprompt.engine.decode import Sampling
     from softprompt.engine.model import FrozenBase
+    from softprompt.sampling import Sampling
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""Prompts behind the HTTP interface that OpenAI's clients speak."""
