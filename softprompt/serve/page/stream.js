@@ -1,0 +1,85 @@
+// The client of /v1/chat/completions: a request, its answer as it comes, and the same request as code for others.
+
+export class Refused extends Error {
+  constructor(message, status, seconds) {
+    super(message);
+    this.status = status;
+    this.seconds = seconds; // when to come again, where the server says so
+  }
+}
+
+// An address of this server, also where the page lies behind a proxy's path.
+export const address = (path) => new URL(path, document.baseURI);
+
+export async function get(path, key) {
+  const answer = await fetch(address(path), { headers: authorization(key) });
+  if (!answer.ok) throw await refusal(answer);
+  return answer.json();
+}
+
+// Pieces of an answer: {text}, {thought}, {finish}, {usage}. Throws Refused, or what fetch throws.
+export async function* ask(request, key, signal) {
+  const answer = await fetch(address("v1/chat/completions"), {
+    method: "POST",
+    headers: { "Content-Type": "application/json", ...authorization(key) },
+    body: JSON.stringify({ ...request, stream: true, stream_options: { include_usage: true } }),
+    signal,
+  });
+  if (!answer.ok) throw await refusal(answer);
+  for await (const chunk of events(answer.body)) {
+    if (chunk.error) throw new Refused(chunk.error.message, answer.status);
+    if (chunk.usage) yield { usage: chunk.usage };
+    for (const { delta, finish_reason: finish } of chunk.choices ?? []) {
+      if (delta?.reasoning_content) yield { thought: delta.reasoning_content };
+      if (delta?.content) yield { text: delta.content };
+      if (finish) yield { finish };
+    }
+  }
+}
+
+// The values of a stream's data lines, up to [DONE].
+async function* events(body) {
+  let rest = "";
+  for await (const part of texts(body)) {
+    const lines = (rest + part).split(/\r?\n/);
+    rest = lines.pop();
+    for (const line of lines) {
+      if (!line.startsWith("data:")) continue;
+      const data = line.slice(5).trim();
+      if (data === "[DONE]") return;
+      yield JSON.parse(data);
+    }
+  }
+}
+
+// Not every browser iterates over streams.
+async function* texts(body) {
+  const reader = body.pipeThrough(new TextDecoderStream()).getReader();
+  for (let { done, value } = await reader.read(); !done; { done, value } = await reader.read()) yield value;
+}
+
+async function refusal(answer) {
+  const said = await answer.json().catch(() => ({}));
+  return new Refused(said.error?.message ?? said.detail ?? `HTTP ${answer.status}`, answer.status, answer.headers.get("Retry-After"));
+}
+
+const authorization = (key) => (key ? { Authorization: `Bearer ${key}` } : {});
+
+// ---- as code ----------------------------------------------------------------------------------------------------------
+
+export function asCurl(request, key) {
+  const lines = [`curl ${quoted(String(address("v1/chat/completions")))}`, `-H 'Content-Type: application/json'`];
+  if (key) lines.push(`-H "Authorization: Bearer $API_KEY"`);
+  return [...lines, `-d ${quoted(JSON.stringify(request))}`].join(" \\\n  ");
+}
+
+const quoted = (text) => `'${text.replaceAll("'", `'\\''`)}'`;
+
+export function asPython(request, key) {
+  const values = Object.entries(request).map(([name, value]) => `    ${name}=${JSON.stringify(value)},\n`).join("");
+  const [imports, known] = key ? ["import os\n\n", 'os.environ["API_KEY"]'] : ["", '"none"'];
+  return (
+    `${imports}from openai import OpenAI\n\nclient = OpenAI(base_url=${JSON.stringify(String(address("v1")))}, api_key=${known})\n` +
+    `answer = client.chat.completions.create(\n${values})\nprint(answer.choices[0].message.content)\n`
+  );
+}
