@@ -71,7 +71,7 @@ class Server:
                 yield chunk({"reasoning_content": "hm, hm"})
             for number in range(10_000 if text == "for ever" else len(said)):
                 yield chunk({"content": ("" if number == 0 else " ") + said[number % len(said)]})
-                await asyncio.sleep(0.05)
+                await asyncio.sleep(0.02)
                 if text == "break":
                     return
             yield chunk({}, "length" if text == "long" else "stop")

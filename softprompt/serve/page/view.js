@@ -60,7 +60,7 @@ function locked() {
 
 function explained(error) {
   if (!(error instanceof Refused)) return words.unreachable;
-  return error.seconds ? `${error.message} ${words.later(number(error.seconds))}` : error.message;
+  return error.seconds ? `${error.message} (${words.later(number(error.seconds))})` : error.message;
 }
 
 // ---- drawing ----------------------------------------------------------------------------------------------------------
@@ -101,10 +101,10 @@ function factsOf(one) {
   const { of: model, kind } = one;
   if (kind === "base") return [words.bare];
   if (kind === "ensemble") return [words.members(model.members.join(", "))];
-  const said = kind === "text" ? [make("q", {}, one.wish), " "] : [words.virtual(model.virtual, number(model.virtual)), " "];
+  const said = kind === "text" ? [make("q", { class: "few" }, one.wish)] : [words.virtual(model.virtual, number(model.virtual))];
   said.push(linkButton(words.card, words.cardOf(model.name), () => openCard(model.name)));
   if (model.report) {
-    const link = { href: address(model.report), target: "_blank", rel: "noopener", "aria-label": words.reportOf(model.name) };
+    const link = { href: String(address(model.report)), target: "_blank", rel: "noopener", "aria-label": words.reportOf(model.name) };
     said.push(" ", make("a", link, words.report));
   }
   return said;
@@ -151,6 +151,7 @@ async function askBoth() {
   at("question").value = "";
   at("stop").hidden = false;
   at("anew").hidden = false;
+  at("tries").open = false;
   at("turns").setAttribute("aria-busy", "true");
   say("");
   const pair = turnBox(text);
@@ -238,15 +239,15 @@ function answerBox(name) {
   const notes = make("div");
   let request;
   const code = linkButton(words.code, words.codeOf(name), () => showCode(words, name, request, key()));
-  const foot = make("div", { class: "foot note" }, code);
-  const whole = make("section", { class: "answer", "aria-label": name }, make("h2", {}, name), thinking, said, notes, foot);
+  const head = make("div", { class: "head note" }, make("h2", {}, name), code);
+  const whole = make("section", { class: "answer", "aria-label": name }, head, thinking, said, notes);
   return {
     whole,
     asCode: (asked) => (request = asked),
     write: (text) => said.append(text),
     think: (text) => ((thinking.hidden = false), thoughts.append(text)),
     tell: (text, kind = "") => notes.append(make("p", { class: `note ${kind}` }, text)),
-    cost: (usage, first, total) => foot.prepend(costOf(usage, first, total)),
+    cost: (usage, first, total) => whole.append(costOf(usage, first, total)),
   };
 }
 
@@ -256,7 +257,8 @@ function costOf(usage, first, total) {
     usage && words.answered(usage.completion_tokens, number(usage.completion_tokens)),
     words.seconds(number(first, 2)),
     words.seconds(number(total, 2)),
-    usage && words.read(number(usage.prompt_tokens), virtual && number(virtual), cached && number(cached)),
+    usage && words.read(number(usage.prompt_tokens), virtual && number(virtual)),
+    cached && number(cached),
   ];
   const pairs = values.map((value, index) => value && make("div", {}, make("dt", {}, words.cost[index]), make("dd", {}, value)));
   return make("dl", { class: "cost" }, ...pairs.filter(Boolean));
@@ -266,7 +268,9 @@ function costOf(usage, first, total) {
 
 for (const side of sides) {
   side.select.addEventListener("change", () => {
-    side.chosen = speakers.find((one) => one.id === side.select.value);
+    const chosen = speakers.find((one) => one.id === side.select.value);
+    if (chosen === side.chosen) return;
+    side.chosen = chosen;
     if (side.talk.length) say(words.restarted(called(side.chosen)));
     side.talk = [];
     draw();
