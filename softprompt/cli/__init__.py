@@ -3,7 +3,7 @@
 import os
 import sys
 
-from softprompt.cli import carrying, chat, data, importing, prompts, training  # noqa: F401 - each brings its verbs
+from softprompt.cli import carrying, chat, data, importing, prompts, serving, training  # noqa: F401 - each brings its verbs
 from softprompt.cli.options import app, arrange
 from softprompt.errors import Error
 
@@ -11,7 +11,7 @@ GROUPS = {  # the verbs of --help, in the order of work
     "Look at data": ("init", "show"),
     "Train": ("demo", "plan", "train", "doctor", "report"),
     "Judge": ("eval", "inspect", "prune", "lm-eval"),
-    "Use": ("generate", "chat"),
+    "Use": ("generate", "chat", "serve"),
     "Carry elsewhere": ("export", "push", "pull", "import", "recycle"),
 }
 arrange(GROUPS)

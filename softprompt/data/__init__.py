@@ -21,6 +21,7 @@ from softprompt.data.naming import suggest_columns as suggest_columns
 from softprompt.data.questions import Questions as Questions
 from softprompt.data.questions import Unanswered as Unanswered
 from softprompt.data.shapes import example_of, unused_columns
+from softprompt.data.shapes import more_of as more_of
 from softprompt.errors import DataError
 
 NUM_LOOKED_AT = 100  # rows, for the names of their columns

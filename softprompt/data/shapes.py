@@ -199,13 +199,13 @@ def _message(turn: Mapping[str, Any]) -> Message:
         turn = {**turn, content: "".join(map(_part, turn[content]))}
     said = _text(turn, role)
     known = ROLES.get(said, said)
-    more = _more(known, turn)
+    more = more_of(known, turn)
     text = _text(turn, content, "" if "tool_calls" in more else None)
     return Message(known, text, known != "assistant" or turn.get("weight") != 0, more)
 
 
-def _more(role: str, turn: Mapping[str, Any]) -> dict[str, Any]:
-    """What a turn says of tools, arguments that are JSON text as what they say, as chat templates want them."""
+def more_of(role: str, turn: Mapping[str, Any]) -> dict[str, Any]:
+    """What a turn says of tools, arguments that are JSON text as what they say, as chat templates want them. Raises Unusable."""
     if role == "tool":
         return {name: turn[name] for name in ("name", "tool_call_id") if turn.get(name)}
     calls = turn.get("tool_calls")
