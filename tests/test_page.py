@@ -9,9 +9,10 @@ import sys
 from dataclasses import replace
 
 import httpx
+import parrot
 import pytest
 import tiny
-from page_server import Server, running
+from talker import Talker
 
 from softprompt.artifact import load_prompt
 from softprompt.config import load_config
@@ -20,8 +21,10 @@ from softprompt.evaluation import Contest, evaluate
 from softprompt.events import Sampled, to_line
 from softprompt.report import MARK
 from softprompt.serve.asking import Model
+from softprompt.serve.guard import Keys
 from softprompt.serve.pages import HOME, Reports, last_part
 from softprompt.serve.samples import Sample, samples_of
+from softprompt.serve.service import Settings
 from softprompt.training import train
 
 MARKUP = "<img src=x onerror=alert(1)>"
@@ -53,11 +56,11 @@ def models(run):
 
 @pytest.fixture
 def server(models):
-    """A server without a key, and its address."""
-    made = Server(models)
-    with running(made.app) as address:
-        made.address = address
-        yield made
+    """The engine of a server without a key, and its address."""
+    engine = Talker(models)
+    with parrot.running(engine) as (address, _):
+        engine.address = f"{address}/"
+        yield engine
 
 
 def get(address, **headers):
@@ -133,29 +136,29 @@ def test_a_report_is_drawn_when_asked_for_and_again_when_its_run_has_changed(run
 def test_reports_come_in_a_sandbox_and_what_is_missing_is_a_sentence(models, run, tmp_path):
     bad = shutil.copytree(run, tmp_path / "bad")
     (bad / "result.json").write_text("{", encoding="utf-8")
-    with running(Server([*models, replace(models[1], name="bad", report=bad)]).app) as address:
-        answer = get(address + "page/report/polite")
+    with parrot.running(Talker([*models, replace(models[1], name="bad", report=bad)])) as (address, _):
+        answer = get(address + "/page/report/polite")
         assert answer.status_code == 200
         assert MARK in answer.text
         policy = answer.headers["content-security-policy"].split("; ")
         assert {"default-src 'none'", "style-src 'unsafe-inline'", "sandbox"} <= set(policy)
         assert "<script" not in answer.text
         for name, status, sentence in (
-            ("tiny-base", 404, "tiny-base lies in no run's folder: there is no report."),
-            ("bad", 500, f"The report cannot be drawn: {bad / 'result.json'} is damaged"),
+            ("tiny-base", 404, "tiny-base lies in no run's folder: there is no report"),
+            ("bad", 500, f"the report cannot be drawn: {bad / 'result.json'} is damaged"),
         ):
-            answer = get(f"{address}page/report/{name}")
+            answer = get(f"{address}/page/report/{name}")
             assert (answer.status_code, answer.text, answer.headers["content-type"]) == (status, sentence, "text/plain; charset=utf-8")
 
 
 def test_what_the_page_shows_is_for_those_who_have_the_key(models):
-    with running(Server(models, key="s3cret").app) as address:
+    with parrot.running(Talker(models), Settings(Keys(["s3cret"]))) as (address, _):
         for path in ("page/models.json", "page/card/polite", "page/report/polite", "page/report/polite?key=x", "page/report/polite?key=é"):
-            assert get(address + path).status_code == 401
+            assert get(f"{address}/{path}").status_code == 401
         assert get(address).status_code == 200
-        _, polite, *_ = get(address + "page/models.json", Authorization="Bearer s3cret").json()
-        assert get(address + polite["report"]).status_code == 200
-        assert get(address + polite["report"].replace("polite", "tiny-base")).status_code == 401, "a link opens one report"
+        _, polite, *_ = get(address + "/page/models.json", Authorization="Bearer s3cret").json()
+        assert get(f"{address}/{polite['report']}").status_code == 200
+        assert get(f"{address}/{polite['report']}".replace("polite", "tiny-base")).status_code == 401, "a link opens one report"
 
 
 def test_the_page_needs_no_torch(run):
@@ -247,8 +250,8 @@ def choose(page, first, second):
 
 
 def of(server, model):
-    """The requests to a model so far, without what all of them have."""
-    return [one["messages"] for one in server.asked if one["model"] == model]
+    """What a model was asked so far."""
+    return [[{"role": turn.role, "content": turn.content} for turn in one.text] for one in server.asked if one.model == model]
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -314,8 +317,8 @@ def test_both_answers_come_at_once_and_say_what_they_cost(opened, server):
     assert page.get_attribute("#turns", "aria-busy") == "false"
     assert page.inner_text("#status") == "Both answers are there."
     costs = [re.sub(r"\d+\.\d\d s", "TIME", one.inner_text().replace("\n", " ")) for one in page.query_selector_all(".cost")]
-    common = "Answer 9 tokens First token TIME Total TIME Prompt tokens 1,200"
-    assert costs == [common, f"{common} + {len(WISH)} virtual Cached {len(WISH)}"]
+    common = "Answer 9 tokens First token TIME Total TIME Prompt tokens 1,200{} Cached 20"
+    assert costs == [common.format(""), common.format(f" + {len(WISH)} virtual")]
     seconds = [float(one) for one in re.findall(r"(\d+\.\d\d) s", page.inner_text(".cost"))]
     assert seconds[0] < seconds[1]
 
@@ -353,8 +356,7 @@ def test_settings_go_along_and_wrong_ones_do_not(opened, server):
     answered(page)
     assert len(server.asked) == 2
     for one in server.asked:
-        assert [one[key] for key in ("temperature", "max_tokens", "seed", "stream")] == [0.7, 9, 5, True]
-        assert one["stream_options"] == {"include_usage": True}
+        assert (one.sampling.temperature, one.sampling.max_new_tokens, one.sampling.seed) == (0.7, 9, 5)
 
 
 def test_each_side_keeps_its_own_conversation(opened, server):
@@ -389,10 +391,10 @@ def test_stopping_frees_the_server_and_forgets_the_turn(opened, server, how):
     assert all(len(said) > 20 for said in stopped), "what has come stays"
     assert page.inner_text(".answer >> nth=0").endswith("Stopped. This turn is no part of the conversation.")
     assert page.evaluate("document.activeElement.id") == "question"
+    parrot.until(lambda: len(server.given_up) == 2)
     ask(page, "next")
     answered(page)
     assert of(server, "polite")[-1] == [{"role": "user", "content": "next"}]
-    assert server.gone == 2
 
 
 def test_what_others_say_is_text(opened, server):
@@ -454,8 +456,8 @@ def test_the_report_is_one_click_away(opened, server):
 
 
 def test_a_key_is_asked_for_and_forgotten_with_the_tab(opened, models):
-    with running(Server(models, key="s3cret").app) as address:
-        page = opened(address, refused=[401])
+    with parrot.running(Talker(models), Settings(Keys(["s3cret"]))) as (address, _):
+        page = opened(f"{address}/", refused=[401])
         assert page.evaluate("document.activeElement.id") == "key"
         page.keyboard.type("wrong")
         page.keyboard.press("Enter")
@@ -482,15 +484,15 @@ def test_the_code_asks_the_same(opened, server):
     choose(page, f"text {MARKUP}", "prompt polite")
     ask(page, 'it\'s "水" \\ $HOME `id`\nand more')
     answered(page)
-    wanted = {one["model"]: one for one in server.asked}
+    wanted = {one.model: one for one in server.asked}
     for side, name in enumerate(("tiny-base", "polite")):
         open_sheet(page, f".answer .link >> nth={side}")
         for way, command in (("curl", ["sh", "-c"]), ("Python", [sys.executable, "-c"])):
             text = page.text_content(f"pre[aria-label={way}]")
             server.asked.clear()
-            subprocess.run([*command, text], capture_output=True, timeout=60)
-            (again,) = server.asked
-            assert again == {key: value for key, value in wanted[name].items() if not key.startswith("stream")}
+            said = subprocess.run([*command, text], capture_output=True, text=True, timeout=60, check=True).stdout
+            assert f"{name} 说：it's" in said
+            assert server.asked == [wanted[name]]
         page.keyboard.press("Escape")
 
 

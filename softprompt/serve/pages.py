@@ -14,13 +14,13 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 from urllib.parse import quote
 
-from fastapi import APIRouter, HTTPException, Request, Response, params
+from fastapi import APIRouter, Request, Response, params
 from fastapi.concurrency import run_in_threadpool
 
 from softprompt import report
 from softprompt.errors import Error
 from softprompt.report.reading import read_runs
-from softprompt.serve.asking import Engine, Model
+from softprompt.serve.asking import Engine, Model, NotServed
 from softprompt.serve.samples import Sample, changed, samples_of
 
 HOME = Path(__file__).parent / "page"
@@ -54,20 +54,22 @@ def pages(engine: Engine, guards: Sequence[params.Depends] = ()) -> APIRouter:
     async def card(name: str) -> dict[str, Any]:
         own = _named(engine, name).card
         if own is None:
-            raise HTTPException(404, f"{name} has no card")
+            raise NotServed(f"{name} has no card")
         return {**own, "base": {**own["base"], "name": last_part(own["base"]["name"])}}
 
     @router.get("/page/report/{name:path}")
     async def report_of(name: str, key: str = "") -> Response:
         if not hmac.compare_digest(key.encode(), link(name).encode()):
-            return _plain(401, "This link has expired: reload the page that it was on.")
-        run = _named(engine, name).report
-        if run is None:
-            return _plain(404, f"{name} lies in no run's folder: there is no report.")
+            return _plain(401, "this link has expired: reload the page that it was on")
         try:
+            run = _named(engine, name).report
+            if run is None:
+                raise NotServed(f"{name} lies in no run's folder: there is no report")
             page = await run_in_threadpool(reports.drawn, run)
+        except NotServed as error:
+            return _plain(404, str(error))
         except Error as error:
-            return _plain(500, f"The report cannot be drawn: {error}")
+            return _plain(500, f"the report cannot be drawn: {error}")
         return Response(page, media_type="text/html", headers={**HEADERS, "Content-Security-Policy": REPORT_POLICY})
 
     return router
@@ -98,7 +100,7 @@ def _named(engine: Engine, name: str) -> Model:
     for model in engine.models():
         if model.name == name:
             return model
-    raise HTTPException(404, f"no base or prompt named {name} is served")
+    raise NotServed(f"no base or prompt named {name[:200]} is served")
 
 
 def _plain(status: int, text: str) -> Response:

@@ -3,7 +3,7 @@
 export class Refused extends Error {
   constructor(message, status, seconds) {
     super(message);
-    this.status = status;
+    this.status = status; // undefined where the answer had begun
     this.seconds = seconds; // when to come again, where the server says so
   }
 }
@@ -27,7 +27,7 @@ export async function* ask(request, key, signal) {
   });
   if (!answer.ok) throw await refusal(answer);
   for await (const chunk of events(answer.body)) {
-    if (chunk.error) throw new Refused(chunk.error.message, answer.status);
+    if (chunk.error) throw new Refused(chunk.error.message);
     if (chunk.usage) yield { usage: chunk.usage };
     for (const { delta, finish_reason: finish } of chunk.choices ?? []) {
       if (delta?.reasoning_content) yield { thought: delta.reasoning_content };
@@ -37,30 +37,27 @@ export async function* ask(request, key, signal) {
   }
 }
 
-// The values of a stream's data lines, up to [DONE].
+// The values of a stream's data lines, up to [DONE]. Throws Refused without a message where it ends before.
 async function* events(body) {
+  const reader = body.pipeThrough(new TextDecoderStream()).getReader(); // not every browser iterates over streams
   let rest = "";
-  for await (const part of texts(body)) {
-    const lines = (rest + part).split(/\r?\n/);
+  for (;;) {
+    const { done, value } = await reader.read().catch((error) => {
+      throw error.name === "AbortError" ? error : new Refused("");
+    });
+    if (done) throw new Refused("");
+    const lines = (rest + value).split(/\r?\n/);
     rest = lines.pop();
-    for (const line of lines) {
-      if (!line.startsWith("data:")) continue;
-      const data = line.slice(5).trim();
+    for (const data of lines.filter((line) => line.startsWith("data:")).map((line) => line.slice(5).trim())) {
       if (data === "[DONE]") return;
       yield JSON.parse(data);
     }
   }
 }
 
-// Not every browser iterates over streams.
-async function* texts(body) {
-  const reader = body.pipeThrough(new TextDecoderStream()).getReader();
-  for (let { done, value } = await reader.read(); !done; { done, value } = await reader.read()) yield value;
-}
-
 async function refusal(answer) {
   const said = await answer.json().catch(() => ({}));
-  return new Refused(said.error?.message ?? said.detail ?? `HTTP ${answer.status}`, answer.status, answer.headers.get("Retry-After"));
+  return new Refused(said.error?.message ?? `HTTP ${answer.status}`, answer.status, answer.headers.get("Retry-After"));
 }
 
 const authorization = (key) => (key ? { Authorization: `Bearer ${key}` } : {});

@@ -60,7 +60,7 @@ function locked() {
 
 function explained(error) {
   if (!(error instanceof Refused)) return words.unreachable;
-  return error.seconds ? `${error.message} (${words.later(number(error.seconds))})` : error.message;
+  return error.seconds ? `${error.message} (${words.later(number(error.seconds))})` : error.message || words.broken;
 }
 
 // ---- drawing ----------------------------------------------------------------------------------------------------------
@@ -217,7 +217,6 @@ async function stream(request, box, signal) {
     usage = piece.usage ?? usage;
     finish = piece.finish ?? finish;
   }
-  if (finish === null) throw new Refused(words.broken);
   if (!said) box.tell(words.nothing);
   if (finish === "length") box.tell(words.cut);
   following(() => box.cost(usage, first ?? seconds(), seconds()));
