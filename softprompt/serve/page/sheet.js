@@ -51,7 +51,7 @@ export function showCard(words, language, name, card) {
 export function showCode(words, name, request, key) {
   const forms = { curl: asCurl(request, key), Python: asPython(request, key) };
   const parts = Object.entries(forms).flatMap(([title, text]) => {
-    const shown = make("pre", { tabindex: "0", "aria-label": title }, text);
+    const shown = make("pre", {}, text);
     const copy = button({ "aria-label": `${words.copy}: ${title}` }, words.copy, () => copied(words, text, shown));
     return [make("div", { class: "row" }, make("h3", {}, title), copy), shown];
   });

@@ -239,7 +239,7 @@ function answerBox(name) {
   let request;
   const code = linkButton(words.code, words.codeOf(name), () => showCode(words, name, request, key()));
   const head = make("div", { class: "head note" }, make("h2", {}, name), code);
-  const whole = make("section", { class: "answer", "aria-label": name }, head, thinking, said, notes);
+  const whole = make("div", { class: "answer", role: "group", "aria-label": name }, head, thinking, said, notes);
   return {
     whole,
     asCode: (asked) => (request = asked),
