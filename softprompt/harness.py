@@ -22,7 +22,7 @@ from softprompt.engine.batch import batches
 from softprompt.engine.decode import Question, decode_whole
 from softprompt.engine.loading import load_base
 from softprompt.engine.prompt import SoftPrompt
-from softprompt.engine.shelf import shelved
+from softprompt.engine.reading import shelved
 from softprompt.engine.tokens import Encoded
 from softprompt.errors import ConfigError
 from softprompt.sampling import Sampling
@@ -114,7 +114,7 @@ class SoftPromptLM(TemplateLM):  # type: ignore[misc]
         greedy = [same for _, same in first]
         longer = [number for number, row in enumerate(rows) if len(row) > 1]
         some = [rows[number] for number in longer]
-        prefix = shelved(self.base, [self.context])
+        prefix = shelved(self.base, self.context)
         for batch in batches(some, [0] * len(some), self.budget, self.base.device):
             continued = self.base.continue_from(prefix, batch.which_B, batch.ids_BT, batch.mask_BT)
             states_NH = continued.hidden_BTH.flatten(0, 1)[batch.scored_N]

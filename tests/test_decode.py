@@ -10,7 +10,7 @@ import torch
 from test_invariants import some_prompt
 
 from softprompt.engine import decode as decode_module
-from softprompt.engine.decode import OpenBatch, Question, admit, advance, decode, decode_whole, drop
+from softprompt.engine.decode import OpenBatch, Question, Token, decode, decode_whole
 from softprompt.engine.prompt import deepened, no_prompt, shapes_of
 from softprompt.sampling import Sampling
 
@@ -53,15 +53,15 @@ def test_rows_join_and_leave_and_nothing_else_changes(bases, family):
         count = draw.randrange(1, 4)
         if waiting and (not batch.answers or draw.random() < 0.5):
             joined_beside_others += bool(batch.answers)
-            batch, waiting = admit(batch, waiting[:count]), waiting[count:]
-        tokens, batch = advance(batch)
-        for token in tokens:
-            if token.id is not None:
+            batch.admit(waiting[:count])
+            waiting = waiting[count:]
+        for token in batch.advance():
+            if isinstance(token, Token) and token.id is not None:
                 said.setdefault(token.row, []).append(token.id)
         if batch.answers and draw.random() < 0.1:
             gone = draw.choice(batch.answers).number
             dropped.add(gone)
-            batch = drop(batch, {gone})
+            batch.drop({gone})
     assert joined_beside_others > 2
     assert dropped, "somebody left before the end"
     for number, (ids, _) in enumerate(expected):
@@ -77,24 +77,25 @@ def test_a_queue_of_many_questions_fills_a_bounded_batch(bases, monkeypatch):
     monkeypatch.setattr(decode_module, "WINDOW", 8)
     questions = some_questions(base, 30)
     rows, positions, admitted = [], [], []
-    whole, step = decode_module.admit, decode_module.advance
+    whole, step = OpenBatch.admit, OpenBatch.advance
 
     def admitting(batch, some):
         admitted.append((len(batch.answers), len(some)))
         return whole(batch, some)
 
     def advancing(batch):
+        events = step(batch)
         rows.append(batch.num_rows)
-        positions.append(batch.past.mask_BS.numel())
-        return step(batch)
+        positions.append(batch.slots.num_positions)
+        return events
 
-    monkeypatch.setattr(decode_module, "admit", admitting)
-    monkeypatch.setattr(decode_module, "advance", advancing)
+    monkeypatch.setattr(OpenBatch, "admit", admitting)
+    monkeypatch.setattr(OpenBatch, "advance", advancing)
     found = {number: (ids, ended) for number, ids, ended in decode_whole(base, questions)}
     assert [found[number] for number in range(30)] == [alone(base, question) for question in questions]
     assert 3 <= max(rows) <= 5
     assert max(positions) <= 120 or max(rows) == 1
-    assert any(before for before, _ in admitted), "some joined a batch that went on"
+    assert any(before and joined for before, joined in admitted), "some joined a batch that went on"
 
 
 def test_a_question_wider_than_the_batch_is_answered_alone(bases, monkeypatch):
@@ -127,7 +128,7 @@ def test_a_prompt_is_read_once_however_often_it_answers(bases, monkeypatch, tmp_
         list(decode(base, [Question((one,), (text,), Sampling(3)) for one in (start, other) for text in texts]))
     assert read == [1, 1]
     del start, other
-    assert not base.shelf, "what nobody holds any more leaves the shelf"
+    assert not len(base.shelf), "what nobody holds any more leaves the shelf"
 
 
 def test_streams_can_be_interleaved_and_no_mode_stays_on(bases):

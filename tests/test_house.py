@@ -42,12 +42,12 @@ LAYERS = [
 ENGINE_MAY_IMPORT = {"errors", "config", "hub", "atomic", "sampling"}
 ENGINE = [
     {"tokens", "world", "precise", "head", "memory", "unpack", "family", "quantized", "optim", "layers"},
-    {"offload", "places"},
+    {"offload", "places", "slots"},
     {"prefix", "batch"},
-    {"trial"},
+    {"trial", "shelf"},
     {"model"},
-    {"loss", "prompt", "loading", "likelihood"},
-    {"shelf", "step"},
+    {"loss", "prompt", "loading", "likelihood", "choose"},
+    {"reading", "step"},
     {"decode", "dryrun"},
 ]
 

@@ -57,14 +57,34 @@ def merged(several: Sequence[Layers], growing: Merge, states: Merge) -> Layers:
     return tuple(together(layers) for layers in zip(*several, strict=True))
 
 
+@dataclass(frozen=True)
+class Room:
+    """Memory of a growing part [B, ..., C, size]: positions `start` to `end` are in use, and there is room behind them."""
+
+    whole: Tensor
+    start: int
+    end: int
+
+    @property
+    def used(self) -> Tensor:
+        return self.whole[..., self.start : self.end, :]
+
+    def add(self, new: Tensor) -> Tensor:
+        """Writes the next positions; all that are in use then."""
+        end = self.end + new.shape[-2]
+        self.whole[..., self.end : end, :] = new
+        return self.whole[..., self.start : end, :]
+
+
 # ---- cache layers --------------------------------------------------------------------------------------------------
 
 
 class _Concatenating:
-    """Keys and values behind those before; `held`: texts read them and do not extend them, so that a layer may run twice (activation
-    checkpointing) and no text's keys outlive their use."""
+    """Keys and values behind those before, in `rooms` of their own or put together anew; `held`: texts read them and do not extend them,
+    so that a layer may run twice (activation checkpointing) and no text's keys outlive their use."""
 
     held = False
+    rooms: Mapping[str, Room] | None = None
 
     def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         keys, values = self._behind("keys", keys), self._behind("values", values)
@@ -79,6 +99,8 @@ class _Concatenating:
         return keys
 
     def _behind(self, name: str, new: Tensor) -> Tensor:
+        if self.rooms is not None:
+            return self.rooms[name].add(new)
         before = getattr(self, name)
         return new if before is None else torch.cat([before, new], dim=-2)
 
@@ -150,9 +172,9 @@ def looks_back(cache: DynamicCache) -> bool:
     return not cache.layers or any(isinstance(layer, _Concatenating) for layer in cache.layers)
 
 
-def filled_cache(layers: Layers, held: bool) -> DynamicCache:
-    """A cache that holds `layers`. `held`: texts read it and do not extend it."""
-    return _cache([_filled(layer, held) for layer in layers])
+def filled_cache(layers: Layers, held: bool, rooms: Sequence[Mapping[str, Room]] = ()) -> DynamicCache:
+    """A cache that holds `layers`. `held`: texts read it and do not extend it. `rooms`: of the growing parts of every layer."""
+    return _cache([_filled(layer, held, rooms[number] if rooms else None) for number, layer in enumerate(layers)])
 
 
 def layers_of(cache: DynamicCache) -> Layers:
@@ -166,10 +188,12 @@ def _cache(layers: list[Any]) -> DynamicCache:
     return cache
 
 
-def _filled(layer: Layer, held: bool) -> Any:
+def _filled(layer: Layer, held: bool, rooms: Mapping[str, Room] | None) -> Any:
     numbered = [name.split() for name in layer.parts if name not in GROWING]
     made = layer.kind(number_of_states=1 + max((int(number) for _, number in numbered), default=0))
     made.held = held
+    if rooms:
+        made.rooms = rooms
     for name, part in layer.parts.items():
         if name in GROWING:
             setattr(made, name, part)

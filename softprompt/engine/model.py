@@ -12,17 +12,18 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from softprompt.engine.family import backbone_of, shorten_chunks, weights_of
 from softprompt.engine.head import Head
-from softprompt.engine.layers import filled_cache, layers_of
+from softprompt.engine.layers import layers_of
 from softprompt.engine.memory import token_budget
 from softprompt.engine.offload import values_of
 from softprompt.engine.prefix import Continued, Prefix, continue_plain, continue_shared, embedded, prefill, run
+from softprompt.engine.shelf import Shelf
+from softprompt.engine.slots import Slots
 from softprompt.engine.trial import WELL, Sharing, check, embed_scale
 from softprompt.errors import ConfigError
 
@@ -36,7 +37,7 @@ class FrozenBase:
     """A causal language model that is only looked at, with its tokenizer.
 
     `fingerprint` and `sample`: of its weights; see `same_weights`.
-    `shelf`: prefixes that answers continue from, by prompt and the ids behind it (shelf.py).
+    `shelf`: prefixes that answers continue from.
     """
 
     name: str
@@ -52,7 +53,7 @@ class FrozenBase:
     fingerprint: str = ""
     sample: str = ""
     tokenizer_fingerprint: str = ""
-    shelf: WeakKeyDictionary[Any, dict[tuple[int, ...], Prefix]] = field(default_factory=WeakKeyDictionary, init=False, repr=False)
+    shelf: Shelf = field(default_factory=Shelf, init=False, repr=False)
 
     @property
     def shares_prefix(self) -> bool:
@@ -117,19 +118,19 @@ class FrozenBase:
         go_on = continue_shared if self.shares_prefix else continue_plain
         return go_on(self.backbone, self.embed(ids_BT), prefix, which_B, mask_BT, keep)
 
-    def next_hidden(self, ids_B: Tensor, past: Continued) -> Continued:
-        """One more token for every row of a batch that was read with `keep`; holes in what is kept must stand on the left."""
-        if not self.shares_prefix:
-            so_far = Prefix(past.layers, tuple(past.mask_BS.sum(dim=1).tolist()))
-            return self.continue_from(
-                so_far, torch.arange(len(ids_B), device=self.device), ids_B[:, None], torch.ones_like(ids_B)[:, None], keep=True
-            )
-        mask_BS = torch.cat([past.mask_BS, past.mask_BS.new_ones(len(ids_B), 1)], dim=1)
-        layers = tuple(layer.changed(lambda part: part, Tensor.clone) for layer in past.layers)  # states are written into
-        cache = filled_cache(layers, held=False)
-        positions_B1 = past.mask_BS.sum(dim=1, keepdim=True)
-        hidden = run(self.backbone, self.embed(ids_B[:, None]), mask_BS, positions_B1, cache)
-        return Continued(hidden, layers_of(cache), mask_BS)
+    def next_hidden(self, ids_B: Tensor, read: Slots) -> Tensor:
+        """[B, H]: the hidden states of one more token for every row; `read` has it then."""
+        mask_BS, positions_B1 = read.begin()
+        if self.shares_prefix:
+            cache = read.cache()
+            hidden_B1H = run(self.backbone, self.embed(ids_B[:, None]), mask_BS, positions_B1, cache)
+            read.end(layers_of(cache))
+            return hidden_B1H[:, -1]
+        so_far, every_B = Prefix(read.layers, tuple(read.lengths)), torch.arange(len(ids_B), device=self.device)
+        whole = self.continue_from(so_far, every_B, ids_B[:, None], torch.ones_like(ids_B)[:, None], keep=True)
+        read.write("embeds", whole.layers[0].parts["embeds"][..., -1:, :])
+        read.end(())
+        return whole.hidden_BTH[:, -1]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., H] -> [..., V], with whatever the family does to its logits (soft capping, scaling)."""

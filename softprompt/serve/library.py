@@ -1,0 +1,177 @@
+"""The prompts that are served over one base, by name. Cards and templates stay; the numbers of a prompt leave memory with its prefix and
+come back from its folder."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+from weakref import ref
+
+from softprompt.artifact import StoredPrompt, find_prompt, load_prompt
+from softprompt.data import Message
+from softprompt.encode import Encoder, make_encoder
+from softprompt.engine.model import FrozenBase
+from softprompt.engine.prompt import Prompt, no_prompt
+from softprompt.errors import ConfigError, DataError
+from softprompt.generation import asked_ids
+from softprompt.serve.asking import Ask, Conversation, Model, NotServed, Text
+from softprompt.templates import Chat, HumanAssistant
+from softprompt.thinking import Thinking
+
+
+@dataclass(frozen=True)
+class Spoken:
+    """How one that is served is asked: its prompts by name (an ensemble has several) and what their texts need."""
+
+    names: tuple[str, ...]
+    encoders: tuple[Encoder, ...]
+    num_positions: tuple[int, ...]
+    num_virtual: int = 0
+    by: Literal["mean", "vote"] = "mean"
+
+    @property
+    def thinking(self) -> Thinking | None:
+        return self.encoders[0].thinking
+
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        return frozenset[int]().union(*(encoder.end_ids for encoder in self.encoders))
+
+    @property
+    def num_bos(self) -> int:
+        return int(self.encoders[0].bos_id is not None)
+
+    def ids(self, number: int, text: Text | Conversation) -> tuple[int, ...]:
+        """A text as it stands behind prompt `number`, without BOS. Raises DataError for one that is empty or cannot be written."""
+        encoder = self.encoders[number]
+        if text and isinstance(text, tuple) and isinstance(text[0], Message):
+            return asked_ids(encoder, text)
+        ids = tuple(encoder.tokenizer(text, add_special_tokens=False)["input_ids"]) if isinstance(text, str) else text
+        if any(not 0 <= token < len(encoder.tokenizer) for token in ids):  # type: ignore[operator]
+            raise DataError(f"token ids go from 0 to {len(encoder.tokenizer) - 1}")
+        encoder.check_ids(ids, "prompt")  # type: ignore[arg-type]
+        bare = ids[1:] if ids and ids[0] == encoder.bos_id else ids
+        if not bare:
+            raise DataError("the text is empty: there is nothing to go on from")
+        return bare  # type: ignore[return-value]
+
+    def check(self, ask: Ask) -> None:
+        """Raises ConfigError for what an ensemble cannot do."""
+        if self.by == "vote" and ask.sampling.temperature > 0:
+            raise ConfigError(f"{ask.model} votes, and a vote has no probabilities to sample from: temperature must be 0")
+        if len(self.names) > 1 and ask.echo and ask.logprobs is not None:
+            raise ConfigError(f"{ask.model} is an ensemble, whose prompts read the text apart: echo has no logprobs with it")
+
+
+@dataclass
+class _Entry:
+    model: Model
+    spoken: Spoken
+    soft: "ref[Prompt] | None" = None
+
+
+class Library:
+    """Everything that loads or looks at numbers runs on the engine's thread; the rest may be asked from anywhere."""
+
+    def __init__(self, base: FrozenBase, allow_other_base: bool = False) -> None:
+        self._base, self._other = base, allow_other_base
+        self._entries: dict[str, _Entry] = {}
+        template = Chat.name if base.tokenizer.chat_template else HumanAssistant.name
+        encoder = make_encoder(base.tokenizer, template, num_tokens=base.num_tokens)
+        self._bare = no_prompt(base, encoder.bos_id)
+        self.base_name = _name_of(base)
+        model = Model(self.base_name, "base", 0)
+        self._entries[self.base_name] = _Entry(model, Spoken((self.base_name,), (encoder,), (self._bare.num_positions,)), ref(self._bare))
+
+    @property
+    def end_ids(self) -> frozenset[int]:
+        return frozenset[int]().union(*(entry.spoken.stop_ids for entry in list(self._entries.values())))
+
+    def models(self) -> Sequence[Model]:
+        base, *others = (entry.model for entry in list(self._entries.values()))
+        return [base, *sorted(others, key=lambda model: model.name)]
+
+    def find(self, name: str) -> Spoken:
+        return self._entry(name).spoken
+
+    def prompt(self, name: str) -> Prompt:
+        """A prompt's numbers, from its folder where they have left memory."""
+        entry = self._entry(name)
+        soft = entry.soft() if entry.soft is not None else None
+        if soft is None:
+            assert entry.model.folder is not None
+            soft = self._load(entry.model.folder).soft
+            entry.soft = ref(soft)
+        return soft
+
+    def add(self, name: str, path: Path) -> Model:
+        """Raises ArtifactError for a prompt that does not fit, ConfigError for a name that something else has."""
+        known = self._entries.get(name)
+        if known is not None and known.model.kind != "prompt":
+            raise ConfigError(f"{name} is the name of the {known.model.kind}: give the prompt another, NAME={path}")
+        folder = find_prompt(path)
+        stored = self._load(folder)
+        run = next((one for one in (folder.parent, folder.parent.parent) if (one / "metrics.jsonl").is_file()), None)
+        created = int((folder / "card.json").stat().st_mtime)
+        card = stored.card.model_dump(mode="json")
+        model = Model(name, "prompt", created, stored.soft.length, card, folder, run)
+        spoken = Spoken((name,), (stored.encoder,), (stored.soft.num_positions,), stored.soft.length)
+        self._entries[name] = _Entry(model, spoken, ref(stored.soft))
+        return model
+
+    def add_ensemble(self, name: str, members: Sequence[str], by: Literal["mean", "vote"]) -> Model:
+        """Raises NotServed for a member that is not served, ConfigError for a name that something else has."""
+        if name in self._entries:
+            raise ConfigError(f"{name} is the name of something else that is served: give the ensemble another")
+        parts = [self._entry(member).spoken for member in members]
+        spoken = Spoken(
+            tuple(members),
+            tuple(part.encoders[0] for part in parts),
+            tuple(part.num_positions[0] for part in parts),
+            sum(part.num_virtual for part in parts),
+            by,
+        )
+        created = max(self._entry(member).model.created for member in members)
+        model = Model(name, "ensemble", created, spoken.num_virtual, members=tuple(members))
+        self._entries[name] = _Entry(model, spoken)
+        return model
+
+    def remove(self, name: str) -> None:
+        """Raises NotServed; ConfigError for the base, and for a prompt that an ensemble needs."""
+        entry = self._entry(name)
+        if entry.model.kind == "base":
+            raise ConfigError(f"{name} is the base, which stays")
+        needed = [other.name for other in self.models() if name in other.members]
+        if needed:
+            raise ConfigError(f"{name} answers in the ensemble {needed[0]}, which would be left without it")
+        del self._entries[name]
+
+    def _entry(self, name: str) -> _Entry:
+        try:
+            return self._entries[name]
+        except KeyError:
+            raise NotServed(f"no model {name!r} is served here; GET /v1/models lists those that are") from None
+
+    def _load(self, folder: Path) -> StoredPrompt:
+        return load_prompt(folder, self._base, allow_other_base=self._other)
+
+
+def _name_of(base: FrozenBase) -> str:
+    """A folder's or file's own name, or the hub's."""
+    path = Path(base.name)
+    return (path.stem if path.is_file() else path.name) if path.exists() else base.name
+
+
+def names_of(paths: Sequence[str]) -> Mapping[str, Path]:
+    """NAME=PATH, or a path whose name is that of its run or folder. Raises ConfigError where two have one name."""
+    found: dict[str, Path] = {}
+    for given in paths:
+        name, equals, path = given.partition("=")
+        if not equals or not name:
+            name, path = "", given
+        place = Path(path)
+        name = name or (place.resolve().parent.name if place.resolve().name == "prompt" else place.resolve().name)
+        if name in found:
+            raise ConfigError(f"two prompts are called {name}: give one another name, NAME={path}")
+        found[name] = place
+    return found
