@@ -20,14 +20,13 @@ class Talker(Parrot):
         return self.served
 
     def _check(self, ask: Ask) -> None:
-        first, last = ask.text[0], ask.text[-1]
-        if last.content == "busy":
+        if question_of(ask) == "busy":
             raise Busy("too many requests wait", 7)
-        if first.role == "system" and last.content.endswith("no system"):
+        if roles_of(ask)[0] == "system" and question_of(ask).endswith("no system"):
             raise DataError("the chat template refuses this conversation")
 
     async def _say(self, ask: Ask) -> AsyncGenerator[Begun | Said, None]:
-        text = ask.text[-1].content
+        text = question_of(ask)
         virtual = next(one.num_virtual for one in self.served if one.name == ask.model)
         yield Begun(1_200, virtual, virtual + 20)
         words = f"{ask.model} 说：{text} <b>bold</b> &amp; so on".split(" ")
@@ -39,3 +38,12 @@ class Talker(Parrot):
             if text == "break":
                 raise RuntimeError("the talker lost its voice")
         yield Said("", 0, finish="length" if text == "long" else "stop")
+
+
+def question_of(ask: Ask) -> str:
+    """The last turn, of plain dialogue too."""
+    return ask.text.rpartition("Human: ")[2].removesuffix("\n\nAssistant:") if isinstance(ask.text, str) else ask.text[-1].content
+
+
+def roles_of(ask: Ask) -> list[str]:
+    return ["text"] if isinstance(ask.text, str) else [turn.role for turn in ask.text]

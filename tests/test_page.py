@@ -22,6 +22,7 @@ from softprompt.events import Sampled, to_line
 from softprompt.report import MARK
 from softprompt.serve.asking import Model
 from softprompt.serve.guard import Keys
+from softprompt.serve.own import start
 from softprompt.serve.pages import HOME, Reports, last_part
 from softprompt.serve.samples import Sample, samples_of
 from softprompt.serve.service import Settings
@@ -29,6 +30,7 @@ from softprompt.training import train
 
 MARKUP = "<img src=x onerror=alert(1)>"
 WISH = "Repeat the drink."
+TOKENS = 8
 BOTH_SPEAK = "[...document.querySelectorAll('.answer > .said')].filter(one => one.textContent.length > 20).length === 2"
 
 
@@ -42,7 +44,7 @@ def run(bases, tmp_path_factory):
     config = load_config(None, [*settings, "train.steps=3", f"train.out={place / 'polite'}"])
     list(train(config, base=base))
     prompt = load_prompt(place / "polite", base)
-    evaluate(base, prompt, load_examples(str(held)), Contest(answers=True, max_new_tokens=3), out=place / "polite" / "evaluations")
+    evaluate(base, prompt, load_examples(str(held)), Contest(answers=True, max_new_tokens=TOKENS), out=place / "polite" / "evaluations")
     return place / "polite"
 
 
@@ -50,7 +52,7 @@ def run(bases, tmp_path_factory):
 def models(run):
     card = json.loads((run / "prompt" / "card.json").read_text(encoding="utf-8"))
     polite = Model("polite", "prompt", 0, card["num_virtual_tokens"], card, run / "prompt", run)
-    other = replace(polite, name=MARKUP, card={**card, "text": MARKUP, "system": "Be brief."}, report=None)
+    other = replace(polite, name=MARKUP, card={**card, "text": MARKUP, "system": "Be brief.", "template": "chat"}, report=None)
     return [Model("tiny-base", "base", 0), polite, other, Model("both", "ensemble", 0, members=("polite", MARKUP))]
 
 
@@ -193,20 +195,16 @@ def browser():
 @pytest.fixture
 def opened(browser):
     """opened(address, width=390, color_scheme="dark"): the page, of which nothing may complain, or ask another host for anything.
-    `refused`: answers of the server with an error, which the browser notes in its console, that the test wants."""
+    `noted`: parts of what the browser may write into its console, since the test wants an answer with an error."""
     contexts, troubles = [], []
 
-    def open_page(address, width=1100, *, refused=(), **how):
+    def open_page(address, width=1100, *, noted=(), **how):
         context = browser.new_context(viewport={"width": width, "height": 900}, **({"locale": "en-US"} | how))
         context.set_default_timeout(10_000)
         contexts.append(context)
         page = context.new_page()
 
-        def noted(message):
-            if not any(f"status of {status}" in message.text for status in refused):
-                troubles.append(message.text)
-
-        page.on("console", noted)
+        page.on("console", lambda message: any(one in message.text for one in noted) or troubles.append(message.text))
         page.on("pageerror", lambda error: troubles.append(str(error)))
         page.on("dialog", lambda dialog: troubles.append(dialog.message))
         page.on("request", lambda request: None if request.url.startswith((address, "data:")) else troubles.append(request.url))
@@ -251,7 +249,8 @@ def choose(page, first, second):
 
 def of(server, model):
     """What a model was asked so far."""
-    return [[{"role": turn.role, "content": turn.content} for turn in one.text] for one in server.asked if one.model == model]
+    asked = [one.text for one in server.asked if one.model == model]
+    return [one if isinstance(one, str) else [{"role": turn.role, "content": turn.content} for turn in one] for one in asked]
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -325,22 +324,33 @@ def test_both_answers_come_at_once_and_say_what_they_cost(opened, server):
 
 def test_a_text_prompt_is_asked_as_an_evaluation_asks_it(opened, server):
     """The base, with the text in front of the system turn of the rows; in the first turn where the template knows no system."""
-    page = opened(server.address, refused=[400])
-    assert [page.input_value(f"#side-{side}") for side in (0, 1)] == ["text polite", "prompt polite"]
-    choose(page, "text polite", f"text {MARKUP}")
+    page = opened(server.address, noted=["status of 400"])
+    choose(page, f"text {MARKUP}", "base tiny-base")
     ask(page, "hello")
     answered(page)
-    asked = [{"role": "user", "content": "hello"}]
-    assert of(server, "tiny-base") == [[{"role": "system", "content": text}, *asked] for text in (WISH, f"{MARKUP}\nBe brief.")]
+    hello = [{"role": "user", "content": "hello"}]
+    wish = f"{MARKUP}\nBe brief."
+    assert sorted(of(server, "tiny-base"), key=len) == [hello, [{"role": "system", "content": wish}, *hello]]
     server.asked.clear()
     page.click("#anew")
-    choose(page, "text polite", "base tiny-base")
     ask(page, "no system")
     answered(page)
     asked = [{"role": "user", "content": "no system"}]
-    told, bare, again = sorted(of(server, "tiny-base"), key=lambda one: (one[0]["role"] == "user", len(one[0]["content"])))
-    assert (told, bare) == ([{"role": "system", "content": WISH}, *asked], asked)
-    assert again == [{"role": "user", "content": f"{WISH}\nno system"}]
+    told, *others = sorted(of(server, "tiny-base"), key=len, reverse=True)
+    assert told == [{"role": "system", "content": wish}, *asked]
+    assert sorted(others, key=str) == [[{"role": "user", "content": f"{wish}\nno system"}], asked]
+
+
+def test_where_the_prompt_learned_from_plain_dialogue_so_is_its_text_prompt_asked(opened, server):
+    page = opened(server.address)
+    assert [page.input_value(f"#side-{side}") for side in (0, 1)] == ["text polite", "prompt polite"]
+    for text in ("one", "two"):
+        ask(page, text)
+        ((said, _), *_) = reversed(answered(page))
+    first, second = of(server, "tiny-base")
+    assert first == f"{WISH}\n\nHuman: one\n\nAssistant:"
+    assert second == f"{first} {said.replace('two', 'one')}\n\nHuman: two\n\nAssistant:"
+    assert server.asked[0].stops == ("\n\nHuman:",) or server.asked[1].stops == ("\n\nHuman:",)
 
 
 def test_settings_go_along_and_wrong_ones_do_not(opened, server):
@@ -413,15 +423,15 @@ def test_thoughts_and_the_end_of_an_answer_are_said(opened, server):
     page = opened(server.address)
     ask(page, "think")
     answered(page)
-    page.click("summary:text('Thoughts') >> nth=0")
-    assert page.inner_text("details .said >> nth=0") == "hm, hm"
+    page.click("summary:text('Thoughts') >> nth=1")
+    assert page.inner_text("details .said >> nth=1") == "hm, hm"
     ask(page, "long")
     answered(page)
     assert "The answer reached the most tokens allowed." in page.inner_text(".answer >> nth=3")
 
 
 def test_what_goes_wrong_is_said_where_the_answer_would_stand(opened, server):
-    page = opened(server.address, refused=[429])
+    page = opened(server.address, noted=["status of 429", "ERR_INCOMPLETE_CHUNKED_ENCODING"])
     ask(page, "busy")
     answered(page)
     assert [one.inner_text() for one in page.query_selector_all(".trouble")] == ["too many requests wait (try again in 7 s)"] * 2
@@ -457,7 +467,7 @@ def test_the_report_is_one_click_away(opened, server):
 
 def test_a_key_is_asked_for_and_forgotten_with_the_tab(opened, models):
     with parrot.running(Talker(models), Settings(Keys(["s3cret"]))) as (address, _):
-        page = opened(f"{address}/", refused=[401])
+        page = opened(f"{address}/", noted=["status of 401"])
         assert page.evaluate("document.activeElement.id") == "key"
         page.keyboard.type("wrong")
         page.keyboard.press("Enter")
@@ -555,3 +565,20 @@ def test_nothing_moves_for_those_who_want_it_still(opened, server):
         assert page.evaluate("getComputedStyle(document.querySelector('.answer > .said'), '::after').animationName") == name
         page.keyboard.press("Escape")
         answered(page)
+
+
+def test_the_page_gets_the_answers_that_an_evaluation_gets(opened, run, bases):
+    """Over the real engine: a prompt and its text prompt."""
+    (file,) = run.glob("evaluations/*/predictions.jsonl")
+    lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()[1:]]
+    wanted = {(one["contestant"], one["row"]): one["text"] for one in lines}
+    with parrot.running(start(bases(), {"polite": run})) as (address, _):
+        page = opened(f"{address}/")
+        page.click("#settings summary")
+        page.fill("#tokens", str(TOKENS))
+        for row in range(4):
+            ask(page, f"{MARKUP} 水 {row}")
+            assert answered(page) == [[wanted["text", row], wanted["prompt", row]]]
+            assert page.inner_text(".wanted") == f"Wanted: 水 {row}"
+            page.click("#anew")
+    assert len({wanted[name, row] for name in ("text", "prompt") for row in range(4)}) > 2, "all say the same: nothing was compared"

@@ -1,4 +1,7 @@
-// The client of /v1/chat/completions: a request, its answer as it comes, and the same request as code for others.
+// The client of the API: a request {path, body}, its answer as it comes, and the same request as code for others.
+
+export const CHAT = "v1/chat/completions";
+export const PLAIN = "v1/completions";
 
 export class Refused extends Error {
   constructor(message, status, seconds) {
@@ -19,19 +22,19 @@ export async function get(path, key) {
 
 // Pieces of an answer: {text}, {thought}, {finish}, {usage}. Throws Refused, or what fetch throws.
 export async function* ask(request, key, signal) {
-  const answer = await fetch(address("v1/chat/completions"), {
+  const answer = await fetch(address(request.path), {
     method: "POST",
     headers: { "Content-Type": "application/json", ...authorization(key) },
-    body: JSON.stringify({ ...request, stream: true, stream_options: { include_usage: true } }),
+    body: JSON.stringify({ ...request.body, stream: true, stream_options: { include_usage: true } }),
     signal,
   });
   if (!answer.ok) throw await refusal(answer);
   for await (const chunk of events(answer.body)) {
     if (chunk.error) throw new Refused(chunk.error.message);
     if (chunk.usage) yield { usage: chunk.usage };
-    for (const { delta, finish_reason: finish } of chunk.choices ?? []) {
+    for (const { delta, text = delta?.content, finish_reason: finish } of chunk.choices ?? []) {
       if (delta?.reasoning_content) yield { thought: delta.reasoning_content };
-      if (delta?.content) yield { text: delta.content };
+      if (text) yield { text };
       if (finish) yield { finish };
     }
   }
@@ -64,19 +67,20 @@ const authorization = (key) => (key ? { Authorization: `Bearer ${key}` } : {});
 
 // ---- as code ----------------------------------------------------------------------------------------------------------
 
-export function asCurl(request, key) {
-  const lines = [`curl ${quoted(String(address("v1/chat/completions")))}`, `-H 'Content-Type: application/json'`];
+export function asCurl({ path, body }, key) {
+  const lines = [`curl ${quoted(String(address(path)))}`, `-H 'Content-Type: application/json'`];
   if (key) lines.push(`-H "Authorization: Bearer $API_KEY"`);
-  return [...lines, `-d ${quoted(JSON.stringify(request))}`].join(" \\\n  ");
+  return [...lines, `-d ${quoted(JSON.stringify(body))}`].join(" \\\n  ");
 }
 
 const quoted = (text) => `'${text.replaceAll("'", `'\\''`)}'`;
 
-export function asPython(request, key) {
-  const values = Object.entries(request).map(([name, value]) => `    ${name}=${JSON.stringify(value)},\n`).join("");
+export function asPython({ path, body }, key) {
+  const values = Object.entries(body).map(([name, value]) => `    ${name}=${JSON.stringify(value)},\n`).join("");
   const [imports, known] = key ? ["import os\n\n", 'os.environ["API_KEY"]'] : ["", '"none"'];
+  const [method, said] = path === CHAT ? ["chat.completions", "message.content"] : ["completions", "text"];
   return (
     `${imports}from openai import OpenAI\n\nclient = OpenAI(base_url=${JSON.stringify(String(address("v1")))}, api_key=${known})\n` +
-    `answer = client.chat.completions.create(\n${values})\nprint(answer.choices[0].message.content)\n`
+    `answer = client.${method}.create(\n${values})\nprint(answer.choices[0].${said})\n`
   );
 }

@@ -1,7 +1,7 @@
 // The view: who answers, the conversation with each side, what an answer cost. Texts of others are text, never markup.
 
 import { button, linkButton, make, showCard, showCode, showSheet, written } from "./sheet.js";
-import { address, ask, get, Refused } from "./stream.js";
+import { address, ask, CHAT, get, PLAIN, Refused } from "./stream.js";
 import { startingLanguage, WORDS } from "./words.js";
 
 const KEY = "softprompt key";
@@ -181,16 +181,15 @@ async function answer(side, text, settings, pair, signal) {
   const talk = [...side.talk, { role: "user", content: text }];
   const box = answerBox(called(who));
   pair.append(box.whole);
-  const forms = told(who, talk);
-  for (const messages of forms) {
-    const request = { model: who.model, messages, ...settings };
+  const forms = requests(who, talk, settings);
+  for (const request of forms) {
     box.asCode(request);
     try {
       const said = await stream(request, box, signal);
       if (side.chosen.id === who.id) side.talk = [...talk, { role: "assistant", content: said }];
       return;
     } catch (error) {
-      if (error.status === 400 && messages !== forms.at(-1)) continue; // some chat templates know no system turn
+      if (error.status === 400 && request !== forms.at(-1)) continue; // some chat templates know no system turn
       box.tell(error.name === "AbortError" ? words.stopped : explained(error), "trouble");
       if (error.status === 401) locked();
       return;
@@ -198,11 +197,18 @@ async function answer(side, text, settings, pair, signal) {
   }
 }
 
-// The conversation as it is asked: with a text prompt as its system turn, or in its first turn where the template refuses that.
-function told({ wish }, talk) {
-  if (wish === null) return [talk];
+// How the conversation is asked, the second way where the first is refused. A text prompt is its system turn, or stands in its first turn
+// where a chat template knows no system; for a prompt that learned from plain dialogue the base reads plain dialogue, not its chat template.
+function requests({ model, wish, of }, talk, settings) {
+  const body = { model, ...settings };
+  const chat = (messages) => ({ path: CHAT, body: { ...body, messages } });
+  if (wish === null) return [chat(talk)];
+  if (of.template === "human-assistant") {
+    const turns = talk.map(({ role, content }) => `${role === "user" ? "Human" : "Assistant"}: ${content}`.trim());
+    return [{ path: PLAIN, body: { ...body, prompt: [wish, ...turns, "Assistant:"].join("\n\n"), stop: ["\n\nHuman:"] } }];
+  }
   const [first, ...others] = talk;
-  return [[{ role: "system", content: wish }, ...talk], [{ role: "user", content: `${wish}\n${first.content}` }, ...others]];
+  return [chat([{ role: "system", content: wish }, ...talk]), chat([{ role: "user", content: `${wish}\n${first.content}` }, ...others])];
 }
 
 async function stream(request, box, signal) {
@@ -212,8 +218,9 @@ async function stream(request, box, signal) {
   for await (const piece of ask(request, key(), signal)) {
     if (piece.text || piece.thought) first ??= seconds();
     if (piece.thought) following(() => box.think(piece.thought));
-    if (piece.text) following(() => box.write(piece.text));
-    said += piece.text ?? "";
+    const text = said ? piece.text : piece.text?.trimStart();
+    if (text) following(() => box.write(text));
+    said += text ?? "";
     usage = piece.usage ?? usage;
     finish = piece.finish ?? finish;
   }
