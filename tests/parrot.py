@@ -1,4 +1,4 @@
-"""An engine that repeats the last words it was told, a word a token: what HTTP makes of an engine, without a model; and servers over sockets."""
+"""An engine that repeats the last words it was told, a word a token: what HTTP makes of an engine, without a model; and its servers."""
 
 import asyncio
 import socket

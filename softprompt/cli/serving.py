@@ -13,7 +13,7 @@ from softprompt.cli.options import OtherBase, app
 from softprompt.errors import ConfigError, MissingPackage
 
 if TYPE_CHECKING:
-    from softprompt.serve.asking import Engine, Members
+    from softprompt.serve.asking import Engine
 
 MEBIBYTE = 1 << 20
 OVERRIDE = re.compile(r"model\.\w+=")
@@ -95,7 +95,7 @@ def serve(
 
 def _check_installed() -> None:
     """Raises MissingPackage."""
-    for package in ("fastapi", "uvicorn", "openai", "prometheus_client"):
+    for package in ("fastapi", "uvicorn", "openai", "prometheus_client", "llguidance"):
         try:
             import_module(package)
         except ImportError:
@@ -133,16 +133,14 @@ def _name(place: Path) -> str:
     return whole.parent.name if whole.name == "prompt" else whole.name
 
 
-def _ensemble(given: str) -> "tuple[str, Members]":
-    """Raises ConfigError."""
-    from softprompt.serve.asking import Members
-
+def _ensemble(given: str) -> tuple[str, tuple[tuple[str, ...], str]]:
+    """(its name, (its prompts, how they agree)). Raises ConfigError."""
     named = NAMED.fullmatch(given)
     vote = named is not None and named[2].startswith("vote:")
     names = tuple(named[2].removeprefix("vote:").split("+")) if named is not None else ()
     if named is None or len(names) < 2 or not all(names):
         raise ConfigError(f"--ensemble {given}: write NAME=A+B, or NAME=vote:A+B, with the names of prompts")
-    return named[1], Members(names, "vote" if vote else "mean")
+    return named[1], (names, "vote" if vote else "mean")
 
 
 def _engine(words: list[str], folder: Path | None, of_engine: dict[str, Any]) -> "Engine":

@@ -29,7 +29,7 @@ from softprompt.serve.guard import Reception, read_body
 from softprompt.serve.log import log_request, logger
 from softprompt.serve.meters import Meters
 from softprompt.serve.pages import pages
-from softprompt.serve.refusals import Refused, as_body, as_response, refusal
+from softprompt.serve.refusals import OURS, Refused, as_body, as_response, refusal
 from softprompt.serve.service import Here, Service, Settings, account_of, needs_key, takes_more
 
 DONE = format_sse_event(data_str="[DONE]")
@@ -60,7 +60,6 @@ def make_app(engine: Engine, settings: Settings) -> FastAPI:
     app.include_router(pages(engine, [] if settings.keys is None else [Depends(needs_key)]))
     app.add_exception_handler(Error, _refused)
     app.add_exception_handler(HTTPException, _not_routed)
-    app.add_exception_handler(Exception, _broken)
     if settings.cors_origins:
         app.add_middleware(
             CORSMiddleware,
@@ -98,11 +97,6 @@ async def _not_routed(request: Request, error: Exception) -> Response:
     return as_response(Refused(message, status=error.status_code, code=code, headers=error.headers))
 
 
-async def _broken(request: Request, error: Exception) -> Response:
-    account_of(request).error = "internal"
-    return as_response(Refused("this server made a mistake; its log says more", status=500, code="internal"))
-
-
 # ---- answers -----------------------------------------------------------------------------------------------------------
 
 
@@ -117,9 +111,11 @@ class Streamed(EventSourceResponse):
         try:
             async for chunk in chunks:
                 yield format_sse_event(data_str=_as_json(chunk))
-        except Error as error:
-            refused = refusal(error)
-            self.account.error = refused.code
+        except Exception as error:
+            if not isinstance(error, Error):
+                logger.exception("%s", self.account.id)
+            refused = refusal(error) if isinstance(error, Error) else OURS
+            self.account.status, self.account.error = refused.status, refused.code
             yield format_sse_event(data_str=JSONResponse(as_body(refused)).body.decode())  # type: ignore[union-attr]
         yield DONE
         self.ended = True

@@ -129,8 +129,10 @@ Model = TypeVar("Model", bound=Common)
 
 @dataclass(frozen=True)
 class Wish:
-    """A request that can be asked: `num_texts` texts, each to be answered `n` times, text by text. `logprobs`: as in `Ask`."""
+    """A request that can be asked: `num_texts` texts, each to be answered `n` times, text by text. `place`: the field that they stood in;
+    `logprobs`: as in `Ask`."""
 
+    place: Literal["messages", "prompt"]
     asks: tuple[Ask, ...]
     num_texts: int
     stream: bool
@@ -281,4 +283,5 @@ def _wish(
     seeded = [replace(sampling, seed=(sampling.seed + number) % SEEDS) for number in range(n)]
     asks = [Ask(fields.model, text, one, tuple(fields.stop or ()), logprobs, echo, schema) for text in texts for one in seeded]
     usage = fields.stream_options is not None and bool(fields.stream_options.include_usage)
-    return Wish(tuple(asks), len(texts), bool(fields.stream), usage, logprobs, echo, user)
+    place: Literal["messages", "prompt"] = "messages" if isinstance(fields, ChatFields) else "prompt"
+    return Wish(place, tuple(asks), len(texts), bool(fields.stream), usage, logprobs, echo, user)

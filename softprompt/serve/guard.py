@@ -15,7 +15,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from softprompt.errors import ConfigError
 from softprompt.serve.account import Account
-from softprompt.serve.refusals import Gone, Refused, as_response
+from softprompt.serve.log import logger
+from softprompt.serve.refusals import OURS, Gone, Refused, as_response
 
 HEADERS = {
     b"x-content-type-options": b"nosniff",
@@ -111,9 +112,13 @@ class Reception:
                     await as_response(refused)(scope, receive, send_with_headers)
                 else:
                     await self.app(scope, receive, send_with_headers)
-        except TimeoutError:
-            account.status = account.status or 504
-            raise
+        except Exception as error:
+            logger.exception("%s", account.id)
+            if account.status:  # too late for another response: the connection is closed
+                account.status, account.error = 500, type(error).__name__
+                raise
+            account.error = OURS.code
+            await as_response(OURS)(scope, receive, send_with_headers)
         finally:
             self.running.discard(account.id)
             account.route = getattr(scope.get("route"), "path", account.route)

@@ -7,7 +7,7 @@ import asyncio
 import queue
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -99,7 +99,7 @@ class OwnEngine:
     def models(self) -> Sequence[Model]:
         return self.library.models()
 
-    async def ask(self, ask: Ask) -> AsyncIterator[Begun | Said]:
+    async def ask(self, ask: Ask) -> AsyncGenerator[Begun | Said, None]:
         if self._closing:
             raise Busy("the server is about to stop", RETRY)
         if self._num_open >= self.most_waiting:

@@ -7,7 +7,7 @@ from fastapi import APIRouter, Depends, Query, Request, Response
 from fastapi.responses import JSONResponse
 from openai.types import ModelDeleted
 
-from softprompt.errors import ArtifactError
+from softprompt.errors import ArtifactError, ConfigError
 from softprompt.serve.asking import Model
 from softprompt.serve.folder import Folder
 from softprompt.serve.guard import read_body
@@ -58,6 +58,9 @@ async def added(request: Request, service: Here, name: Annotated[str | None, Que
 @router.delete("/{name}", response_model=None)
 async def removed(name: str, service: Here) -> Response:
     """Answers that have begun are finished."""
-    await _folder(service).drop(name)
+    try:
+        await _folder(service).drop(name)
+    except ConfigError as error:
+        raise Refused(str(error), status=409, param="name", code="needed") from None
     logger.info("%s was removed", name)
     return JSONResponse(ModelDeleted(id=name, deleted=True, object="prompt").model_dump())

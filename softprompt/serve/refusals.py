@@ -40,8 +40,11 @@ class Gone(Refused):
         super().__init__("the client has gone", status=NOWHERE, code="client_gone")
 
 
-def refusal(error: Error, text: str = "prompt") -> Refused:
-    """What a client is told of an engine's error. `text`: the field that held the text."""
+OURS = Refused("this server made a mistake; its log says more", status=500, code="internal")
+
+
+def refusal(error: Error) -> Refused:
+    """What a client is told of an engine's error."""
     match error:
         case Refused():
             return error
@@ -50,7 +53,7 @@ def refusal(error: Error, text: str = "prompt") -> Refused:
         case Busy():
             return Refused(str(error), status=429, code="busy", headers={"Retry-After": str(error.seconds)})
         case DataError():
-            return Refused(error.reason, param=text, code="invalid_text")
+            return Refused(error.reason, code="invalid_text")
         case ConfigError():  # whose messages begin with what they are about
             return Refused(str(error), param=str(error).split()[0].rstrip(":,"), code="invalid_value")
         case MissingPackage():

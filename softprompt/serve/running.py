@@ -92,9 +92,6 @@ def listen(host: str, port: int) -> socket.socket:
     """Raises ConfigError for an address that cannot be had."""
     try:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        listening = socket.socket(family, socket.SOCK_STREAM)
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listening.bind(address)
+        return socket.create_server(address[:2], family=family)
     except (OSError, OverflowError) as error:
         raise ConfigError(f"--host {host} --port {port}: {getattr(error, 'strerror', None) or error}") from None
-    return listening

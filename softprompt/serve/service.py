@@ -8,6 +8,7 @@ from typing import Annotated
 
 from fastapi import Depends, Request
 
+from softprompt.errors import DataError
 from softprompt.serve.account import Account
 from softprompt.serve.answers import Answers
 from softprompt.serve.asking import Engine
@@ -60,7 +61,10 @@ class Service:
             account.asked, account.said = asked, {}
         deadline = asyncio.get_running_loop().time() + self.settings.seconds - account.seconds
         answers = Answers(self.engine, wish.asks, request.receive, deadline, account)
-        await answers.begin()
+        try:
+            await answers.begin()
+        except DataError as error:
+            raise Refused(error.reason, param=wish.place, code="invalid_text") from None
         count = Count.of(answers.begun, wish.n)
         account.num_prompt, account.num_virtual, account.num_cached = count.num_text, count.num_virtual, count.num_cached
         return answers
