@@ -3,7 +3,7 @@
 An engine is one of two: `own.py` decodes here, `vllm.py` asks a vLLM server. Both know the base and prompts by name.
 """
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -97,6 +97,14 @@ class Model:
 
 
 @dataclass(frozen=True)
+class Members:
+    """The prompts of an ensemble by name: how they agree on every token, as in `softprompt.generation.Ensemble`."""
+
+    names: tuple[str, ...]
+    by: Literal["mean", "vote"] = "mean"
+
+
+@dataclass(frozen=True)
 class Load:
     """How busy an engine is. `kept_bytes`: what the layers keep of prompts and texts that are not answered just now; `batch_bytes`: of
     those that are."""
@@ -113,7 +121,7 @@ class Engine(Protocol):
     def models(self) -> Sequence[Model]:
         """The base first, then prompts by name."""
 
-    def ask(self, ask: Ask) -> AsyncIterator[Begun | Said]:
+    def ask(self, ask: Ask) -> AsyncGenerator[Begun | Said, None]:
         """Begun, then Said until one has a finish. Closing it early frees the answer's place at the next token. Before the first value it
         raises NotServed, Busy, DataError for a text that cannot be answered and ConfigError for settings that cannot be kept to."""
 
