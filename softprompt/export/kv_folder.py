@@ -79,7 +79,7 @@ class KeyValueFolder:
 
 
 def keys_and_values(base: FrozenBase, prefix: Prefix) -> dict[str, Tensor]:
-    """"keys.N" and "values.N" [P, kv heads, head size] of every layer, float32."""
+    """ "keys.N" and "values.N" [P, kv heads, head size] of every layer, float32."""
     if not base.shares_prefix or not shapes_of(prefix.layers):
         raise ModelError(
             f"{base.name}: its layers keep states or something else beside keys and values, which vLLM takes from nobody: "
