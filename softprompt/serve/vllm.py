@@ -316,8 +316,9 @@ class _Lent:
         async with self._lock:
             if self._later is not None:
                 self._later.cancel()
-            loaded = self._loaded or await asyncio.to_thread(load_base, self.config)
-            self._loaded = loaded
+            if self._loaded is None:
+                self._loaded = await asyncio.to_thread(load_base, self.config)
+            loaded = self._loaded
             try:
                 yield loaded
             finally:
