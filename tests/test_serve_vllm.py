@@ -153,6 +153,7 @@ def serving(scene: Scene, prompts: dict[str, Path], folder: Path, options: tuple
     finally:
         loop.call_soon_threadsafe(loop.stop)
         thread.join()
+        loop.close()
 
 
 @pytest.fixture(scope="module")
