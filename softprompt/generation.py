@@ -65,7 +65,7 @@ def stream(
 
 def prepared(base: FrozenBase, one: Ensemble, text: Asked, sampling: Sampling) -> Question:
     """A text as `pieces_of` takes it. Raises DataError as `stream` does."""
-    ids = tuple(question_ids(prompt.encoder, text) for prompt in one.prompts)
+    ids = tuple(asked_ids(prompt.encoder, text) for prompt in one.prompts)
     stop_ids = frozenset[int]().union(*(prompt.encoder.end_ids for prompt in one.prompts))
     question = Question(tuple((prompt.soft, ()) for prompt in one.prompts), ids, sampling, by=one.by, stop_ids=stop_ids)
     if base.context_length is not None and question.length >= base.context_length:
@@ -91,7 +91,7 @@ def check_sampling(sampling: Sampling, together: Sequence[Ensemble] = ()) -> Non
         raise ConfigError("a vote has no probabilities to sample from: temperature must be 0, or the ensemble a mean")
 
 
-def question_ids(encoder: Encoder, text: Asked) -> tuple[int, ...]:
+def asked_ids(encoder: Encoder, text: Asked) -> tuple[int, ...]:
     """Ids of a text or conversation in the encoder's template, without BOS. Raises DataError as `stream` does."""
     last = text if isinstance(text, str) else text[-1].content if text else ""
     if not last.strip():

@@ -219,8 +219,10 @@ def test_a_prompt_is_added_replaced_and_removed_while_it_runs(scene: Scene, serv
     assert len(index_of(served)) == len(scene.prompts)
     with pytest.raises(NotServed):
         served.together(chats("late", QUESTIONS[:1]))
-    with pytest.raises(NotServed):
+    with pytest.raises(ConfigError, match="which stays"):
         served.run(served.engine.remove(BARE))
+    with pytest.raises(ConfigError, match="name of the base"):
+        served.run(served.engine.add(BARE, path))
 
 
 def test_a_prompt_that_is_removed_while_it_answers_is_finished_first(scene: Scene, served: Served, tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ Texts are tokenized here, with each prompt's template; a request is token ids, o
 """
 
 import asyncio
-import json
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
@@ -26,7 +25,7 @@ from softprompt.engine.prefix import Prefix
 from softprompt.engine.prompt import SoftPrompt, no_prompt
 from softprompt.errors import ArtifactError, ConfigError, DataError, ModelError, RunError
 from softprompt.export.kv_folder import KeyValueFolder, Placed
-from softprompt.generation import question_ids
+from softprompt.generation import asked_ids
 from softprompt.serve import vllm_process
 from softprompt.serve.asking import Ask, Begun, Busy, Conversation, Load, Model, NotServed, Said, Text
 from softprompt.serve.vllm_request import ID, Answer, Spelling, fields_of, scores_text
@@ -139,9 +138,7 @@ class VllmEngine:
     # ---- answers
 
     async def ask(self, ask: Ask) -> AsyncGenerator[Begun | Said, None]:
-        known = self._known.get(ask.model)
-        if known is None:
-            raise NotServed(f"{ask.model} is not served here")
+        known = self._find(ask.model)
         if self._closing or self._asked >= MOST_OPEN:
             raise Busy("the server is going down" if self._closing else f"{self._asked} requests are waiting for vLLM", 1)
         replace(ask.sampling, max_new_tokens=max(1, ask.sampling.max_new_tokens)).check()
@@ -208,14 +205,14 @@ class VllmEngine:
         if _is_chat(text):
             if known.placed is None and not self._knows_chats:
                 raise DataError(f"{known.model.name} has no chat template: ask it for a completion")
-            return question_ids(known.encoder, text)
+            return asked_ids(known.encoder, text)
         encoder = known.encoder
         given = encoder.tokenizer(text, add_special_tokens=False)["input_ids"] if isinstance(text, str) else text
         ids = tuple(token for token in given if isinstance(token, int))
         encoder.check_ids(ids, "the text")
         ids = ids[1:] if ids and ids[0] == encoder.bos_id else ids
-        if not ids and (known.placed is not None or not known.before):
-            raise DataError("the text is empty: vLLM needs a token to answer to")
+        if not ids:
+            raise DataError("the text is empty: there is nothing to go on from")
         return ids
 
     def _shown(self, text: Text | Conversation, ids: Sequence[int]) -> str:
@@ -232,7 +229,7 @@ class VllmEngine:
     def read(self, base: FrozenBase, name: str, path: Path) -> tuple[Known, Expected]:
         """Puts a prompt's keys and values where vLLM finds them. Raises ArtifactError for one that does not fit."""
         if name == self._name:
-            raise ArtifactError(f"{name} is the base's name: give the prompt another")
+            raise ConfigError(f"{name} is the name of the base: give the prompt another, NAME={path}")
         folder = find_prompt(path)
         stored = load_prompt(folder, base)
         with torch.no_grad():
@@ -255,11 +252,17 @@ class VllmEngine:
         self._forget(None if before is None else before.placed)
 
     async def remove(self, name: str) -> None:
-        known = self._known.get(name)
-        if known is None or known.placed is None:
-            raise NotServed(f"{name} is not served here")
+        if name == self._name:
+            raise ConfigError(f"{name} is the base, which stays")
+        known = self._find(name)
         del self._known[name]
         self._forget(known.placed)
+
+    def _find(self, name: str) -> Known:
+        try:
+            return self._known[name]
+        except KeyError:
+            raise NotServed(f"no model {name!r} is served here; GET /v1/models lists those that are") from None
 
     def _forget(self, placed: Placed | None) -> None:
         """Takes a prompt out of the folder when nobody asks it any more."""
@@ -340,15 +343,16 @@ def _expected(base: FrozenBase, prefix: Prefix) -> Expected:
 
 
 def _model_of(name: str, folder: Path, stored: StoredPrompt) -> Model:
-    card, run = folder / "card.json", folder.parent
+    card = folder / "card.json"
+    run = next((one for one in (folder.parent, folder.parent.parent) if (one / "metrics.jsonl").is_file()), None)
     return Model(
         name,
         "prompt",
         int(card.stat().st_mtime),
         stored.soft.length,
-        json.loads(card.read_text(encoding="utf-8")),
+        stored.card.model_dump(mode="json"),
         folder,
-        run if (run / "config.toml").is_file() else None,
+        run,
     )
 
 
