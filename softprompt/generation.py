@@ -92,7 +92,7 @@ def check_sampling(sampling: Sampling, together: Sequence[Ensemble] = ()) -> Non
 
 
 def asked_ids(encoder: Encoder, text: Asked) -> tuple[int, ...]:
-    """Ids of a text or conversation in the encoder's template, without BOS. Raises DataError as `stream` does."""
+    """Ids of what is asked. Raises DataError for a text that is empty or that the template cannot write."""
     last = text if isinstance(text, str) else text[-1].content if text else ""
     if not last.strip():
         raise DataError("the text is empty: there is nothing to answer")
