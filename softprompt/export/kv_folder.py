@@ -59,9 +59,8 @@ class KeyValueFolder:
         return placed
 
     def take_away(self, key: str) -> None:
-        """The prompt is known no more; texts that begin with its ids are ordinary ones."""
+        """The prompt is not to be had any more. Its ids stay in the index, so that a late request is an error and no ordinary text."""
         with self._held():
-            self._write({other: entry for other, entry in self._index().items() if other != key})
             self._file(key).unlink(missing_ok=True)
 
     def _file(self, key: str) -> Path:
