@@ -1,9 +1,12 @@
 """Which format each kind of thing on disk is of. A number rises when an older softprompt would misread what is written from then on."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
-RUN = PROMPT = EVALUATION = ANSWERS = 1  # of a run folder, a prompt's card, an evaluation, what a file of answers was made with
+RUN: Final = 1  # of a run folder
+PROMPT: Final = 1  # of a prompt's card
+EVALUATION: Final = 1
+ANSWERS: Final = 1  # of what a file of answers was made with
 
 
 def newer(place: Path, values: Any, known: int) -> str | None:
