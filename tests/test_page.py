@@ -353,12 +353,24 @@ def test_where_the_prompt_learned_from_plain_dialogue_so_is_its_text_prompt_aske
     assert server.asked[0].stops == ("\n\nHuman:",) or server.asked[1].stops == ("\n\nHuman:",)
 
 
+def test_a_template_that_the_base_is_not_asked_in_is_spoken_of(opened, models):
+    base, polite, *_ = models
+    own = replace(polite, name="own", card={**polite.card, "template": "{{ prompt }}:"})
+    with parrot.running(Talker([base, polite, own])) as (address, _):
+        page = opened(f"{address}/")
+        sentence = "Asked in the base's own template, not in that of the prompt."
+        assert page.inner_text(".facts >> nth=0").count(sentence) == 0
+        page.select_option("#side-0", "text own")
+        assert page.inner_text(".facts >> nth=0").count(sentence) == 1
+
+
 def test_settings_go_along_and_wrong_ones_do_not(opened, server):
     page = opened(server.address)
     page.click("#settings summary")
     page.fill("#temperature", "3")
     ask(page, "hello")
-    assert server.asked == []
+    assert page.evaluate("document.activeElement.id") == "temperature"
+    assert not page.query_selector_all("article")
     page.fill("#temperature", "0.7")
     page.fill("#tokens", "9")
     page.fill("#seed", "5")
