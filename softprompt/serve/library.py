@@ -1,7 +1,7 @@
 """The prompts that are served over one base, by name. Cards and templates stay; the numbers of a prompt leave memory with its prefix and
 come back from its folder."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -160,18 +160,3 @@ def _name_of(base: FrozenBase) -> str:
     """A folder's or file's own name, or the hub's."""
     path = Path(base.name)
     return (path.stem if path.is_file() else path.name) if path.exists() else base.name
-
-
-def names_of(paths: Sequence[str]) -> Mapping[str, Path]:
-    """NAME=PATH, or a path whose name is that of its run or folder. Raises ConfigError where two have one name."""
-    found: dict[str, Path] = {}
-    for given in paths:
-        name, equals, path = given.partition("=")
-        if not equals or not name:
-            name, path = "", given
-        place = Path(path)
-        name = name or (place.resolve().parent.name if place.resolve().name == "prompt" else place.resolve().name)
-        if name in found:
-            raise ConfigError(f"two prompts are called {name}: give one another name, NAME={path}")
-        found[name] = place
-    return found
