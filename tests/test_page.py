@@ -443,16 +443,29 @@ def test_thoughts_and_the_end_of_an_answer_are_said(opened, server):
 
 
 def test_what_goes_wrong_is_said_where_the_answer_would_stand(opened, server):
-    page = opened(server.address, noted=["status of 429", "ERR_INCOMPLETE_CHUNKED_ENCODING"])
+    page = opened(server.address, noted=["status of 429"])
     ask(page, "busy")
     answered(page)
     assert [one.inner_text() for one in page.query_selector_all(".trouble")] == ["too many requests wait (try again in 7 s)"] * 2
     ask(page, "break")
     answered(page)
-    assert [one.inner_text() for one in page.query_selector_all(".trouble")][2:] == ["The server broke the answer off."] * 2
+    assert [one.inner_text() for one in page.query_selector_all(".trouble")][2:] == ["this server made a mistake; its log says more"] * 2
     ask(page, "hello")
     assert "polite 说：hello" in answered(page)[-1][1]
     assert of(server, "polite")[-1] == [{"role": "user", "content": "hello"}], "a turn that failed is no part of the conversation"
+
+
+def test_a_server_that_goes_away_is_spoken_of(opened, models):
+    with parrot.running(Talker(models)) as (address, server):
+        page = opened(f"{address}/", noted=["net::ERR_INCOMPLETE_CHUNKED_ENCODING", "net::ERR_CONNECTION_REFUSED"])
+        ask(page, "for ever")
+        until(page, BOTH_SPEAK)
+        server.should_exit = True
+        answered(page)
+        ask(page, "hello")
+        answered(page)
+    told = [one.inner_text() for one in page.query_selector_all(".trouble")]
+    assert told == ["The server broke the answer off."] * 2 + ["The server cannot be reached."] * 2
 
 
 def test_a_row_to_try_is_put_into_the_question_and_its_answer_is_shown(opened, server):
