@@ -1,10 +1,16 @@
-"""A talk with a prompt: its turns so far, and which of them still fit into the base's context."""
+"""A talk with a prompt: its turns so far, and which of them still fit into the base's context. Torch is there where it is needed."""
 
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
-from softprompt.artifact import StoredPrompt
 from softprompt.data import Message
-from softprompt.engine.model import FrozenBase
+from softprompt.sampling import Sampling
+
+if TYPE_CHECKING:
+    from softprompt.artifact import StoredPrompt
+    from softprompt.engine.model import FrozenBase
+    from softprompt.generation import Piece
 
 
 @dataclass(frozen=True)
@@ -28,7 +34,7 @@ class Conversation:
         return replace(self, turns=self.turns[:-2]), self.turns[-2].content
 
 
-def fitted(base: FrozenBase, prompt: StoredPrompt, talk: Conversation, text: str, max_new_tokens: int) -> Conversation:
+def fitted(base: "FrozenBase", prompt: "StoredPrompt", talk: Conversation, text: str, max_new_tokens: int) -> Conversation:
     """The conversation that a text is asked behind: without its oldest turns, as many as have to go so that an answer of
     `max_new_tokens` fits into the base's context; without any where the prompt's template knows no turns.
 
@@ -40,3 +46,43 @@ def fitted(base: FrozenBase, prompt: StoredPrompt, talk: Conversation, text: str
     while room is not None and talk.turns and len(prompt.encoder.question(talk.asked(text))) > room:
         talk = replace(talk, turns=talk.turns[2:])
     return talk
+
+
+@dataclass(frozen=True)
+class Here:
+    """Prompts over a base in this process, by name; `softprompt.serve.client.There` is a server's."""
+
+    base: "FrozenBase"
+    prompts: "Mapping[str, StoredPrompt]"
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self.prompts)
+
+    @property
+    def context_length(self) -> int | None:
+        return self.base.context_length
+
+    def about(self, name: str) -> str:
+        card = self.prompts[name].card
+        return f"{card.num_virtual_tokens} virtual tokens for {card.base.name}"
+
+    def knows_turns(self, name: str) -> bool:
+        return self.prompts[name].encoder.template.knows_turns
+
+    def fitted(self, name: str, talk: Conversation, text: str, max_new_tokens: int) -> Conversation:
+        """What is left of the talk so that an answer fits. Raises DataError for turns that the template cannot write."""
+        return fitted(self.base, self.prompts[name], talk, text, max_new_tokens)
+
+    def answer(self, asked: Mapping[str, Sequence[Message]], sampling: Sampling) -> "Iterator[Piece]":
+        """Answers to what each is asked. Raises DataError as `stream` does."""
+        from softprompt.generation import stream
+
+        return stream(self.base, [self.prompts[name] for name in asked], list(asked.values()), sampling)
+
+    def bare(self, asked: Sequence[Message], sampling: Sampling) -> "Iterator[Piece]":
+        """What the bare base answers, behind the template of the first prompt."""
+        from softprompt.generation import stream, without_prompt
+
+        first = next(iter(self.prompts.values()))
+        return stream(self.base, without_prompt(self.base, first), [asked], sampling)

@@ -15,7 +15,7 @@ import tiny
 from softprompt import Message, Sampling, cli, generate, load_base, load_prompt
 from softprompt.artifact import StoredPrompt
 from softprompt.config import ModelConfig, load_config
-from softprompt.conversation import Conversation, fitted
+from softprompt.conversation import Conversation, Here, fitted
 from softprompt.engine.model import FrozenBase
 from softprompt.errors import DataError
 from softprompt.generation import stream, without_prompt
@@ -222,7 +222,7 @@ def interrupted_at(monkeypatch, where: str, lines: list[str], base: FrozenBase, 
         yield from lines
 
     monkeypatch.setattr(chat, "_heard", heard)
-    chat.talk(chat.Session(base, {"chat": prompt}, (Conversation(),), SHORT), typed())
+    chat.talk(chat.Session(Here(base, {"chat": prompt}), (Conversation(),), SHORT), typed())
 
 
 def test_ctrl_c_stops_an_answer_alone(home, base, monkeypatch, capsys):

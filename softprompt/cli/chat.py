@@ -1,25 +1,47 @@
 """A talk with a prompt."""
 
+import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from softprompt.cli.options import MaxNewTokens, OtherBase, Overrides, PromptPath, Seed, Temperature, TopK, TopP, app
+from softprompt.cli import completion
+from softprompt.cli.options import MaxNewTokens, OtherBase, Overrides, Seed, Temperature, TopK, TopP, app
+from softprompt.errors import ConfigError, MissingPackage
 
+if TYPE_CHECKING:
+    from softprompt.conversation import Here
+    from softprompt.serve.client import There
+
+ADDRESS = re.compile(r"https?://")
 SEVERAL = '"""'  # begins and ends a turn of several lines
 
 
 @app.command()
 def chat(
-    prompt: PromptPath,
+    prompt: Annotated[
+        str,
+        typer.Argument(
+            metavar="PROMPT",
+            help="Prompt, checkpoint or run folder, or the address of a server: http://...",
+            autocompletion=completion.base_settings,
+        ),
+    ],
     overrides: Overrides = None,
     other: Annotated[
         list[Path] | None, typer.Option("--with", metavar="PROMPT", help="Another prompt that answers each turn too; repeatable.")
+    ] = None,
+    models: Annotated[
+        list[str] | None, typer.Option("--model", metavar="NAME", help="Which model of a server; repeatable. Left out, its first prompt.")
+    ] = None,
+    key_file: Annotated[
+        Path | None, typer.Option("--api-key-file", metavar="FILE", help="The key that a server asks for; else OPENAI_API_KEY.")
     ] = None,
     system: Annotated[str | None, typer.Option(help="A system turn before the conversation.")] = None,
     max_new_tokens: MaxNewTokens = 256,
@@ -31,17 +53,45 @@ def chat(
 ) -> None:
     """Talk with a soft prompt, turn by turn; /base shows what the bare base answers. Turns come from the terminal, or a line each from a
     file or pipe."""
-    from softprompt import Sampling, load_base, load_prompt
-    from softprompt.cli.prompts import base_config
     from softprompt.conversation import Conversation
-    from softprompt.generation import check_sampling
-    from softprompt.screen.chat import Session, talk
+    from softprompt.sampling import Sampling
+    from softprompt.screen.chat import Session, Speakers, talk
 
     sampling = Sampling(max_new_tokens, temperature, top_p, top_k, seed)
-    check_sampling(sampling)
-    base = load_base(base_config(prompt, overrides or []))
-    speakers = {str(path): load_prompt(path, base, allow_other_base=allow_other_base) for path in [prompt, *(other or [])]}
-    talk(Session(base, speakers, (Conversation(system),) * len(speakers), sampling), _turns(_lines()))
+    sampling.check()
+    speakers: Speakers
+    if ADDRESS.match(prompt):
+        if overrides or other or allow_other_base:
+            raise ConfigError("a server has its own base and prompts: name its models by --model, and leave the rest out")
+        speakers = _there(prompt, models or [], key_file)
+    else:
+        if models or key_file:
+            raise ConfigError(f"--model and --api-key-file are for a server, {prompt} is a folder")
+        speakers = _here([Path(prompt), *(other or [])], overrides or [], allow_other_base)
+    talk(Session(speakers, (Conversation(system),) * len(speakers.names), sampling), _turns(_lines()))
+
+
+def _here(paths: list[Path], overrides: list[str], allow_other_base: bool) -> "Here":
+    """Prompts over their base, loaded."""
+    from softprompt import load_base, load_prompt
+    from softprompt.cli.prompts import base_config
+    from softprompt.conversation import Here
+
+    base = load_base(base_config(paths[0], overrides))
+    return Here(base, {str(path): load_prompt(path, base, allow_other_base=allow_other_base) for path in paths})
+
+
+def _there(address: str, models: list[str], key_file: Path | None) -> "There":
+    """Models of a server. Raises MissingPackage and ConfigError."""
+    try:
+        from softprompt.serve.client import connect
+    except ImportError:
+        raise MissingPackage("openai", "serve") from None
+    try:
+        key = os.environ.get("OPENAI_API_KEY") if key_file is None else key_file.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--api-key-file {key_file}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    return connect(address, models, key)
 
 
 def _lines() -> Iterator[str]:

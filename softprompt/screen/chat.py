@@ -1,30 +1,40 @@
 """A talk with one prompt or several in the terminal: each line is a turn, or a command that begins with a slash."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from rich.markup import escape
 
+from softprompt.conversation import Conversation
+from softprompt.data import Message
 from softprompt.errors import DataError
+from softprompt.sampling import Sampling
 from softprompt.screen.console import console
-from softprompt.screen.prompts import draw_stream
+from softprompt.screen.prompts import Said, draw_stream
 
-if TYPE_CHECKING:
-    from softprompt.artifact import StoredPrompt
-    from softprompt.conversation import Conversation
-    from softprompt.engine.model import FrozenBase
-    from softprompt.sampling import Sampling
+
+class Speakers(Protocol):
+    """Who answers, by name: prompts in this process (conversation.Here), or behind a server (serve.client.There)."""
+
+    @property
+    def names(self) -> tuple[str, ...]: ...
+    @property
+    def context_length(self) -> int | None: ...
+    def about(self, name: str) -> str: ...
+    def knows_turns(self, name: str) -> bool: ...
+    def fitted(self, name: str, talk: Conversation, text: str, max_new_tokens: int) -> Conversation: ...
+    def answer(self, asked: Mapping[str, Sequence[Message]], sampling: Sampling) -> Iterable[Said]: ...
+    def bare(self, asked: Sequence[Message], sampling: Sampling) -> Iterable[Said]: ...
 
 
 @dataclass(frozen=True)
 class Session:
-    """Who answers, by name, and what has been said with each: their answers differ, so their conversations do."""
+    """Who answers, and what has been said with each: their answers differ, so their conversations do."""
 
-    base: "FrozenBase"
-    speakers: "dict[str, StoredPrompt]"
-    talks: "tuple[Conversation, ...]"
-    sampling: "Sampling"
+    speakers: Speakers
+    talks: tuple[Conversation, ...]
+    sampling: Sampling
 
 
 class Leave(Exception):
@@ -52,10 +62,9 @@ def talk(session: Session, lines: Iterable[str]) -> None:
 
 
 def _greet(session: Session) -> None:
-    for name, prompt in session.speakers.items():
-        card = prompt.card
-        console.print(f"[bold]{escape(name)}[/]: {card.num_virtual_tokens} virtual tokens for {escape(card.base.name)}")
-        if not prompt.encoder.template.knows_turns:
+    for name in session.speakers.names:
+        console.print(f"[bold]{escape(name)}[/]: {escape(session.speakers.about(name))}")
+        if not session.speakers.knows_turns(name):
             console.print("[yellow]its template knows no turns: every text is answered by itself[/]")
     console.print("[dim]/base shows what the bare base answers, /help lists the commands, Ctrl-D leaves[/]")
 
@@ -71,19 +80,17 @@ def _heard(session: Session, line: str) -> Session:
 
 
 def _answer(session: Session, text: str) -> Session:
-    from softprompt.conversation import fitted
-    from softprompt.generation import stream
-
-    base, sampling = session.base, session.sampling
+    speakers, sampling = session.speakers, session.sampling
     talks = []
-    for (name, prompt), before in zip(session.speakers.items(), session.talks, strict=True):
-        talks.append(fitted(base, prompt, before, text, sampling.max_new_tokens))
-        if prompt.encoder.template.knows_turns and (num_left_out := (len(before.turns) - len(talks[-1].turns)) // 2):
-            whose = f"{name}: " if len(session.speakers) > 1 else ""
+    for name, before in zip(speakers.names, session.talks, strict=True):
+        talks.append(speakers.fitted(name, before, text, sampling.max_new_tokens))
+        if speakers.knows_turns(name) and (num_left_out := (len(before.turns) - len(talks[-1].turns)) // 2):
+            whose = f"{name}: " if len(speakers.names) > 1 else ""
             turns = "the oldest turn is" if num_left_out == 1 else f"the oldest {num_left_out} turns are"
-            console.print(f"[yellow]{escape(whose)}the base reads {base.context_length} tokens at once: {turns} left out from here on[/]")
-    pieces = stream(base, list(session.speakers.values()), [one.asked(text) for one in talks], sampling)
-    answers = draw_stream(pieces, list(session.speakers))
+            room = f"the base reads {speakers.context_length} tokens at once"
+            console.print(f"[yellow]{escape(whose)}{room}: {turns} left out from here on[/]")
+    asked = {name: one.asked(text) for name, one in zip(speakers.names, talks, strict=True)}
+    answers = draw_stream(speakers.answer(asked, sampling), list(asked))
     if len(answers) == 1 and not answers[0]:
         console.print("[dim](no text: the answer ended at once)[/]")
     return replace(session, talks=tuple(one.answered(text, answer) for one, answer in zip(talks, answers, strict=True)))
@@ -93,14 +100,12 @@ def _answer(session: Session, text: str) -> Session:
 
 
 def _bare(session: Session, rest: str) -> Session:
-    from softprompt.generation import stream, without_prompt
-
-    first, prompt = session.talks[0], next(iter(session.speakers.values()))
+    first = session.talks[0]
     if not first.turns:
         raise DataError("nothing has been asked yet: /base shows the bare base's answer to the last turn")
     before, text = first.before_the_last()
     console.print(f"[bold cyan]bare base[/] [dim]{escape(text)}[/]")
-    draw_stream(stream(session.base, without_prompt(session.base, prompt), [before.asked(text)], session.sampling), [text])
+    draw_stream(session.speakers.bare(before.asked(text), session.sampling), [text])
     return session
 
 

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
     from softprompt.answering import Answered
     from softprompt.evaluation import Advanced, Evaluation
-    from softprompt.generation import Piece
     from softprompt.inspection import Inspection
     from softprompt.metrics import Estimate
     from softprompt.recycle import Moved
@@ -172,7 +171,18 @@ def draw_recycled(moved: "Moved", out: "Path", steps: int, loss_after: float) ->
     console.print(f"written to {out}", markup=False)
 
 
-def draw_stream(pieces: "Iterable[Piece]", headings: Sequence[str]) -> list[str]:
+class Said(Protocol):
+    """The next piece of answer number `row`, `last` where it is complete."""
+
+    @property
+    def row(self) -> int: ...
+    @property
+    def text(self) -> str: ...
+    @property
+    def last(self) -> bool: ...
+
+
+def draw_stream(pieces: Iterable[Said], headings: Sequence[str]) -> list[str]:
     """Answers in the order of the texts: the first unfinished one as it comes, later ones as soon as it is their turn."""
     answers = [""] * len(headings)
     done = [False] * len(headings)

@@ -28,6 +28,7 @@ from softprompt.serve.folder import Folder
 from softprompt.serve.guard import Reception, read_body
 from softprompt.serve.log import log_request, logger
 from softprompt.serve.meters import Meters
+from softprompt.serve.pages import pages
 from softprompt.serve.refusals import OURS, Refused, as_body, as_response, refusal
 from softprompt.serve.service import Here, Service, Settings, account_of, needs_key, takes_more
 
@@ -56,6 +57,7 @@ def make_app(engine: Engine, settings: Settings) -> FastAPI:
     app.state.service = service
     for router in (open_to_all, asked, prompts.router):
         app.include_router(router)
+    app.include_router(pages(engine, [] if settings.keys is None else [Depends(needs_key)]))
     app.add_exception_handler(Error, _refused)
     app.add_exception_handler(HTTPException, _not_routed)
     if settings.cors_origins:
