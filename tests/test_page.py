@@ -353,12 +353,24 @@ def test_where_the_prompt_learned_from_plain_dialogue_so_is_its_text_prompt_aske
     assert server.asked[0].stops == ("\n\nHuman:",) or server.asked[1].stops == ("\n\nHuman:",)
 
 
+def test_a_template_that_the_base_is_not_asked_in_is_spoken_of(opened, models):
+    base, polite, *_ = models
+    own = replace(polite, name="own", card={**polite.card, "template": "{{ prompt }}:"})
+    with parrot.running(Talker([base, polite, own])) as (address, _):
+        page = opened(f"{address}/")
+        sentence = "Asked in the base's own template, not in that of the prompt."
+        assert page.inner_text(".facts >> nth=0").count(sentence) == 0
+        page.select_option("#side-0", "text own")
+        assert page.inner_text(".facts >> nth=0").count(sentence) == 1
+
+
 def test_settings_go_along_and_wrong_ones_do_not(opened, server):
     page = opened(server.address)
     page.click("#settings summary")
     page.fill("#temperature", "3")
     ask(page, "hello")
-    assert server.asked == []
+    assert page.evaluate("document.activeElement.id") == "temperature"
+    assert not page.query_selector_all("article")
     page.fill("#temperature", "0.7")
     page.fill("#tokens", "9")
     page.fill("#seed", "5")
@@ -431,16 +443,29 @@ def test_thoughts_and_the_end_of_an_answer_are_said(opened, server):
 
 
 def test_what_goes_wrong_is_said_where_the_answer_would_stand(opened, server):
-    page = opened(server.address, noted=["status of 429", "ERR_INCOMPLETE_CHUNKED_ENCODING"])
+    page = opened(server.address, noted=["status of 429"])
     ask(page, "busy")
     answered(page)
     assert [one.inner_text() for one in page.query_selector_all(".trouble")] == ["too many requests wait (try again in 7 s)"] * 2
     ask(page, "break")
     answered(page)
-    assert [one.inner_text() for one in page.query_selector_all(".trouble")][2:] == ["The server broke the answer off."] * 2
+    assert [one.inner_text() for one in page.query_selector_all(".trouble")][2:] == ["this server made a mistake; its log says more"] * 2
     ask(page, "hello")
     assert "polite 说：hello" in answered(page)[-1][1]
     assert of(server, "polite")[-1] == [{"role": "user", "content": "hello"}], "a turn that failed is no part of the conversation"
+
+
+def test_a_server_that_goes_away_is_spoken_of(opened, models):
+    with parrot.running(Talker(models)) as (address, server):
+        page = opened(f"{address}/", noted=["net::ERR_INCOMPLETE_CHUNKED_ENCODING", "net::ERR_CONNECTION_REFUSED"])
+        ask(page, "for ever")
+        until(page, BOTH_SPEAK)
+        server.should_exit = True
+        answered(page)
+        ask(page, "hello")
+        answered(page)
+    told = [one.inner_text() for one in page.query_selector_all(".trouble")]
+    assert told == ["The server broke the answer off."] * 2 + ["The server cannot be reached."] * 2
 
 
 def test_a_row_to_try_is_put_into_the_question_and_its_answer_is_shown(opened, server):

@@ -10,7 +10,7 @@ import threading
 import urllib.request
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +25,11 @@ from softprompt.config import ModelConfig
 from softprompt.data import Message
 from softprompt.demo import demo_base
 from softprompt.encode import make_encoder
-from softprompt.engine.decode import Question, decode_whole
 from softprompt.engine.loading import load_base
 from softprompt.engine.model import FrozenBase
-from softprompt.engine.prompt import Prompt, no_prompt
+from softprompt.engine.prompt import no_prompt
 from softprompt.errors import ArtifactError, ConfigError, DataError, ModelError, RunError
-from softprompt.generation import generate
+from softprompt.generation import generate, without_prompt
 from softprompt.sampling import Sampling
 from softprompt.serve import vllm
 from softprompt.serve.asking import Ask, Begun, NotServed, Said
@@ -48,14 +47,20 @@ FEW_BLOCKS = {"gemma": "80", "smollm2": "17"}
 
 @dataclass(frozen=True)
 class Scene:
-    """A base, its prompts by name, and what we say to QUESTIONS with each, and to the plain text with none."""
+    """A base and its prompts by name. `ours`: what we say to QUESTIONS with one, or with none in the template of "rows"."""
 
     name: str
     folder: Path
     config: ModelConfig
     base: FrozenBase
     prompts: dict[str, Path]
-    ours: dict[str, list[str]]
+    said: dict[str, list[str]] = field(default_factory=dict)
+
+    def ours(self, name: str) -> list[str]:
+        if name not in self.said:
+            rows = self.stored("rows")
+            self.said[name] = generate(self.base, without_prompt(self.base, rows) if name == BARE else self.stored(name), QUESTIONS, GREEDY)
+        return self.said[name]
 
     def stored(self, name: str) -> StoredPrompt:
         return load_prompt(self.prompts[name], self.base)
@@ -122,17 +127,7 @@ def scene(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         "keys": some_prompt(folder / "keys", base, 3, model=setting, length=24, deep=True, **how),
         "long": some_prompt(folder / "long", base, 4, position="start", model=setting, length=LONG[name], deep=True),
     }
-    ours = {one: generate(base, load_prompt(path, base), QUESTIONS, GREEDY) for one, path in prompts.items()}
-    bos_id = make_encoder(base.tokenizer, "human-assistant").bos_id
-    ours[BARE] = plainly(base, no_prompt(base, bos_id), QUESTIONS)
-    return Scene(name, folder, config, base, prompts, ours)
-
-
-def plainly(base: FrozenBase, soft: Prompt, texts: list[str]) -> list[str]:
-    """What we say to texts without a template."""
-    ids = [tuple(base.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
-    said = dict((number, ids) for number, ids, _ in decode_whole(base, [Question(((soft, ()),), (one,), GREEDY) for one in ids]))
-    return [base.tokenizer.decode(said[number], skip_special_tokens=True) for number in range(len(texts))]
+    return Scene(name, folder, config, base, prompts)
 
 
 @contextmanager
@@ -165,8 +160,10 @@ def served(scene: Scene) -> Iterator[Served]:
             yield one
 
 
-def chats(name: str, questions: list[str] = QUESTIONS) -> list[Ask]:
-    return [Ask(name, question if name == BARE else (Message("user", question),), GREEDY) for question in questions]
+def asked(scene: Scene, name: str, questions: list[str] = QUESTIONS) -> list[Ask]:
+    """As conversations, or of the bare base as token ids."""
+    encoder = scene.stored("rows").encoder
+    return [Ask(name, encoder.question(one) if name == BARE else (Message("user", one),), GREEDY) for one in questions]
 
 
 def bare(texts: list[str]) -> list[str]:
@@ -174,13 +171,13 @@ def bare(texts: list[str]) -> list[str]:
     return [text.rstrip(CUT) for text in texts]
 
 
-def interleaved(names: list[str]) -> list[Ask]:
-    return [ask for row in zip(*(chats(name) for name in names), strict=True) for ask in row]
+def interleaved(scene: Scene, names: list[str]) -> list[Ask]:
+    return [ask for row in zip(*(asked(scene, name) for name in names), strict=True) for ask in row]
 
 
 def same(scene: Scene, names: list[str], said: list[str]) -> dict[str, int]:
     return {
-        name: sum(one == other for one, other in zip(bare(said[index :: len(names)]), bare(scene.ours[name]), strict=True))
+        name: sum(one == other for one, other in zip(bare(said[index :: len(names)]), bare(scene.ours(name)), strict=True))
         for index, name in enumerate(names)
     }
 
@@ -190,20 +187,20 @@ def same(scene: Scene, names: list[str], said: list[str]) -> dict[str, int]:
 
 def test_greedy_texts_are_ours_with_every_kind_of_prompt_and_with_none_mixed_in_one_batch(scene: Scene, served: Served) -> None:
     names = [*scene.prompts, BARE]
-    assert len({tuple(texts) for texts in scene.ours.values()}) == len(names), "the prompts do nothing"
-    counts = same(scene, names, served.together(interleaved(names)))
+    assert len({tuple(scene.ours(name)) for name in names}) == len(names), "the prompts do nothing"
+    counts = same(scene, names, served.together(interleaved(scene, names)))
     print("\n", scene.name, counts)
     assert counts == dict.fromkeys(names, len(QUESTIONS))
 
 
 def test_prompts_from_the_prefix_cache_are_the_same(scene: Scene, served: Served) -> None:
     names = ["long", "behind", "keys"]
-    asks = [ask for name in names for ask in chats(name, QUESTIONS[:4])]
+    asks = [ask for name in names for ask in asked(scene, name, QUESTIONS[:4])]
     served.together(asks)
     before = served.counted("vllm:prefix_cache_hits_total")
     said = served.together(asks)
     assert served.counted("vllm:prefix_cache_hits_total") - before >= 4 * 128
-    assert bare(said) == bare([text for name in names for text in scene.ours[name][:4]])
+    assert bare(said) == bare([text for name in names for text in scene.ours(name)[:4]])
 
 
 def test_a_prompt_is_added_replaced_and_removed_while_it_runs(scene: Scene, served: Served, tmp_path: Path) -> None:
@@ -212,7 +209,7 @@ def test_a_prompt_is_added_replaced_and_removed_while_it_runs(scene: Scene, serv
         path = some_prompt(tmp_path / f"late{seed}", scene.base, seed, position="start", model=setting, length=9, deep=deep)
         model = served.run(served.engine.add("late", path))
         assert (model.name, model.kind, model.num_virtual) == ("late", "prompt", 9)
-        said = served.together(chats("late", QUESTIONS[:10]))
+        said = served.together(asked(scene, "late", QUESTIONS[:10]))
         assert bare(said) == bare(generate(scene.base, load_prompt(path, scene.base), QUESTIONS[:10], GREEDY))
         assert num_files(served) == len(scene.prompts) + 1
     ids = served.engine._known["late"].before
@@ -221,7 +218,7 @@ def test_a_prompt_is_added_replaced_and_removed_while_it_runs(scene: Scene, serv
         served.run(served.engine._complete({"model": served.engine.server.model, "prompt": [*ids, 5], "max_tokens": 1}))
     assert num_files(served) == len(scene.prompts)
     with pytest.raises(NotServed):
-        served.together(chats("late", QUESTIONS[:1]))
+        served.together(asked(scene, "late", QUESTIONS[:1]))
     with pytest.raises(ConfigError, match="which stays"):
         served.run(served.engine.remove(BARE))
     with pytest.raises(ConfigError, match="name of the base"):
@@ -234,7 +231,7 @@ def test_a_prompt_that_is_removed_while_it_answers_is_finished_first(scene: Scen
     served.run(served.engine.add("going", path))
 
     async def answer() -> tuple[str, int]:
-        stream = served.engine.ask(chats("going")[0])
+        stream = served.engine.ask(asked(scene, "going")[0])
         await anext(stream)
         await served.engine.remove("going")
         still = num_files(served)
@@ -285,15 +282,15 @@ def test_a_text_alone_is_scored_where_no_answer_is_wanted(served: Served) -> Non
 
 
 def test_an_answer_ends_before_its_stop_text_also_across_tokens(scene: Scene, served: Served) -> None:
-    text = scene.ours["long"][0]
+    text = scene.ours("long")[0]
     stop = text[len(text) // 2 :][:6]
-    said = served.whole(replace(chats("long")[0], stops=("never said", stop)))
+    said = served.whole(replace(asked(scene, "long")[0], stops=("never said", stop)))
     assert said.text == text[: text.index(stop)]
     assert said.pieces[-1].finish == "stop"
 
 
 def test_chosen_tokens_obey_what_is_asked_of_them(scene: Scene, served: Served) -> None:
-    ask = chats("keys")[1]
+    ask = asked(scene, "keys")[1]
     first = served.whole(replace(ask, logprobs=0)).scores[0].id
     forbidden = served.whole(replace(ask, logprobs=0, sampling=replace(GREEDY, logit_bias={first: -100.0})))
     assert first not in [score.id for score in forbidden.scores]
@@ -305,24 +302,24 @@ def test_chosen_tokens_obey_what_is_asked_of_them(scene: Scene, served: Served) 
     drawn = [served.whole(replace(ask, sampling=one)).text for one in (hot, hot, replace(hot, seed=6))]
     assert drawn[0] == drawn[1] != drawn[2]
     for narrow in ({"top_k": 1}, {"top_p": 1e-6}, {"min_p": 1.0}):
-        assert bare([served.whole(replace(ask, sampling=replace(hot, **narrow))).text]) == bare([scene.ours["keys"][1]])
+        assert bare([served.whole(replace(ask, sampling=replace(hot, **narrow))).text]) == bare([scene.ours("keys")[1]])
 
 
-def test_an_answer_keeps_to_its_schema(served: Served) -> None:
+def test_an_answer_keeps_to_its_schema(scene: Scene, served: Served) -> None:
     schema = {
         "type": "object",
         "properties": {"drink": {"enum": ["tea", "milk"]}, "cups": {"type": "integer", "maximum": 9, "minimum": 0}},
         "required": ["drink", "cups"],
         "additionalProperties": False,
     }
-    said = served.whole(replace(chats("rows")[0], schema=schema, sampling=replace(GREEDY, max_new_tokens=64)))
+    said = served.whole(replace(asked(scene, "rows")[0], schema=schema, sampling=replace(GREEDY, max_new_tokens=64)))
     answer = json.loads(said.text)
     assert answer["drink"] in ("tea", "milk")
     assert 0 <= answer["cups"] <= 9
 
 
 def test_what_cannot_be_answered_is_refused(scene: Scene, served: Served) -> None:
-    ask = chats("rows")[0]
+    ask = asked(scene, "rows")[0]
     refused: list[tuple[Ask, type[Exception], str]] = [
         (replace(ask, model="nobody"), NotServed, "nobody"),
         (replace(ask, text=""), DataError, "empty"),
@@ -338,12 +335,12 @@ def test_what_cannot_be_answered_is_refused(scene: Scene, served: Served) -> Non
         with pytest.raises(kind, match=words):
             served.whole(one)
     assert served.engine.load().running == served.engine.load().waiting == 0
-    assert bare([served.whole(ask).text]) == bare(scene.ours["rows"][:1])
+    assert bare([served.whole(ask).text]) == bare(scene.ours("rows")[:1])
 
 
-def test_an_answer_that_is_closed_gives_its_place_back(served: Served) -> None:
+def test_an_answer_that_is_closed_gives_its_place_back(scene: Scene, served: Served) -> None:
     async def begin() -> None:
-        stream = served.engine.ask(replace(chats("rows")[0], sampling=Sampling(max_new_tokens=1500, temperature=1.0)))
+        stream = served.engine.ask(replace(asked(scene, "rows")[0], sampling=Sampling(max_new_tokens=1500, temperature=1.0)))
         await anext(stream)
         await anext(stream)
         assert served.engine.load().running == 1
@@ -368,8 +365,8 @@ def test_an_answer_that_is_closed_gives_its_place_back(served: Served) -> None:
 def test_a_server_at_an_address_is_taken_if_it_reads_our_folder_and_has_our_weights(scene: Scene, served: Served, tmp_path: Path) -> None:
     one = {"keys": scene.prompts["keys"]}
     with serving(scene, one, served.engine.folder.path, (), address=served.address) as other:
-        assert bare(other.together(chats("keys", QUESTIONS[:3]))) == bare(scene.ours["keys"][:3])
-    assert served.together(chats(BARE, QUESTIONS[:1])), "a server that was not started here goes on"
+        assert bare(other.together(asked(scene, "keys", QUESTIONS[:3]))) == bare(scene.ours("keys")[:3])
+    assert served.together(asked(scene, BARE, QUESTIONS[:1])), "a server that was not started here goes on"
     with pytest.raises(ModelError, match="without our connector"), serving(scene, one, tmp_path / "kv", (), address=served.address):
         pass
     config = ModelConfig(gguf_file=str(smollm2() if scene.name == "gemma" else demo_base()), device="cpu", dtype="float32")
@@ -387,8 +384,8 @@ def test_a_damaged_or_missing_file_fails_its_requests_and_no_others(scene: Scene
     file = served.engine.folder.path / f"{served.engine._known['lost'].placed.key}.safetensors"
     file.unlink()
     with pytest.raises(RunError, match="vLLM"):
-        served.together(chats("lost", QUESTIONS[:1]))
-    assert bare(served.together(chats("keys", QUESTIONS[:1]))) == bare(scene.ours["keys"][:1])
+        served.together(asked(scene, "lost", QUESTIONS[:1]))
+    assert bare(served.together(asked(scene, "keys", QUESTIONS[:1]))) == bare(scene.ours("keys")[:1])
     served.run(served.engine.remove("lost"))
 
 
@@ -397,8 +394,8 @@ def test_answers_are_right_where_blocks_are_few_and_texts_are_read_in_pieces(sce
         monkeypatch.setenv(key, value)
     options = (*PRESSED, "--num-gpu-blocks-override", FEW_BLOCKS[scene.name])
     names = [*scene.prompts, BARE]
-    more = replace(GREEDY, max_new_tokens=120)
-    asks = [replace(ask, sampling=more) for ask in interleaved(names)[:40]]
+    more = replace(GREEDY, max_new_tokens=60)
+    asks = [replace(ask, sampling=more) for ask in interleaved(scene, names)[:25]]
     scored = [
         Ask(name, " The weather is fine today, and so am I", replace(GREEDY, max_new_tokens=1), logprobs=0, echo=True) for name in names
     ]
@@ -412,7 +409,7 @@ def test_answers_are_right_where_blocks_are_few_and_texts_are_read_in_pieces(sce
         preempted = served.counted("vllm:num_preemptions_total")
     print("\n", scene.name, "preempted", preempted)
     assert preempted > 0
-    ours = {name: generate(scene.base, scene.stored(name), QUESTIONS[:8], more) for name in scene.prompts}
+    ours = {name: generate(scene.base, scene.stored(name), QUESTIONS[:5], more) for name in scene.prompts}
     for index, name in enumerate(scene.prompts):
         assert bare([one.text for one in said[: len(asks)][index :: len(names)]]) == bare(ours[name])
     for one, other in zip(said[len(asks) :], alone, strict=True):
@@ -436,4 +433,4 @@ def test_a_prompt_of_another_base_is_refused_and_nothing_else_is_disturbed(scene
     with pytest.raises(ArtifactError):
         served.run(served.engine.add("foreign", path))
     assert [model.name for model in served.engine.models()] == [BARE, *sorted(scene.prompts)]
-    assert bare(served.together(chats("keys", QUESTIONS[:1]))) == bare(scene.ours["keys"][:1])
+    assert bare(served.together(asked(scene, "keys", QUESTIONS[:1]))) == bare(scene.ours("keys")[:1])

@@ -2,7 +2,6 @@
 
 import ipaddress
 import re
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,7 +9,8 @@ import typer
 
 from softprompt.cli import completion
 from softprompt.cli.options import OtherBase, app
-from softprompt.errors import ConfigError, MissingPackage
+from softprompt.errors import ConfigError
+from softprompt.extras import need
 
 if TYPE_CHECKING:
     from softprompt.serve.asking import Engine
@@ -96,10 +96,7 @@ def serve(
 def _check_installed() -> None:
     """Raises MissingPackage."""
     for package in ("fastapi", "uvicorn", "openai", "prometheus_client", "llguidance"):
-        try:
-            import_module(package)
-        except ImportError:
-            raise MissingPackage(package.replace("_", "-"), "serve") from None
+        need(package, "softprompt serve")
 
 
 def _at_home(host: str) -> bool:

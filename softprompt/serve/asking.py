@@ -97,14 +97,6 @@ class Model:
 
 
 @dataclass(frozen=True)
-class Members:
-    """The prompts of an ensemble by name: how they agree on every token, as in `softprompt.generation.Ensemble`."""
-
-    names: tuple[str, ...]
-    by: Literal["mean", "vote"] = "mean"
-
-
-@dataclass(frozen=True)
 class Load:
     """How busy an engine is. `kept_bytes`: what the layers keep of prompts and texts that are not answered just now; `batch_bytes`: of
     those that are."""

@@ -174,6 +174,9 @@ class OwnEngine:
             if needed >= self.base.context_length:
                 raise DataError(f"the text takes {needed} tokens with its prompt, the base's context is {self.base.context_length}")
         spoken.check(ask)
+        unknown = [token for token in ask.sampling.logit_bias if not 0 <= token < self.base.num_tokens]
+        if unknown:  # before it meets the others' logits
+            raise ConfigError(f"logit_bias: the base has no token {unknown[0]}")
         guide = None if ask.schema is None else Schema(self._vocabulary, ask.schema)
         telling = Telling(self.base.tokenizer, spoken.thinking if _is_talk(ask) else None, ask.stops)
         return _Job(ask, spoken, texts, guide, telling, loop, asyncio.Queue())

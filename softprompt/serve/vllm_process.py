@@ -1,6 +1,7 @@
 """A vLLM server: started here, or one that runs already; its address, what it serves, its end."""
 
 import asyncio
+import ctypes
 import json
 import os
 import signal
@@ -9,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from subprocess import DEVNULL
 from typing import Any
@@ -22,6 +24,7 @@ NAME = "base"  # what a server that is started here calls the model
 STARTS_WITHIN = 1800  # seconds: a large base is read from its disk first
 ENDS_WITHIN = 20
 TAIL = 4000  # characters of its log that are passed on
+DEATH_SIGNAL = 1  # of prctl(2): what Linux sends a process when the thread that started it is gone, however that came about
 
 
 @dataclass(frozen=True)
@@ -65,11 +68,12 @@ async def started(model: Path, dtype: str, folder: KeyValueFolder, python: Path 
     command += ["--kv-transfer-config", json.dumps(folder.transfer_config), *options]
     paths = os.pathsep.join(filter(None, (str(folder.path), os.environ.get("PYTHONPATH"))))
     environment = {**os.environ, "PYTHONPATH": paths, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    ends_with_us = partial(ctypes.CDLL(None).prctl, DEATH_SIGNAL, signal.SIGTERM)
     log = folder.path / "vllm.log"
     with log.open("wb") as file:
         try:
             process = await asyncio.create_subprocess_exec(
-                *command, stdin=DEVNULL, stdout=file, stderr=file, env=environment, start_new_session=True
+                *command, stdin=DEVNULL, stdout=file, stderr=file, env=environment, start_new_session=True, preexec_fn=ends_with_us
             )
         except OSError as error:
             raise ModelError(f"{command[0]}: cannot be run: {error.strerror}; --vllm-python names the interpreter that has vLLM") from None
@@ -109,10 +113,10 @@ def _client(address: str) -> AsyncOpenAI:
 
 
 async def _end(process: asyncio.subprocess.Process) -> None:
-    """The server and the processes that it has started: asked first, then made to."""
-    for how in (signal.SIGTERM, signal.SIGKILL):
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, how)
-        with suppress(TimeoutError):
-            await asyncio.wait_for(process.wait(), timeout=ENDS_WITHIN)
-            break
+    """The server is asked; then it and the processes that it has started are made to."""
+    with suppress(ProcessLookupError, TimeoutError):
+        os.killpg(process.pid, signal.SIGTERM)
+        await asyncio.wait_for(process.wait(), timeout=ENDS_WITHIN)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    await process.wait()

@@ -102,6 +102,7 @@ function factsOf(one) {
   if (kind === "base") return [words.bare];
   if (kind === "ensemble") return [words.members(model.members.join(", "))];
   const said = kind === "text" ? [make("q", { class: "few" }, one.wish)] : [words.virtual(model.virtual, number(model.virtual))];
+  if (kind === "text" && !["chat", "human-assistant"].includes(model.template)) said.push(words.otherTemplate, " ");
   said.push(linkButton(words.card, words.cardOf(model.name), () => openCard(model.name)));
   if (model.report) {
     const link = { href: String(address(model.report)), target: "_blank", rel: "noopener", "aria-label": words.reportOf(model.name) };
