@@ -175,7 +175,7 @@ def test_spoiled_rows_are_refused(folder, bases, kind):
         load_prompt(folder, bases(), allow_other_base=True)
 
 
-@pytest.mark.parametrize("content", ["not JSON", "", "[]", "{}", '{"format": 2}', '{"base": null}'])
+@pytest.mark.parametrize("content", ["not JSON", "", "[]", "{}", '{"format": "2"}', '{"base": null}'])
 def test_a_damaged_card_is_refused(folder, bases, content):
     (folder / "card.json").write_text(content)
     with pytest.raises(ArtifactError, match=r"card\.json is damaged"):

@@ -93,6 +93,7 @@ def test_prompts_of_a_bank_load_from_the_run_and_from_a_checkpoint(bases, make_c
     [
         (("prompt.count=2", 'prompt.bank=[{name = "a"}]'), r"set prompt\.count or prompt\.bank, not both"),
         (('prompt.bank=[{name = "a"}, {name = "a"}]',), "two prompts have the same name"),
+        (('prompt.bank=[{name = "a"}, {name = "A"}]',), "two prompts have the same name"),
         (
             ('prompt.bank=[{name = "a", prompt = {lenght = 3}}]',),
             r"prompt\.bank, a: unknown key .* did you mean prompt\.length\?",

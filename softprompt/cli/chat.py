@@ -13,7 +13,8 @@ import typer
 
 from softprompt.cli import completion
 from softprompt.cli.options import MaxNewTokens, OtherBase, Overrides, Seed, Temperature, TopK, TopP, app
-from softprompt.errors import ConfigError, MissingPackage
+from softprompt.errors import ConfigError
+from softprompt.extras import need
 
 if TYPE_CHECKING:
     from softprompt.conversation import Here
@@ -83,10 +84,9 @@ def _here(paths: list[Path], overrides: list[str], allow_other_base: bool) -> "H
 
 def _there(address: str, models: list[str], key_file: Path | None) -> "There":
     """Models of a server. Raises MissingPackage and ConfigError."""
-    try:
-        from softprompt.serve.client import connect
-    except ImportError:
-        raise MissingPackage("openai", "serve") from None
+    need("openai", "a talk with a server")
+    from softprompt.serve.client import connect
+
     try:
         key = os.environ.get("OPENAI_API_KEY") if key_file is None else key_file.read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
