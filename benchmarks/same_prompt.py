@@ -3,8 +3,8 @@
     python -m benchmarks.same_prompt --json FILE PYTHON PYTHON ... [--steps 20] [--base FILE.gguf]
 
 PYTHON: interpreters of environments that softprompt can run in, e.g. .venv-oldest/bin/python .venv-newest/bin/python. Each trains in turn.
-The prompts after every fifth step are compared with those of the first: the largest difference of a number, as it is and as a share of
-the root mean square of all numbers.
+The prompts at the start and after every fifth step are compared with those of the first: the length of the difference as a share of the
+prompt's, and the largest difference of a number as a share of their root mean square.
 """
 
 import argparse
@@ -48,7 +48,7 @@ def main() -> None:
     base = given.base or str(demo_base())
     with tempfile.TemporaryDirectory() as folder:
         sides = [trained(python, given.steps, base, Path(folder) / str(number)) for number, python in enumerate(given.pythons)]
-        steps = range(EVERY, given.steps + 1, EVERY)
+        steps = range(0, given.steps + 1, EVERY)
         differences = [[difference(Path(folder), number, step) for step in steps] for number in range(1, len(sides))]
     result = {"machine": machine(), "base": Path(base).name, "steps": list(steps), "sides": sides, "differences": differences}
     write_text(given.json, json.dumps(result, indent=1) + "\n")
@@ -65,14 +65,15 @@ def trained(python: str, steps: int, base: str, out: Path) -> dict[str, Any]:
 
 def difference(folder: Path, number: int, step: int) -> dict[str, float]:
     """How far a side's prompt is from that of the first."""
-    first, other = (numbers(folder / str(side) / "checkpoints" / f"step-{step:06d}") for side in (0, number))
-    largest = (first - other).abs().max()
-    return {"largest": largest.item(), "share_of_rms": (largest / first.square().mean().sqrt()).item()}
+    first, other = (numbers(folder / str(side), step).double() for side in (0, number))
+    apart = first - other
+    return {"relative": (apart.norm() / first.norm()).item(), "largest": (apart.abs().max() / first.square().mean().sqrt()).item()}
 
 
-def numbers(checkpoint: Path) -> torch.Tensor:
-    (file,) = checkpoint.rglob("adapter_model.safetensors")
-    return load_file(file)["prompt_embeddings"]
+def numbers(run: Path, step: int) -> torch.Tensor:
+    """All numbers of the prompt, one after the other."""
+    (file,) = (run / "checkpoints" / f"step-{step:06d}").rglob("adapter_model.safetensors") if step else run.rglob("start.safetensors")
+    return torch.cat([part.flatten() for part in load_file(file).values()])
 
 
 if __name__ == "__main__":

@@ -15,7 +15,10 @@ from softprompt.peft_here import fault_of_generate
 
 ROOT = Path(__file__).parents[1]
 LOAD = """
+import sys
 from softprompt import load_base, load_config
+load_base  # transformers, which asks for torch's version too, has been told the true one
+sys.path.insert(0, {!r})
 for _ in range(2):
     load_base(load_config(None, ["model.name={}", "model.device=cpu"]).model)
 """
@@ -37,8 +40,8 @@ def test_a_newer_version_gets_a_try_and_one_line(tmp_path, name, newer, says):
     facts.parent.mkdir()
     facts.write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {faked}\n", encoding="utf-8")
     folder = tiny.tiny_folder(tmp_path / "model")
-    here = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    done = subprocess.run([sys.executable, "-c", LOAD.format(folder)], capture_output=True, text=True, env=here)
+    here = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
+    done = subprocess.run([sys.executable, "-c", LOAD.format(str(tmp_path), folder)], capture_output=True, text=True, env=here)
     assert done.returncode == 0, done.stderr
     line = f"{name} {faked}: newer than what softprompt was tested with (up to {name} {NEWEST[name]}); going on\n"
     assert done.stderr == (line if says else "")
