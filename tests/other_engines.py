@@ -23,7 +23,7 @@ from softprompt.artifact import DataCard, make_card, write_prompt
 from softprompt.config import load_config
 from softprompt.encode import make_encoder
 from softprompt.engine.model import FrozenBase
-from softprompt.engine.prompt import SoftPrompt
+from softprompt.engine.prompt import Prompt, SoftPrompt, deepened
 from softprompt.generation import Sampling, generate
 
 LENGTH = 5
@@ -50,21 +50,28 @@ def some_prompt(
     position: str | None = None,
     model: str | None = None,
     text: str | None = None,
+    length: int = LENGTH,
+    deep: bool = False,
 ) -> Path:
-    """A prompt folder as training writes it, its rows drawn from the vocabulary, or those of a text; then moved by noise.
+    """A prompt folder as training writes it, its rows drawn from the vocabulary, or those of a text; then moved by noise. `deep`: their
+    keys and values, moved by noise too, so that no rows give them.
 
     `model`: the setting that names the base.
     """
     encoder = make_encoder(base.tokenizer, template)
     generator = torch.Generator().manual_seed(seed)
-    start = base.drawn_rows(LENGTH, seed) if text is None else base.embed_ids(base.tokenizer(text, add_special_tokens=False)["input_ids"])
+    start = base.drawn_rows(length, seed) if text is None else base.embed_ids(base.tokenizer(text, add_special_tokens=False)["input_ids"])
     rows = start + base.rms * (1.0 if text is None else 0.1) * torch.randn(start.shape, generator=generator)
     own = position or ("start" if encoder.bos_id is None else "after_bos")
+    method = ("prompt.method=prefix",) if deep else ()
     config = load_config(
-        None, [model or f"model.name={base.name}", "model.device=cpu", "model.dtype=float32", "prompt.text=x", "data.train=x"]
+        None, [model or f"model.name={base.name}", "model.device=cpu", "model.dtype=float32", "prompt.text=x", "data.train=x", *method]
     )
     data = DataCard(train="x", num_train=1, train_fingerprint="", num_eval=0, eval_fingerprint=None, labels=(), label_words={})
-    soft = SoftPrompt(rows, own, encoder.bos_id)
+    soft: Prompt = SoftPrompt(rows, own, encoder.bos_id)
+    if deep:
+        keys = deepened(base, rows, own, encoder.bos_id)
+        soft = keys.with_learned(keys.learned_PD + 0.3 * torch.randn(keys.learned_PD.shape, generator=generator))
     folder.parent.mkdir(parents=True, exist_ok=True)
     write_prompt(folder, soft, make_card(config, base, soft, encoder, data, "random", {}), base)
     return folder
