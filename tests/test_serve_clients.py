@@ -64,6 +64,20 @@ def test_llm_comply_finds_nothing_wrong_with_texts(url):
     assert [(one["status"], one.get("errors"), one.get("warnings")) for one in results if one["status"] != "passed"] == []
 
 
+@pytest.mark.engines
+def test_litellm_is_answered(parrot, url):
+    script = Path(__file__).parent / "with_litellm.py"
+    environment = {**os.environ, "LITELLM_LOCAL_MODEL_COST_MAP": "True"}
+    words = [os.environ["LITELLM_PYTHON"], str(script), url]
+    said = json.loads(subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True, env=environment).stdout.splitlines()[-1])
+    assert "no model named none is served" in said.pop("error")
+    assert said == {
+        "whole": "one two", "finish": "length", "tokens": ["one", "two"], "stream": "one two", "usage": [3, 2, 2], "text": "one"
+    }  # fmt: skip
+    assert {ask.stops for ask in parrot.asked[:2]} == {("x",)}
+    assert [(ask.sampling.seed, ask.sampling.top_p) for ask in parrot.asked[:2]] == [(3, 0.9)] * 2
+
+
 def test_the_pages_python_runs(url, capsys):
     (block,) = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
     exec(compile(block.replace(HERE, url), "serving.md", "exec"), {})

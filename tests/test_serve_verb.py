@@ -360,6 +360,12 @@ def test_keys_of_a_file_are_asked_for(home):
         (["polite", "--api-key-file", "none"], "no keys could be read"),
         (["polite", "--folder", "none"], "no such folder"),
         (["polite", "model.name=none"], "none"),
+        (["polite", "--engine", "sglang"], "there are own, vllm"),
+        (["polite", "--engine", "vllm="], "there are own, vllm"),
+        (["polite", "--engine", "vllm", "--memory", "9"], "the own engine's"),
+        (["polite", "--engine", "vllm=http://127.0.0.1:1"], "needs --vllm-folder"),
+        (["polite", "--engine", "vllm=http://127.0.0.1:1", "--vllm-folder", "kv"], "no vLLM server answers"),
+        (["polite", "--vllm-folder", "kv"], "go with --engine vllm"),
     ],
 )
 def test_what_cannot_be_served_is_a_sentence_and_exit_code_2(home, words, message, monkeypatch, capsys):

@@ -2,6 +2,8 @@
 
 import ipaddress
 import re
+import tempfile
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,6 +15,7 @@ from softprompt.cli.options import OtherBase, app
 from softprompt.errors import ConfigError, MissingPackage
 
 if TYPE_CHECKING:
+    from softprompt.config import ModelConfig
     from softprompt.serve.asking import Engine
 
 MEBIBYTE = 1 << 20
@@ -39,8 +42,13 @@ Ensembles = Annotated[
     typer.Option("--ensemble", metavar="NAME=A+B", help="Prompts that answer together by the mean, or NAME=vote:A+B; repeatable."),
 ]
 Origins = Annotated[list[str] | None, typer.Option("--cors-origin", metavar="URL", help="Let pages of this origin ask; repeatable.")]
-Memory = Annotated[int, typer.Option(min=1, metavar="MB", help="What is kept of prompts and texts that nobody asks just now, at most.")]
-Waiting = Annotated[int, typer.Option(min=0, help="Answers that may wait for a place; more are told to come again.")]
+Memory = Annotated[
+    int | None, typer.Option(min=1, metavar="MB", help="What is kept of prompts and texts that nobody asks just now, at most; 1024.")
+]
+Waiting = Annotated[int | None, typer.Option(min=1, help="Answers that are made or wait, at most; more are told to come again; 256.")]
+Kind = Annotated[str, typer.Option("--engine", metavar="ENGINE", help="own, vllm, or vllm=URL of a server that runs with our connector.")]
+VllmPython = Annotated[Path | None, typer.Option(metavar="FILE", help="The interpreter that has vLLM, where it is another than this.")]
+VllmFolder = Annotated[Path | None, typer.Option(metavar="DIR", help="Where vLLM finds keys and values, and its log goes.")]
 Body = Annotated[int, typer.Option(min=1, metavar="MB", help="Size of a request at most.")]
 Upload = Annotated[int, typer.Option(min=1, metavar="MB", help="Size of an uploaded prompt at most, unpacked.")]
 Answers = Annotated[int, typer.Option(min=1, help="Answers of a request at most: its texts times n.")]
@@ -59,8 +67,8 @@ def serve(
     admin_keys: AdminKeys = None,
     ensembles: Ensembles = None,
     cors_origins: Origins = None,
-    memory: Memory = 1024,
-    max_waiting: Waiting = 256,
+    memory: Memory = None,
+    max_waiting: Waiting = None,
     max_answers: Answers = 128,
     max_body: Body = 1,
     max_upload: Upload = 64,
@@ -68,13 +76,15 @@ def serve(
     drain_seconds: Drain = 30.0,
     log_texts: LogTexts = False,
     allow_other_base: OtherBase = False,
+    engine: Kind = "own",
+    vllm_python: VllmPython = None,
+    vllm_folder: VllmFolder = None,
 ) -> None:
     """Serve prompts and their base behind the HTTP interface that OpenAI's clients speak."""
     _check_installed()
-    from softprompt.serve.app import make_app
     from softprompt.serve.guard import AT_HOME, Keys
     from softprompt.serve.log import log_as_json
-    from softprompt.serve.running import listen, server_of
+    from softprompt.serve.running import listen, run
     from softprompt.serve.service import Settings
 
     keys, admins = (None if file is None else Keys.read(file) for file in (api_keys, admin_keys))
@@ -83,14 +93,14 @@ def serve(
     hosts = frozenset((*AT_HOME, host)) if keys is None else None
     sizes = {"most_bytes": max_body * MEBIBYTE, "most_upload": max_upload * MEBIBYTE, "most_answers": max_answers}
     settings = Settings(keys, admins, hosts, tuple(cors_origins or ()), folder, **sizes, seconds=seconds, log_texts=log_texts)
-    of_engine: dict[str, Any] = {"memory_bytes": memory * MEBIBYTE, "most_waiting": max_waiting, "allow_other_base": allow_other_base}
-    of_engine |= {"ensembles": dict(map(_ensemble, ensembles or ()))}
     if folder is not None and not folder.is_dir():
         raise ConfigError(f"--folder {folder}: there is no such folder")
-    with listen(host, port) as listening:
+    own = _Own(dict(map(_ensemble, ensembles or ())), memory, max_waiting, allow_other_base)
+    vllm = _Vllm.of(engine, vllm_python, vllm_folder, own)
+    served = _Served.of(prompts or [], folder)
+    with listen(host, port) as listening, tempfile.TemporaryDirectory() as spare:
         log_as_json()
-        engine = _engine(prompts or [], folder, of_engine)
-        server_of(make_app(engine, settings), drain_seconds).run(sockets=[listening])
+        run(served.by_own(own) if vllm is None else served.by_vllm(vllm, Path(spare)), settings, listening, drain_seconds)
 
 
 def _check_installed() -> None:
@@ -143,19 +153,78 @@ def _ensemble(given: str) -> tuple[str, tuple[tuple[str, ...], str]]:
     return named[1], (names, "vote" if vote else "mean")
 
 
-def _engine(words: list[str], folder: Path | None, of_engine: dict[str, Any]) -> "Engine":
-    """The base, loaded, with its prompts."""
-    from softprompt import load_base
-    from softprompt.cli.prompts import base_config
-    from softprompt.config import load_config
-    from softprompt.serve.folder import prompts_in
-    from softprompt.serve.own import start
+# ---- engines -----------------------------------------------------------------------------------------------------------
 
-    overrides = [word for word in words if OVERRIDE.match(word)]
-    given = _named([word for word in words if word not in overrides])
-    lying = {} if folder is None else prompts_in(folder)
-    first = next(iter([*given.values(), *(place for place, _ in lying.values())]), None)
-    model = load_config(None, overrides).model if first is None else base_config(first, overrides)
-    if not (model.name or model.gguf_file):
-        raise ConfigError("nothing to serve: name a prompt, or a base by model.name=NAME")
-    return start(load_base(model), given, **of_engine)
+
+@dataclass(frozen=True)
+class _Own:
+    """What the command says of the own engine; the defaults of what is None are `own.start`'s."""
+
+    ensembles: dict[str, tuple[tuple[str, ...], str]]
+    memory: int | None
+    max_waiting: int | None
+    allow_other_base: bool
+
+
+@dataclass(frozen=True)
+class _Vllm:
+    address: str | None
+    python: Path | None
+    folder: Path | None
+
+    @classmethod
+    def of(cls, engine: str, python: Path | None, folder: Path | None, own: _Own) -> "_Vllm | None":
+        """None for the own engine. Raises ConfigError for options that belong to the other one."""
+        kind, _, address = engine.partition("=")
+        if engine == "own":
+            if python or folder:
+                raise ConfigError("--vllm-python and --vllm-folder go with --engine vllm")
+            return None
+        if kind != "vllm" or engine == "vllm=":
+            raise ConfigError(f"--engine {engine}: there are own, vllm and vllm=URL")
+        if own != _Own({}, None, None, False):
+            raise ConfigError("--ensemble, --memory, --max-waiting and --allow-other-base are the own engine's")
+        if address and (python or folder is None):
+            raise ConfigError("a vLLM server that runs already has its own python, and needs --vllm-folder, the folder of its connector")
+        return cls(address or None, python, folder)
+
+
+@dataclass(frozen=True)
+class _Served:
+    """A base, and prompts by name."""
+
+    model: "ModelConfig"
+    prompts: dict[str, Path]
+
+    @classmethod
+    def of(cls, words: list[str], folder: Path | None) -> "_Served":
+        """The prompts that are named, and their base, or that of what lies in `folder`. Raises ConfigError where there is neither."""
+        from softprompt.cli.prompts import base_config
+        from softprompt.config import load_config
+        from softprompt.serve.folder import prompts_in
+
+        overrides = [word for word in words if OVERRIDE.match(word)]
+        given = _named([word for word in words if word not in overrides])
+        lying = {} if folder is None else prompts_in(folder)
+        first = next(iter([*given.values(), *(place for place, _ in lying.values())]), None)
+        model = load_config(None, overrides).model if first is None else base_config(first, overrides)
+        if not (model.name or model.gguf_file):
+            raise ConfigError("nothing to serve: name a prompt, or a base by model.name=NAME")
+        return cls(model, given)
+
+    async def by_own(self, own: _Own) -> "Engine":
+        from softprompt import load_base
+        from softprompt.serve.own import start
+
+        sizes = {"memory_bytes": own.memory and own.memory * MEBIBYTE, "most_waiting": own.max_waiting}
+        said: dict[str, Any] = {name: value for name, value in sizes.items() if value is not None}
+        together: Any = own.ensembles
+        return start(load_base(self.model), self.prompts, ensembles=together, allow_other_base=own.allow_other_base, **said)
+
+    async def by_vllm(self, vllm: _Vllm, spare: Path) -> "Engine":
+        from softprompt.serve.vllm import start
+
+        name, gguf_file = self.model.location
+        place = Path(gguf_file or name)
+        called = place.stem if place.is_file() else place.name if place.exists() else name
+        return await start(called, self.model, self.prompts, vllm.folder or spare, address=vllm.address, python=vllm.python)

@@ -2,6 +2,7 @@
 
 import asyncio
 import socket
+from collections.abc import Awaitable
 from time import monotonic
 from types import FrameType
 from typing import Any
@@ -11,7 +12,9 @@ from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from softprompt.errors import ConfigError
-from softprompt.serve.service import Service
+from softprompt.serve.app import make_app
+from softprompt.serve.asking import Engine
+from softprompt.serve.service import Service, Settings
 
 HEAD_SECONDS = 10.0  # for the head of a request
 LAST_SECONDS = 2  # for what is still open when the time to drain is over
@@ -86,6 +89,15 @@ def server_of(app: FastAPI, drain_seconds: float) -> Server:
         timeout_graceful_shutdown=LAST_SECONDS,
     )
     return Server(config, app.state.service, drain_seconds)
+
+
+def run(engine: Awaitable[Engine], settings: Settings, listening: socket.socket, drain_seconds: float) -> None:
+    """Waits for the engine, then serves until the end. Raises what the engine's beginning raises."""
+
+    async def serve() -> None:
+        await server_of(make_app(await engine, settings), drain_seconds).serve(sockets=[listening])
+
+    asyncio.run(serve())
 
 
 def listen(host: str, port: int) -> socket.socket:
