@@ -494,12 +494,14 @@ def test_a_key_is_asked_for_and_forgotten_with_the_tab(opened, models):
     with parrot.running(Talker(models), Settings(Keys(["s3cret"]))) as (address, _):
         page = opened(f"{address}/", noted=["status of 401"])
         assert page.evaluate("document.activeElement.id") == "key"
+        assert page.is_hidden("#asking")
         page.keyboard.type("wrong")
         page.keyboard.press("Enter")
         page.wait_for_selector("text=The server does not know this key.")
         page.fill("#key", "s3cret")
         page.keyboard.press("Enter")
         page.wait_for_selector("#unlock", state="hidden")
+        until(page, "document.activeElement.id === 'question'")
         ask(page, "hello")
         assert "polite 说：hello" in answered(page)[0][1]
         open_sheet(page, ".answer .link >> nth=0")

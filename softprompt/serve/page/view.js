@@ -50,6 +50,7 @@ async function load() {
     side.chosen = speakers.find((one) => one.id === side.chosen?.id) ?? usual;
   }
   draw();
+  if ([document.body, at("key")].includes(document.activeElement)) at("question").focus();
 }
 
 function locked() {
@@ -80,6 +81,7 @@ function draw() {
   const prompts = speakers.filter((one) => one.kind === "prompt");
   const base = speakers.find((one) => one.kind === "base");
   if (base) at("about").textContent = words.about(base.of.name, prompts.length);
+  at("sides").hidden = at("asking").hidden = !speakers.length;
   sides.forEach(drawSide);
   drawSamples();
 }
@@ -292,7 +294,7 @@ at("unlock").addEventListener("submit", (event) => {
   event.preventDefault();
   sessionStorage.setItem(KEY, at("key").value);
   at("key").value = "";
-  load().then(() => at("unlock").hidden && at("question").focus());
+  load();
 });
 at("stop").addEventListener("click", () => running?.abort());
 at("anew").addEventListener("click", () => {
