@@ -54,13 +54,14 @@ class Scene:
     config: ModelConfig
     base: FrozenBase
     prompts: dict[str, Path]
-    said: dict[str, list[str]] = field(default_factory=dict)
+    said: dict[tuple[str, str], str] = field(default_factory=dict)
 
-    def ours(self, name: str) -> list[str]:
-        if name not in self.said:
-            rows = self.stored("rows")
-            self.said[name] = generate(self.base, without_prompt(self.base, rows) if name == BARE else self.stored(name), QUESTIONS, GREEDY)
-        return self.said[name]
+    def ours(self, name: str, questions: list[str] = QUESTIONS) -> list[str]:
+        new = [question for question in questions if (name, question) not in self.said]
+        if new:
+            prompt = without_prompt(self.base, self.stored("rows")) if name == BARE else self.stored(name)
+            self.said.update(zip([(name, question) for question in new], generate(self.base, prompt, new, GREEDY), strict=True))
+        return [self.said[name, question] for question in questions]
 
     def stored(self, name: str) -> StoredPrompt:
         return load_prompt(self.prompts[name], self.base)
@@ -200,7 +201,7 @@ def test_prompts_from_the_prefix_cache_are_the_same(scene: Scene, served: Served
     before = served.counted("vllm:prefix_cache_hits_total")
     said = served.together(asks)
     assert served.counted("vllm:prefix_cache_hits_total") - before >= 4 * 128
-    assert bare(said) == bare([text for name in names for text in scene.ours(name)[:4]])
+    assert bare(said) == bare([text for name in names for text in scene.ours(name, QUESTIONS[:4])])
 
 
 def test_a_prompt_is_added_replaced_and_removed_while_it_runs(scene: Scene, served: Served, tmp_path: Path) -> None:
@@ -282,7 +283,7 @@ def test_a_text_alone_is_scored_where_no_answer_is_wanted(served: Served) -> Non
 
 
 def test_an_answer_ends_before_its_stop_text_also_across_tokens(scene: Scene, served: Served) -> None:
-    text = scene.ours("long")[0]
+    text = scene.ours("long", QUESTIONS[0:1])[0]
     stop = text[len(text) // 2 :][:6]
     said = served.whole(replace(asked(scene, "long")[0], stops=("never said", stop)))
     assert said.text == text[: text.index(stop)]
@@ -302,7 +303,7 @@ def test_chosen_tokens_obey_what_is_asked_of_them(scene: Scene, served: Served) 
     drawn = [served.whole(replace(ask, sampling=one)).text for one in (hot, hot, replace(hot, seed=6))]
     assert drawn[0] == drawn[1] != drawn[2]
     for narrow in ({"top_k": 1}, {"top_p": 1e-6}, {"min_p": 1.0}):
-        assert bare([served.whole(replace(ask, sampling=replace(hot, **narrow))).text]) == bare([scene.ours("keys")[1]])
+        assert bare([served.whole(replace(ask, sampling=replace(hot, **narrow))).text]) == bare([scene.ours("keys", QUESTIONS[1:2])[0]])
 
 
 def test_an_answer_keeps_to_its_schema(scene: Scene, served: Served) -> None:
@@ -335,7 +336,7 @@ def test_what_cannot_be_answered_is_refused(scene: Scene, served: Served) -> Non
         with pytest.raises(kind, match=words):
             served.whole(one)
     assert served.engine.load().running == served.engine.load().waiting == 0
-    assert bare([served.whole(ask).text]) == bare(scene.ours("rows")[:1])
+    assert bare([served.whole(ask).text]) == bare(scene.ours("rows", QUESTIONS[:1]))
 
 
 def test_an_answer_that_is_closed_gives_its_place_back(scene: Scene, served: Served) -> None:
@@ -365,7 +366,7 @@ def test_an_answer_that_is_closed_gives_its_place_back(scene: Scene, served: Ser
 def test_a_server_at_an_address_is_taken_if_it_reads_our_folder_and_has_our_weights(scene: Scene, served: Served, tmp_path: Path) -> None:
     one = {"keys": scene.prompts["keys"]}
     with serving(scene, one, served.engine.folder.path, (), address=served.address) as other:
-        assert bare(other.together(asked(scene, "keys", QUESTIONS[:3]))) == bare(scene.ours("keys")[:3])
+        assert bare(other.together(asked(scene, "keys", QUESTIONS[:3]))) == bare(scene.ours("keys", QUESTIONS[:3]))
     assert served.together(asked(scene, BARE, QUESTIONS[:1])), "a server that was not started here goes on"
     with pytest.raises(ModelError, match="without our connector"), serving(scene, one, tmp_path / "kv", (), address=served.address):
         pass
@@ -385,7 +386,7 @@ def test_a_damaged_or_missing_file_fails_its_requests_and_no_others(scene: Scene
     file.unlink()
     with pytest.raises(RunError, match="vLLM"):
         served.together(asked(scene, "lost", QUESTIONS[:1]))
-    assert bare(served.together(asked(scene, "keys", QUESTIONS[:1]))) == bare(scene.ours("keys")[:1])
+    assert bare(served.together(asked(scene, "keys", QUESTIONS[:1]))) == bare(scene.ours("keys", QUESTIONS[:1]))
     served.run(served.engine.remove("lost"))
 
 
@@ -433,4 +434,4 @@ def test_a_prompt_of_another_base_is_refused_and_nothing_else_is_disturbed(scene
     with pytest.raises(ArtifactError):
         served.run(served.engine.add("foreign", path))
     assert [model.name for model in served.engine.models()] == [BARE, *sorted(scene.prompts)]
-    assert bare(served.together(asked(scene, "keys", QUESTIONS[:1]))) == bare(scene.ours("keys")[:1])
+    assert bare(served.together(asked(scene, "keys", QUESTIONS[:1]))) == bare(scene.ours("keys", QUESTIONS[:1]))
