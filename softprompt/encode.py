@@ -117,11 +117,14 @@ class Encoder:
             raise TooLong(max_length, len(row) + row.num_cut + (self.bos_id is not None), row.source)
         return row
 
-    def question(self, text: str | Sequence[Message]) -> tuple[int, ...]:
-        """Ids of a question, or of a conversation that ends with one, that waits for its answer, without BOS."""
+    def question(self, text: str | Sequence[Message], *, trained: bool = True) -> tuple[int, ...]:
+        """Ids of a question, or of a conversation that ends with one, that waits for its answer, without BOS. `trained`: to go on from the
+        template's own pieces; a bare base knows text, which has a blank at the end in one token with the next word (LOG.md)."""
         messages = (Message("user", text),) if isinstance(text, str) else tuple(text)
         asked = Example(messages, "question", fields=_question_fields(messages[-1].content))
-        found = (self.template.ended(self._ids(segment.text), segment, self.eos_id)[0] for segment in self.segments(asked))
+        *before, last = self.segments(asked)
+        last = last if trained else replace(last, text=last.text.rstrip(" ") or last.text)
+        found = (self.template.ended(self._ids(segment.text), segment, self.eos_id)[0] for segment in (*before, last))
         ids = tuple(chain.from_iterable(found))
         self.check_ids(ids, "question")
         return ids[1:] if self._begins_with_bos(ids) else ids

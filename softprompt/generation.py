@@ -91,14 +91,14 @@ def check_sampling(sampling: Sampling, together: Sequence[Ensemble] = ()) -> Non
         raise ConfigError("a vote has no probabilities to sample from: temperature must be 0, or the ensemble a mean")
 
 
-def asked_ids(encoder: Encoder, text: Asked) -> tuple[int, ...]:
-    """Ids of what is asked. Raises DataError for a text that is empty or that the template cannot write."""
+def asked_ids(encoder: Encoder, text: Asked, *, trained: bool = True) -> tuple[int, ...]:
+    """Ids of what is asked (`trained`: see Encoder.question). Raises DataError for a text that is empty or that the template cannot write."""
     last = text if isinstance(text, str) else text[-1].content if text else ""
     if not last.strip():
         raise DataError("the text is empty: there is nothing to answer")
     if not isinstance(text, str) and text[-1].role in ("assistant", "system"):
         raise DataError(f"a conversation to answer ends with a question, this one with a turn of the {text[-1].role}")
-    return encoder.question(text)
+    return encoder.question(text, trained=trained)
 
 
 # ---- tokens become text --------------------------------------------------------------------------------------------

@@ -415,11 +415,21 @@ def test_a_beginning_is_kept_and_read_no_more(bases, family):
 
 def test_the_bare_base_is_served_by_its_name(bases):
     base = bases()
-    name = with_engine(base, {}, lambda engine: _first(engine))
+    name = with_engine(base, {}, _first)
     soft = no_prompt(base, base.tokenizer.bos_token_id)
     ids = tuple(base.tokenizer("bring tea", add_special_tokens=False)["input_ids"])
     ((_, said, _),) = decode_whole(base, [Question(((soft, ()),), (ids,), Sampling(8))])
     assert answer(base, {}, Ask(name, "bring tea", Sampling(8)))[1] == base.tokenizer.decode(said, skip_special_tokens=True)
+
+
+def test_a_bare_base_without_a_chat_template_goes_on_from_text(bases):
+    base = bases()
+    name = with_engine(base, {}, _first)
+    soft = no_prompt(base, base.tokenizer.bos_token_id)
+    ids = tuple(base.tokenizer("Human: bring tea\n\nAssistant:", add_special_tokens=False)["input_ids"])
+    ((_, said, _),) = decode_whole(base, [Question(((soft, ()),), (ids,), Sampling(8))])
+    found = answer(base, {}, Ask(name, (Message("user", "bring tea"),), Sampling(8)))[1]
+    assert found == base.tokenizer.decode(said, skip_special_tokens=True)
 
 
 async def _first(engine):

@@ -21,12 +21,14 @@ from softprompt.thinking import Thinking
 
 @dataclass(frozen=True)
 class Spoken:
-    """How one that is served is asked: its prompts by name (an ensemble has several) and what their texts need."""
+    """How one that is served is asked: its prompts by name (an ensemble has several) and what their texts need. `trained`: not the bare
+    base."""
 
     names: tuple[str, ...]
     encoders: tuple[Encoder, ...]
     num_positions: tuple[int, ...]
     num_virtual: int = 0
+    trained: bool = True
     by: Literal["mean", "vote"] = "mean"
 
     @property
@@ -45,7 +47,7 @@ class Spoken:
         """A text as it stands behind prompt `number`, without BOS. Raises DataError for one that is empty or cannot be written."""
         encoder = self.encoders[number]
         if text and isinstance(text, tuple) and isinstance(text[0], Message):
-            return asked_ids(encoder, text)
+            return asked_ids(encoder, text, trained=self.trained)
         ids = tuple(encoder.tokenizer(text, add_special_tokens=False)["input_ids"]) if isinstance(text, str) else text
         if any(not 0 <= token < len(encoder.tokenizer) for token in ids):  # type: ignore[operator]
             raise DataError(f"token ids go from 0 to {len(encoder.tokenizer) - 1}")
@@ -81,7 +83,8 @@ class Library:
         self._bare = no_prompt(base, encoder.bos_id)
         self.base_name = _name_of(base)
         model = Model(self.base_name, "base", 0)
-        self._entries[self.base_name] = _Entry(model, Spoken((self.base_name,), (encoder,), (self._bare.num_positions,)), ref(self._bare))
+        spoken = Spoken((self.base_name,), (encoder,), (self._bare.num_positions,), trained=False)
+        self._entries[self.base_name] = _Entry(model, spoken, ref(self._bare))
 
     @property
     def end_ids(self) -> frozenset[int]:
@@ -129,7 +132,7 @@ class Library:
             tuple(part.encoders[0] for part in parts),
             tuple(part.num_positions[0] for part in parts),
             sum(part.num_virtual for part in parts),
-            by,
+            by=by,
         )
         created = max(self._entry(member).model.created for member in members)
         model = Model(name, "ensemble", created, spoken.num_virtual, members=tuple(members))

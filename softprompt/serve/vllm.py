@@ -205,7 +205,7 @@ class VllmEngine:
         if _is_chat(text):
             if known.placed is None and not self._knows_chats:
                 raise DataError(f"{known.model.name} has no chat template: ask it for a completion")
-            return asked_ids(known.encoder, text)
+            return asked_ids(known.encoder, text, trained=known.placed is not None)
         encoder = known.encoder
         given = encoder.tokenizer(text, add_special_tokens=False)["input_ids"] if isinstance(text, str) else text
         ids = tuple(token for token in given if isinstance(token, int))
