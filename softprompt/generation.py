@@ -92,7 +92,7 @@ def check_sampling(sampling: Sampling, together: Sequence[Ensemble] = ()) -> Non
 
 
 def asked_ids(encoder: Encoder, text: Asked, *, trained: bool = True) -> tuple[int, ...]:
-    """Ids of what is asked (`trained`: see Encoder.question). Raises DataError for a text that is empty or that the template cannot write."""
+    """Ids of what is asked; `trained` as in Encoder.question. Raises DataError for an empty text, and one that no template can write."""
     last = text if isinstance(text, str) else text[-1].content if text else ""
     if not last.strip():
         raise DataError("the text is empty: there is nothing to answer")
