@@ -38,16 +38,18 @@ class Parrot:
         self.asked.append(ask)
         self._check(ask)
         self.open += 1
+        ended = False
         try:
             async with self.places:
                 self.running += 1
                 try:
                     async for value in self._say(ask):
+                        ended = isinstance(value, Said) and value.finish is not None
                         yield value
                 finally:
                     self.running -= 1
         except (GeneratorExit, asyncio.CancelledError):
-            self.given_up.append(ask)
+            self.given_up += [] if ended else [ask]
             raise
         finally:
             self.open -= 1

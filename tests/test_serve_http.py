@@ -25,6 +25,7 @@ from softprompt.serve.log import JsonLines
 from softprompt.serve.service import Settings
 
 HELLO = [{"role": "user", "content": "hello big world"}]
+LONG = [{"role": "user", "content": "a " * 4_000}]  # to be said for longer than any test waits
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 
 
@@ -429,7 +430,7 @@ def head(body: bytes, length: int | None = None) -> bytes:
 @pytest.mark.parametrize("n", [1, 3])
 def test_a_client_that_goes_away_frees_its_places(parrot, url, stream, n):
     parrot.pause = 0.05
-    body = json.dumps({"model": "base", "messages": [{"role": "user", "content": "a " * 4_000}], "stream": stream, "n": n}).encode()
+    body = json.dumps({"model": "base", "messages": LONG, "max_tokens": 4_000, "stream": stream, "n": n}).encode()
     with closing(connected(url)) as raw:
         raw.sendall(head(body) + body)
         if stream:
@@ -441,7 +442,7 @@ def test_a_client_that_goes_away_frees_its_places(parrot, url, stream, n):
 
 def test_a_client_that_goes_away_while_it_waits_is_forgotten():
     parrot = Parrot(places=1, pause=0.05)
-    body = json.dumps({"model": "base", "messages": [{"role": "user", "content": "a " * 4_000}]}).encode()
+    body = json.dumps({"model": "base", "messages": LONG, "max_tokens": 4_000}).encode()
     with running(parrot) as (url, _), closing(connected(url)) as first:
         first.sendall(head(body) + body)
         until(lambda: parrot.running == 1)
@@ -544,7 +545,7 @@ def test_texts_stand_in_the_log_where_they_are_wanted(parrot, lines):
 def test_one_that_went_away_is_logged_as_such(parrot, url, lines):
     parrot.pause = 0.05
     for stream in (False, True):
-        body = json.dumps({"model": "base", "messages": [{"role": "user", "content": "a " * 4_000}], "stream": stream}).encode()
+        body = json.dumps({"model": "base", "messages": LONG, "max_tokens": 4_000, "stream": stream}).encode()
         with closing(connected(url)) as raw:
             raw.sendall(head(body) + body)
             until(lambda: parrot.running == 1)
