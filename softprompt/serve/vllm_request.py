@@ -28,8 +28,7 @@ def fields_of(ask: Ask, model: str, ids: Sequence[int], stop_ids: frozenset[int]
         "return_tokens_as_token_ids": True,
     }
     if ask.schema is not None:
-        # with blanks as the model likes them, a small one goes on with line ends until its tokens run out
-        theirs["structured_outputs"] = {"json": dict(ask.schema), "disable_any_whitespace": True}
+        theirs["response_format"] = {"type": "json_schema", "json_schema": {"name": "answer", "schema": dict(ask.schema)}}
     if scores_text(ask):
         theirs["prompt_logprobs"] = ask.logprobs
     return {
