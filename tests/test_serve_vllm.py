@@ -41,8 +41,17 @@ GREEDY = Sampling(max_new_tokens=TOKENS)
 ROOMY = ("--enforce-eager", "--max-model-len", "2048")
 LONG = {"gemma": 700, "smollm2": 300}  # positions: more than a sliding layer of Gemma sees, and several blocks
 # no prefix cache, texts in pieces of 32 tokens, and so few blocks that answers in progress have to give theirs up
-PRESSED = (*ROOMY, "--no-enable-prefix-caching", "--max-num-batched-tokens", "32", "--max-num-seqs", "12")
-FEW_BLOCKS = {"gemma": "80", "smollm2": "17"}
+PRESSED = (
+    "--enforce-eager",
+    "--max-model-len",
+    "1024",
+    "--no-enable-prefix-caching",
+    "--max-num-batched-tokens",
+    "32",
+    "--max-num-seqs",
+    "12",
+)
+FEW_BLOCKS = {"gemma": "60", "smollm2": "10"}
 
 
 @dataclass(frozen=True)
@@ -395,7 +404,7 @@ def test_answers_are_right_where_blocks_are_few_and_texts_are_read_in_pieces(sce
         monkeypatch.setenv(key, value)
     options = (*PRESSED, "--num-gpu-blocks-override", FEW_BLOCKS[scene.name])
     names = [*scene.prompts, BARE]
-    more = replace(GREEDY, max_new_tokens=60)
+    more = replace(GREEDY, max_new_tokens=120)
     asks = [replace(ask, sampling=more) for ask in interleaved(scene, names)[:25]]
     scored = [
         Ask(name, " The weather is fine today, and so am I", replace(GREEDY, max_new_tokens=1), logprobs=0, echo=True) for name in names

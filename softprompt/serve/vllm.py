@@ -291,7 +291,10 @@ class VllmEngine:
     async def compare(self, before: tuple[int, ...], expected: Expected, otherwise: str) -> None:
         """Raises ModelError, with what is the matter `otherwise`, where vLLM says something else than the base does here."""
         how = {"temperature": 0, "max_tokens": 1, "logprobs": 20, "extra_body": {"return_tokens_as_token_ids": True}}
-        said = await self._complete({"model": self.server.model, "prompt": [*before, *expected.ids], **how})
+        try:
+            said = await self._complete({"model": self.server.model, "prompt": [*before, *expected.ids], **how})
+        except (ConfigError, RunError) as error:  # a smaller vocabulary, say
+            raise ModelError(f"{error}: {otherwise}") from None
         theirs = {int(token.removeprefix(ID)): value for token, value in said.choices[0].logprobs.top_logprobs[0].items()}
         off = max(abs(theirs.get(token, -99.0) - value) for token, value in expected.likeliest.items())
         if off > expected.close:
@@ -369,11 +372,11 @@ def _our_errors() -> Iterator[None]:
     """Raises ConfigError for what vLLM refuses, Busy, and RunError where it fails."""
     try:
         yield
-    except APIStatusError as error:
-        if error.status_code in (400, 422):
+    except APIError as error:
+        body = error.body if isinstance(error.body, Mapping) else {}  # in the midst of a stream there is no status but this one
+        status = error.status_code if isinstance(error, APIStatusError) else body.get("code")
+        if status in (400, 422):
             raise ConfigError(f"vLLM refuses this: {error.message}") from None
-        if error.status_code in (429, 503):
+        if status in (429, 503):
             raise Busy("vLLM takes no more requests just now", 1) from None
         raise RunError(f"vLLM could not answer: {error.message}") from None
-    except APIError as error:
-        raise RunError(f"vLLM does not answer any more: {error}") from None

