@@ -13,11 +13,14 @@ from softprompt.errors import ConfigError
 
 
 class Schema:
-    """What one answer may say (engine.choose.Guide). Raises ConfigError for a schema that cannot be kept to. `broken`: why it can no longer
-    be; then the answer is of no use, and others beside it are."""
+    """What one answer may say (engine.choose.Guide), without free blanks: small bases go on with them until their tokens run out. `broken`:
+    why it can no longer be kept to; then the answer is of no use, and others beside it are.
+
+    Raises ConfigError for a schema that cannot be kept to.
+    """
 
     def __init__(self, vocabulary: LLTokenizer, schema: Mapping[str, Any]) -> None:
-        grammar = LLMatcher.grammar_from_json_schema(json.dumps(schema))
+        grammar = LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides={"whitespace_flexible": False})
         wrong = LLMatcher.validate_grammar(grammar, vocabulary)
         if wrong:
             raise ConfigError(f"response_format: this JSON schema cannot be kept to: {wrong.strip().splitlines()[0]}")
