@@ -1,6 +1,7 @@
 """softprompt serve, started as people start it, on a tiny base: answers over HTTP are those of `generate` and of the harness."""
 
 import json
+import logging
 import random
 import shutil
 import socket
@@ -27,6 +28,17 @@ from softprompt.training import train
 
 TEMPLATES = {"polite": "chat", "human": "human-assistant", "deep": "chat"}
 QUESTIONS = ("bring tea", "please bring coffee", "水", "bring juice, please, and some 咖啡")
+
+
+@pytest.fixture(autouse=True)
+def log_as_before() -> Iterator[None]:
+    """The verb, run in this process, sends all that is logged to standard error."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
+    logging.getLogger("softprompt.serve").setLevel(logging.NOTSET)
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ import os
 import re
 import sys
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -60,16 +60,17 @@ def chat(
 
     sampling = Sampling(max_new_tokens, temperature, top_p, top_k, seed)
     sampling.check()
-    speakers: Speakers
+    place: AbstractContextManager[Speakers]
     if ADDRESS.match(prompt):
         if overrides or other or allow_other_base:
             raise ConfigError("a server has its own base and prompts: name its models by --model, and leave the rest out")
-        speakers = _there(prompt, models or [], key_file)
+        place = _there(prompt, models or [], key_file)
     else:
         if models or key_file:
             raise ConfigError(f"--model and --api-key-file are for a server, {prompt} is a folder")
-        speakers = _here([Path(prompt), *(other or [])], overrides or [], allow_other_base)
-    talk(Session(speakers, (Conversation(system),) * len(speakers.names), sampling), _turns(_lines()))
+        place = nullcontext(_here([Path(prompt), *(other or [])], overrides or [], allow_other_base))
+    with place as speakers:
+        talk(Session(speakers, (Conversation(system),) * len(speakers.names), sampling), _turns(_lines()))
 
 
 def _here(paths: list[Path], overrides: list[str], allow_other_base: bool) -> "Here":
@@ -82,7 +83,7 @@ def _here(paths: list[Path], overrides: list[str], allow_other_base: bool) -> "H
     return Here(base, {str(path): load_prompt(path, base, allow_other_base=allow_other_base) for path in paths})
 
 
-def _there(address: str, models: list[str], key_file: Path | None) -> "There":
+def _there(address: str, models: list[str], key_file: Path | None) -> AbstractContextManager["There"]:
     """Models of a server. Raises MissingPackage and ConfigError."""
     need("openai", "a talk with a server")
     from softprompt.serve.client import connect

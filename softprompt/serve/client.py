@@ -74,20 +74,21 @@ class There:
                     yield choice.delta.content or ""
 
 
-def connect(address: str, wanted: Sequence[str], key: str | None) -> There:
+@contextmanager
+def connect(address: str, wanted: Sequence[str], key: str | None) -> Iterator[There]:
     """The models `wanted` of a server, or its first prompt. Raises ConfigError where there is no such server or model."""
-    client = openai.OpenAI(base_url=f"{address.rstrip('/').removesuffix('/v1')}/v1", api_key=key or "none")
-    try:
-        known = {model.id: model for model in client.models.list()}
-    except openai.AuthenticationError:
-        raise ConfigError(f"{address} asks for a key: give --api-key-file FILE, or set OPENAI_API_KEY") from None
-    except openai.OpenAIError as error:
-        raise ConfigError(f"{address}: no such server answers: {error}") from None
-    missing = [name for name in wanted if name not in known]
-    if missing or not known:
-        raise ConfigError(f"{address} serves no model {', '.join(missing)}: it serves {', '.join(known) or 'none'}")
-    first = next((name for name, model in known.items() if getattr(model, "kind", None) == "prompt"), next(iter(known)))
-    return There(client, known, tuple(dict.fromkeys(wanted)) or (first,))
+    with openai.OpenAI(base_url=f"{address.rstrip('/').removesuffix('/v1')}/v1", api_key=key or "none") as client:
+        try:
+            known = {model.id: model for model in client.models.list()}
+        except openai.AuthenticationError:
+            raise ConfigError(f"{address} asks for a key: give --api-key-file FILE, or set OPENAI_API_KEY") from None
+        except openai.OpenAIError as error:
+            raise ConfigError(f"{address}: no such server answers: {error}") from None
+        missing = [name for name in wanted if name not in known]
+        if missing or not known:
+            raise ConfigError(f"{address} serves no model {', '.join(missing)}: it serves {', '.join(known) or 'none'}")
+        first = next((name for name, model in known.items() if getattr(model, "kind", None) == "prompt"), next(iter(known)))
+        yield There(client, known, tuple(dict.fromkeys(wanted)) or (first,))
 
 
 @contextmanager
