@@ -5,7 +5,8 @@
 The prompts are random rows of five lengths: what is answered plays no part, how long it takes does; every answer has all its tokens. The
 requests come at once, to the engine itself (no HTTP). PEFT has all adapters over one model and answers by adapter, in batches of `generate`
 with padding on the left; a request's first token is there when its batch's is. The sides take turns in one process; the ratios are medians
-of the rounds. PEFT's answers are not compared with ours: it gives other positions to rows that it pads on the left.
+of the rounds; `--peft-rounds`: PEFT takes part in the first ones alone, being slow. Every prompt has answered once before: its prefix is
+on the shelf. PEFT's answers are not compared with ours: it gives other positions to rows that it pads on the left.
 """
 
 import argparse
@@ -56,13 +57,13 @@ def main() -> None:
     parser.add_argument("--base", required=True)
     parser.add_argument("--json", required=True, type=Path)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    for name, default in {"prompts": 20, "requests": 64, "tokens": 64, "rounds": 3}.items():
+    for name, default in {"prompts": 20, "requests": 64, "tokens": 64, "rounds": 3, "peft-rounds": 3}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     given = parser.parse_args()
     base = load_base(ModelConfig(name=given.base, dtype=given.dtype))
     with tempfile.TemporaryDirectory() as folder:
         prompts = {f"p{number}": random_prompt(base, Path(folder) / f"p{number}", number, given.dtype) for number in range(given.prompts)}
-        result = measured(base, prompts, texts_of(given.requests), given.tokens, given.rounds)
+        result = measured(base, prompts, texts_of(given.requests), given.tokens, (given.rounds, given.peft_rounds))
     result |= {"machine": machine(), "base": given.base, "dtype": given.dtype, "requests": given.requests, "tokens": given.tokens}
     print(json.dumps(result, indent=1))
     write_text(given.json, json.dumps(result, indent=1) + "\n")
@@ -82,7 +83,7 @@ def texts_of(number: int) -> list[str]:
     return [" ".join(draw.choices(WORDS, k=draw.randint(20, 60))) for _ in range(number)]
 
 
-def measured(base: FrozenBase, prompts: Mapping[str, Path], texts: Sequence[str], tokens: int, rounds: int) -> dict[str, Any]:
+def measured(base: FrozenBase, prompts: Mapping[str, Path], texts: Sequence[str], tokens: int, rounds: tuple[int, int]) -> dict[str, Any]:
     names = list(prompts)
     mixed = [names[number % len(names)] for number in range(len(texts))]
     peft = loaded_by_peft(base, prompts)
@@ -90,7 +91,9 @@ def measured(base: FrozenBase, prompts: Mapping[str, Path], texts: Sequence[str]
     async def ours(do: Callable[[OwnEngine, str], Any]) -> Served:
         engine = start(base, prompts)
         try:
-            return await do(engine, engine.models()[0].name)
+            every = [model.name for model in engine.models()]
+            await served(base, engine, every, ["hello"] * len(every), 1, len(every))
+            return await do(engine, every[0])
         finally:
             await engine.close(60)
 
@@ -102,13 +105,15 @@ def measured(base: FrozenBase, prompts: Mapping[str, Path], texts: Sequence[str]
         "peft": lambda: by_peft(base, peft, mixed, texts, tokens),
     }
     found: dict[str, list[Served]] = {side: [] for side in sides}
-    for _ in range(rounds):
+    for number in range(rounds[0]):
         for side, run in sides.items():
+            if side == "peft" and number >= rounds[1]:
+                continue
             found[side].append(run())
             print(side, found[side][-1], flush=True)
 
     def ratio(first: str, second: str, of: Callable[[Served], float]) -> float:
-        return median(of(one) / of(other) for one, other in zip(found[first], found[second], strict=True))
+        return median(of(one) / of(other) for one, other in zip(found[first], found[second], strict=False))
 
     return {
         "served": {side: [asdict(one) for one in several] for side, several in found.items()},
