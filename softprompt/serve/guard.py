@@ -5,6 +5,7 @@ import hashlib
 import hmac
 import secrets
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ HEADERS = {
     b"cross-origin-resource-policy": b"same-origin",
 }
 AT_HOME = ("localhost", "127.0.0.1", "::1")
+LINGER_BYTES, LINGER_SECONDS = 64 << 20, 2.0  # that are read of a body which is refused
 GRACE = 5.0  # seconds that a client has for what was written when its time ran out
 
 
@@ -61,6 +63,7 @@ async def read_body(request: Request, most: int, seconds: float) -> bytes:
     too_long = Refused(f"the body has more than {most:,} bytes", status=413, code="too_large", headers={"Connection": "close"})
     declared = request.headers.get("content-length", "")
     if declared.isdecimal() and (len(declared) > 18 or int(declared) > most):
+        await _linger(request)
         raise too_long
     pieces, size = [], 0
     try:
@@ -68,13 +71,27 @@ async def read_body(request: Request, most: int, seconds: float) -> bytes:
             async for piece in request.stream():
                 size += len(piece)
                 if size > most:
-                    raise too_long
+                    break
                 pieces.append(piece)
     except TimeoutError:
         raise Refused("the body did not come in time", status=408, code="timeout", headers={"Connection": "close"}) from None
     except ClientDisconnect:
         raise Gone from None
+    if size > most:
+        await _linger(request)
+        raise too_long
     return b"".join(pieces)
+
+
+async def _linger(request: Request) -> None:
+    """Reads on for a moment: a client that still sends when its connection is closed never sees why."""
+    left = LINGER_BYTES
+    with suppress(TimeoutError, ClientDisconnect, RuntimeError):  # the last: all of it had come
+        async with asyncio.timeout(LINGER_SECONDS):
+            async for piece in request.stream():
+                left -= len(piece)
+                if left < 0:
+                    return
 
 
 @dataclass(frozen=True)
