@@ -175,7 +175,7 @@ class OpenBatch:
         if not numbers:
             return
         self.arriving = deque(answer for answer in self.arriving if answer.number not in numbers)
-        first = dict(zip(range(len(self.answers)), accumulate((len(one.texts) for one in self.answers), initial=0), strict=False))
+        first = list(accumulate((len(one.texts) for one in self.answers), initial=0))
         order = _closed_up([answer.number in numbers for answer in self.answers], all(len(one.texts) == 1 for one in self.answers))
         if order == list(range(len(self.answers))):
             return

@@ -125,9 +125,8 @@ class Slots:
             return
         if rows > num_rows:
             num_rows = rows + len(self.lengths) // SPARE
-        used, end = max(self.lengths, default=0), max(width, max(self.lengths, default=0))
-        if not self.lengths:
-            end = width
+        used = max(self.lengths, default=0)
+        end = max(width, used)
 
         def larger(part: Tensor) -> Tensor:
             new = part.new_zeros(num_rows, *part.shape[1:-2], end + BLOCK, part.shape[-1])  # holes are read, times zero

@@ -6,7 +6,7 @@ An engine is one of two: `own.py` decodes here, `vllm.py` asks a vLLM server. Bo
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeGuard
 
 from softprompt.data import Message
 from softprompt.errors import Error
@@ -14,6 +14,10 @@ from softprompt.sampling import Sampling
 
 Text = str | tuple[int, ...]  # stands behind the prompt as it is: text, or token ids
 Conversation = tuple[Message, ...]  # is written by the template of the prompt's card
+
+
+def is_conversation(text: Text | Conversation) -> TypeGuard[Conversation]:
+    return not isinstance(text, str) and bool(text) and isinstance(text[0], Message)
 
 
 class NotServed(Error):

@@ -8,13 +8,12 @@ from typing import Literal
 from weakref import ref
 
 from softprompt.artifact import StoredPrompt, find_prompt, load_prompt
-from softprompt.data import Message
 from softprompt.encode import Encoder, make_encoder
 from softprompt.engine.model import FrozenBase
 from softprompt.engine.prompt import Prompt, no_prompt
 from softprompt.errors import ConfigError, DataError
 from softprompt.generation import asked_ids
-from softprompt.serve.asking import Ask, Conversation, Model, NotServed, Text
+from softprompt.serve.asking import Ask, Conversation, Model, NotServed, Text, is_conversation
 from softprompt.templates import Chat, HumanAssistant
 from softprompt.thinking import Thinking
 
@@ -46,7 +45,7 @@ class Spoken:
     def ids(self, number: int, text: Text | Conversation) -> tuple[int, ...]:
         """A text as it stands behind prompt `number`, without BOS. Raises DataError for one that is empty or cannot be written."""
         encoder = self.encoders[number]
-        if text and isinstance(text, tuple) and isinstance(text[0], Message):
+        if is_conversation(text):
             return asked_ids(encoder, text, trained=self.trained)
         ids = tuple(encoder.tokenizer(text, add_special_tokens=False)["input_ids"]) if isinstance(text, str) else text
         if any(not 0 <= token < len(encoder.tokenizer) for token in ids):  # type: ignore[operator]
@@ -114,10 +113,7 @@ class Library:
             raise ConfigError(f"{name} is the name of the {known.model.kind}: give the prompt another, NAME={path}")
         folder = find_prompt(path)
         stored = self._load(folder)
-        run = next((one for one in (folder.parent, folder.parent.parent) if (one / "metrics.jsonl").is_file()), None)
-        created = int((folder / "card.json").stat().st_mtime)
-        card = stored.card.model_dump(mode="json")
-        model = Model(name, "prompt", created, stored.soft.length, card, folder, run)
+        model = described(name, folder, stored)
         spoken = Spoken((name,), (stored.encoder,), (stored.soft.num_positions,), stored.soft.length)
         self._entries[name] = _Entry(model, spoken, ref(stored.soft))
         return model
@@ -157,6 +153,13 @@ class Library:
 
     def _load(self, folder: Path) -> StoredPrompt:
         return load_prompt(folder, self._base, allow_other_base=self._other)
+
+
+def described(name: str, folder: Path, stored: StoredPrompt) -> Model:
+    """A prompt as it is served, and the run that it lies in."""
+    run = next((one for one in (folder.parent, folder.parent.parent) if (one / "metrics.jsonl").is_file()), None)
+    created = int((folder / "card.json").stat().st_mtime)
+    return Model(name, "prompt", created, stored.soft.length, stored.card.model_dump(mode="json"), folder, run)
 
 
 def _name_of(base: FrozenBase) -> str:

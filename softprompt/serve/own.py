@@ -20,7 +20,7 @@ from softprompt.engine.choose import Likelihood
 from softprompt.engine.decode import OpenBatch, Question, Read, Token, fitting
 from softprompt.engine.model import FrozenBase
 from softprompt.errors import ConfigError, DataError, Error
-from softprompt.serve.asking import Ask, Begun, Busy, Load, Model, Said, Scored
+from softprompt.serve.asking import Ask, Begun, Busy, Load, Model, Said, Scored, is_conversation
 from softprompt.serve.beginnings import Beginnings
 from softprompt.serve.guided import Schema
 from softprompt.serve.library import Library, Spoken
@@ -178,7 +178,7 @@ class OwnEngine:
         if unknown:  # before it meets the others' logits
             raise ConfigError(f"logit_bias: the base has no token {unknown[0]}")
         guide = None if ask.schema is None else Schema(self._vocabulary, ask.schema)
-        telling = Telling(self.base.tokenizer, spoken.thinking if _is_talk(ask) else None, ask.stops)
+        telling = Telling(self.base.tokenizer, spoken.thinking if is_conversation(ask.text) else None, ask.stops)
         return _Job(ask, spoken, texts, guide, telling, loop, asyncio.Queue())
 
     # ---- on the engine's thread ----------------------------------------------------------------------------------------
@@ -293,7 +293,3 @@ class OwnEngine:
         for job in (*self._jobs.values(), *self._waiting):
             job.tell(error if isinstance(error, Error) else RuntimeError(f"{type(error).__name__}: {error}"))
         self._jobs, self._waiting, self._batch = {}, deque(), self._empty()
-
-
-def _is_talk(ask: Ask) -> bool:
-    return not isinstance(ask.text, str) and bool(ask.text) and not isinstance(ask.text[0], int)

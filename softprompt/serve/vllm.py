@@ -10,14 +10,13 @@ from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from time import time
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 from openai import APIError, APIStatusError
 
-from softprompt.artifact import StoredPrompt, find_prompt, load_prompt
+from softprompt.artifact import find_prompt, load_prompt
 from softprompt.config import ModelConfig
-from softprompt.data import Message
 from softprompt.encode import Encoder, make_encoder
 from softprompt.engine.loading import folder_of, load_base
 from softprompt.engine.model import FrozenBase
@@ -27,7 +26,8 @@ from softprompt.errors import ArtifactError, ConfigError, DataError, ModelError,
 from softprompt.export.kv_folder import KeyValueFolder, Placed
 from softprompt.generation import asked_ids
 from softprompt.serve import vllm_process
-from softprompt.serve.asking import Ask, Begun, Busy, Conversation, Load, Model, NotServed, Said, Text
+from softprompt.serve.asking import Ask, Begun, Busy, Conversation, Load, Model, NotServed, Said, Text, is_conversation
+from softprompt.serve.library import described
 from softprompt.serve.vllm_request import ID, Answer, Spelling, fields_of, scores_text
 
 KEPT_SECONDS = 60.0  # that the base stays in memory after a prompt was read
@@ -173,7 +173,7 @@ class VllmEngine:
 
     async def _answered(self, ask: Ask, known: Known, ids: tuple[int, ...], room: int) -> AsyncGenerator[Begun | Said, None]:
         fields = fields_of(ask, self.server.model, (*known.before, *ids), known.stop_ids, room)
-        answer = Answer(ask, self._spelling, known.stop_ids, known.encoder.thinking if _is_chat(ask.text) else None)
+        answer = Answer(ask, self._spelling, known.stop_ids, known.encoder.thinking if is_conversation(ask.text) else None)
         num_bos, num_virtual = known.encoder.bos_id is not None, known.model.num_virtual
         num_cached = 0 if known.placed is None else len(known.before)
         begun = Begun(len(ids) + num_bos, num_virtual, num_cached, self._shown(ask.text, ids) if ask.echo else "")
@@ -202,7 +202,7 @@ class VllmEngine:
 
     def _ids(self, known: Known, text: Text | Conversation) -> tuple[int, ...]:
         """Of a text as it stands, or of a conversation in the template; without a BOS at its beginning."""
-        if _is_chat(text):
+        if is_conversation(text):
             if known.placed is None and not self._knows_chats:
                 raise DataError(f"{known.model.name} has no chat template: ask it for a completion")
             return asked_ids(known.encoder, text, trained=known.placed is not None)
@@ -235,7 +235,7 @@ class VllmEngine:
         with torch.no_grad():
             prefix = stored.soft.prefix(base)
             placed = self.folder.put(base, prefix)
-        model = _model_of(name, folder, stored)
+        model = described(name, folder, stored)
         known = Known(model, stored.encoder, placed.ids, placed, base.stop_ids | stored.encoder.end_ids)
         return known, _expected(base, prefix)
 
@@ -345,26 +345,8 @@ def _expected(base: FrozenBase, prefix: Prefix) -> Expected:
     return Expected(ids, dict(zip(top.indices.tolist(), top.values.tolist(), strict=True)), CLOSE.get(base.dtype, CLOSE_IN_HALF))
 
 
-def _model_of(name: str, folder: Path, stored: StoredPrompt) -> Model:
-    card = folder / "card.json"
-    run = next((one for one in (folder.parent, folder.parent.parent) if (one / "metrics.jsonl").is_file()), None)
-    return Model(
-        name,
-        "prompt",
-        int(card.stat().st_mtime),
-        stored.soft.length,
-        stored.card.model_dump(mode="json"),
-        folder,
-        run,
-    )
-
-
 def _key(known: Known) -> str:
     return "" if known.placed is None else known.placed.key
-
-
-def _is_chat(text: Text | Conversation) -> TypeGuard[Conversation]:
-    return not isinstance(text, str) and bool(text) and isinstance(text[0], Message)
 
 
 @contextmanager
