@@ -23,7 +23,7 @@ from benchmarks.tasks import Task
 from softprompt import init
 from softprompt.answers import answer, limit_of, stops_of
 from softprompt.artifact import load_prompt
-from softprompt.config import USUAL_RATE, Config, load_config, with_absolute_paths
+from softprompt.config import USUAL_RATE, Config, load_config
 from softprompt.contestants import Reading
 from softprompt.doctor import diagnose
 from softprompt.encode import make_encoder
@@ -35,6 +35,7 @@ from softprompt.engine.prompt import DeepPrompt, Prompt, SoftPrompt, no_prompt, 
 from softprompt.engine.tokens import Encoded
 from softprompt.errors import Error
 from softprompt.events import Evaluated, Finished, Started, Step, Warned
+from softprompt.locations import with_absolute_paths
 from softprompt.rows import Rows, load_rows
 from softprompt.training import train
 

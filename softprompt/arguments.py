@@ -8,13 +8,14 @@ from typing import Any
 
 from softprompt.artifact import StoredPrompt, find_prompt, find_prompts, load_prompt, read_card
 from softprompt.checkpoint import load_start
-from softprompt.config import Config, load_config, relocated
+from softprompt.config import Config, load_config
 from softprompt.data import Loaded, load_examples
 from softprompt.engine.loading import load_base
 from softprompt.engine.model import FrozenBase
 from softprompt.engine.prompt import Prompt
 from softprompt.engine.tokens import Encoded
 from softprompt.errors import ArtifactError, ConfigError, DataError
+from softprompt.locations import relocated
 from softprompt.rows import encode_rows, encoder_of, load_splits
 from softprompt.runlog import RunFolder, run_of
 

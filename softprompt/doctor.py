@@ -20,7 +20,7 @@ from torch.nn.functional import cosine_similarity
 
 from softprompt.artifact import load_prompt
 from softprompt.checkpoint import load_start
-from softprompt.config import USUAL_RATE, Config, OptimConfig, relocated
+from softprompt.config import USUAL_RATE, Config, OptimConfig
 from softprompt.encode import Encoder
 from softprompt.engine.loading import load_base
 from softprompt.engine.model import FrozenBase
@@ -29,6 +29,7 @@ from softprompt.engine.prompt import Prompt, no_prompt
 from softprompt.errors import RunError
 from softprompt.evaluation import held_out_loss, text_loss
 from softprompt.events import Evaluated, Event, Step, Warned
+from softprompt.locations import relocated
 from softprompt.rows import Rows, load_held
 from softprompt.runlog import RunFolder
 

@@ -20,12 +20,13 @@ from torch import Tensor
 
 from softprompt.artifact import TENSOR, WEIGHTS, Card, DataCard, load_prompt, make_card, write_prompt
 from softprompt.atomic import new_folder
-from softprompt.config import Config, load_config, with_absolute_paths
+from softprompt.config import Config, load_config
 from softprompt.encode import Encoder, check_position, make_encoder
 from softprompt.engine.loading import load_base
 from softprompt.engine.model import FrozenBase
 from softprompt.engine.prompt import DeepPrompt, Prompt, SoftPrompt, shapes_of
 from softprompt.errors import ArtifactError, ConfigError, first_line
+from softprompt.locations import with_absolute_paths
 
 KINDS = {
     "PROMPT_TUNING": "prompt tuning",

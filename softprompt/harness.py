@@ -16,7 +16,6 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from softprompt.answers import cut_at, until
 from softprompt.artifact import load_prompt, read_card
-from softprompt.config import relocated
 from softprompt.data import Example, Message
 from softprompt.engine.batch import batches
 from softprompt.engine.decode import Question, decode_whole
@@ -25,6 +24,7 @@ from softprompt.engine.prompt import SoftPrompt
 from softprompt.engine.reading import shelved
 from softprompt.engine.tokens import Encoded
 from softprompt.errors import ConfigError
+from softprompt.locations import relocated
 from softprompt.sampling import Sampling
 from softprompt.templates import Chat
 from softprompt.thinking import Thinking, spoken

@@ -15,7 +15,7 @@ import torch
 from softprompt.arguments import Arguments, read_arguments
 from softprompt.artifact import StoredPrompt, base_card, end_ids, find_prompt, load_prompt, read_card, write_prompt
 from softprompt.atomic import new_folder
-from softprompt.config import Config, ModelConfig, load_config, with_absolute_paths
+from softprompt.config import Config, ModelConfig, load_config
 from softprompt.data import Loaded
 from softprompt.engine.loading import MOVED, load_base
 from softprompt.engine.model import FrozenBase
@@ -23,6 +23,7 @@ from softprompt.engine.prompt import no_prompt
 from softprompt.errors import ConfigError, DataError, Error
 from softprompt.evaluation import held_out_loss
 from softprompt.job import count_steps
+from softprompt.locations import with_absolute_paths
 from softprompt.rows import Rows, encode_rows
 from softprompt.runlog import package_versions
 

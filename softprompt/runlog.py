@@ -26,11 +26,12 @@ from typing import Any, TypeVar
 from safetensors import SafetensorError
 
 from softprompt.atomic import locked, new_file, new_folder, write_text
-from softprompt.config import PLACE, Config, ModelConfig, load_config
+from softprompt.config import Config, ModelConfig, load_config
 from softprompt.data import Rejected
 from softprompt.errors import RunError
 from softprompt.events import Event, Finished, Found, Preparing, Saved, Searching, Started, from_line, to_line
 from softprompt.formats import RUN, newer
+from softprompt.locations import PLACE
 
 T = TypeVar("T")
 POLL_SECONDS = 0.2

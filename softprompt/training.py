@@ -24,7 +24,7 @@ from softprompt.answers import limit_of
 from softprompt.artifact import Card, StoredPrompt, load_prompt, make_card, write_prompt
 from softprompt.atomic import new_folder
 from softprompt.checkpoint import Counters, Snapshot, Writer, drop_checkpoints, prompt_folder, save_checkpoint, save_start
-from softprompt.config import Config, Member, with_absolute_paths
+from softprompt.config import Config, Member
 from softprompt.doctor import Case, History, case_of, examine, history_of, warnings
 from softprompt.engine.decode import Question, decode_whole
 from softprompt.engine.loading import load_base
@@ -37,6 +37,7 @@ from softprompt.events import Evaluated, Event, Finished, Found, Sampled, Saved,
 from softprompt.init import SOURCES, Source
 from softprompt.inspection import inspect
 from softprompt.job import Job, Measured, Setup, Trainee, data_card, data_facts, prepare, start_job
+from softprompt.locations import with_absolute_paths
 from softprompt.runlog import RunFolder
 from softprompt.sampling import Sampling
 from softprompt.thinking import spoken

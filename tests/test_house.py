@@ -26,7 +26,7 @@ LAYERS = [
     {"errors"},
     {"config", "extras", "hub", "atomic", "formats", "scripts", "thinking", "literal", "events", "sampling"},
     {"engine", "metrics"},
-    {"data", "predictions", "trackers", "peft_here"},
+    {"data", "predictions", "trackers", "peft_here", "locations"},
     {"templates"},
     {"runlog", "encode", "flat"},
     {"prepared", "artifact"},

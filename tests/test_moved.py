@@ -12,9 +12,10 @@ from test_house import strange_base
 from test_run import rows_of
 
 from softprompt.artifact import read_card
-from softprompt.config import ModelConfig, load_config, relocated
+from softprompt.config import ModelConfig, load_config
 from softprompt.engine.loading import load_base
 from softprompt.errors import ModelError, RunError
+from softprompt.locations import relocated
 from softprompt.runlog import RunFolder
 from softprompt.training import train
 

@@ -15,8 +15,9 @@ import pytest
 import tiny
 
 from softprompt import atomic, training
-from softprompt.config import load_config, with_absolute_paths
+from softprompt.config import load_config
 from softprompt.errors import RunError
+from softprompt.locations import with_absolute_paths
 from softprompt.runlog import RunFolder
 
 PACKAGE = Path(training.__file__).parent

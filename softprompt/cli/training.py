@@ -100,7 +100,7 @@ def followed(config: Any, **how: Any) -> dict[str, Any]:
 
 def _resumed(run: Path, settings: list[str] | None) -> Any:
     """A run goes on as it began, wherever its base lies now."""
-    from softprompt.config import PLACE, relocated, with_absolute_paths
+    from softprompt.locations import PLACE, relocated, with_absolute_paths
     from softprompt.runlog import RunFolder
 
     may = tuple(f"model.{key}=" for key in (*PLACE, "trust_remote_code"))
