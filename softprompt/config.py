@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from softprompt.errors import ConfigError
 
 RANGE = re.compile(r"^(?P<source>.*?)\[(?P<start>\d*):(?P<stop>\d*)\]$")  # behind the name of a data source
-Source = Literal["text", "labels", "vocab", "examples", "random", "file"]
+Source = Literal["text", "labels", "vocab", "examples", "random", "file", "context", "spread"]
 Positive = Annotated[int, Field(ge=1)]
 
 
@@ -171,7 +171,8 @@ class PromptConfig(Section):
     init: Annotated[tuple[Source, ...], Field(strict=False)] = ()
     """Rows to start from, one source or several that fill the prompt in turn, e.g. ["labels", "text", "vocab"]. text: the
     embeddings of `text`; labels: of the label words; vocab: of frequent tokens of the data; examples: of training rows; random:
-    noise of the embedding table's mean and spread; file: another prompt. Left out: file or text where there is one, else vocab."""
+    noise of the embedding table's mean and spread; file: another prompt; context, spread: of a teacher's text ([distil]) the first
+    tokens, or tokens picked evenly. Left out: file or text where there is one, else vocab."""
     file: str | None = None
     """A prompt, checkpoint or run folder to start from."""
     text: str | None = None
@@ -252,6 +253,38 @@ class TrainConfig(Section):
     """Experiment trackers to report to, through accelerate; `softprompt eval` of the run reports to them too."""
 
 
+class DistilConfig(Section):
+    """What a prompt learns to stand for, where `softprompt distil` trains it: a text, or examples, in the context of the same base."""
+
+    text: str | None = None
+    """The text that the teacher reads where the template has its system turn: a system prompt, instructions."""
+    file: str | None = None
+    """A text or Markdown file with it. One that is longer than the base's context is read in chunks."""
+    examples: Positive | None = None
+    """Instead of a text: so many of the rows of `data.train`, with their answers; the rest of them are questions."""
+    questions: str | None = None
+    """What the teacher is asked: a .txt file of lines, or rows as `data.train` names them; answers in them play no part. Left out: the
+    rows of `data.train` without their answers; without those, the base asks itself about the text (self-study)."""
+    count: Positive | None = None
+    """Questions at most. Left out: 256 of self-study, else all."""
+    max_new_tokens: Positive = 128
+    """Tokens of an answer of the teacher at most. One that has not ended by then is learned without an end."""
+    on_policy: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the steps, the last ones, in which the prompt answers itself and is held to what the teacher says of that."""
+    keep_text: bool = False
+    """Whether the prompt's card holds the text, not only its hash and length."""
+
+    @property
+    def wanted(self) -> bool:
+        return bool(self.text or self.file or self.examples)
+
+    @model_validator(mode="after")
+    def _one_text(self) -> "DistilConfig":
+        if sum(one is not None for one in (self.text, self.file, self.examples)) > 1:
+            raise ValueError("set one of distil.text, distil.file and distil.examples")
+        return self
+
+
 class Config(Section):
     """Everything a run needs to know."""
 
@@ -260,6 +293,7 @@ class Config(Section):
     prompt: PromptConfig = PromptConfig()
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()
+    distil: DistilConfig = DistilConfig()
 
     def members(self) -> dict[str, "Config"]:
         """The prompts of the run by name, each with the configuration that would train it alone, its rate filled in. Raises ConfigError."""

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Protocol
 
 from softprompt.artifact import StoredPrompt
 from softprompt.data import Example, Message
@@ -26,7 +27,17 @@ from softprompt.templates import Segment, joined
 from softprompt.thinking import Thinking
 
 POOL = 10_000  # training rows that examples are taken from
-MAX_SHOTS, SHOT_TOKENS = 16, 1024  # a few-shot context has at most so many examples, and at most so many tokens
+MAX_SHOTS, SHOT_TOKENS = 16, 1024  # an evaluation's few-shot context has at most so many examples, and at most so many tokens
+
+
+class Speaker(Protocol):
+    """A prompt, and the encoder that its texts need: one on disk, or the bare base's."""
+
+    @property
+    def soft(self) -> Prompt: ...
+
+    @property
+    def encoder(self) -> Encoder: ...
 
 
 @dataclass(frozen=True)
@@ -35,7 +46,7 @@ class Contestant:
     adapter's folder, whose layers are in the base while it competes."""
 
     name: str
-    members: tuple[StoredPrompt, ...]
+    members: tuple[Speaker, ...]
     wish: str | None = None
     shots: tuple[Example, ...] = ()
     adapter: Path | None = None
@@ -140,9 +151,11 @@ def _shown(encoder: Encoder, example: Example, shots: Sequence[Example]) -> list
     return encoder.segments(replace(example, messages=(*system, *(turn for turn in turns if turn.role != "system"))))
 
 
-def choose_shots(encoder: Encoder, examples: Sequence[Example], held: Sequence[Example], room: int, seed: int = 0) -> tuple[Example, ...]:
-    """Examples of the training rows for a few-shot context, the labels in turn: as many as fit, none that is held out. Of more than POOL
-    rows they are taken from so many that are drawn."""
+def choose_shots(
+    encoder: Encoder, examples: Sequence[Example], held: Sequence[Example], room: int, seed: int = 0, most: int = MAX_SHOTS
+) -> tuple[Example, ...]:
+    """Examples of the training rows for a few-shot context, the labels in turn: as many as fit into `room` tokens, `most` at most, none
+    that is held out. Of more than POOL rows they are taken from so many that are drawn."""
     known, draw = {example.messages for example in held}, random.Random(seed)
     if len(examples) > POOL:
         examples = [examples[number] for number in draw.sample(range(len(examples)), POOL)]
@@ -153,10 +166,10 @@ def choose_shots(encoder: Encoder, examples: Sequence[Example], held: Sequence[E
         by_label.setdefault(example.label, []).append(example)
     in_turn = [own[index] for index in range(max(map(len, by_label.values()), default=0)) for own in by_label.values() if index < len(own)]
     chosen: list[Example] = []
-    left = min(room, SHOT_TOKENS)
+    left = room
     for example in in_turn:
         length = len(encoder.encode(example)) + 4  # what a template writes between two turns
-        if length <= left and len(chosen) < MAX_SHOTS:
+        if length <= left and len(chosen) < most:
             chosen.append(example)
             left -= length
     return tuple(chosen)

@@ -18,7 +18,7 @@ import torch
 from softprompt.answers import answer, limit_of, reference, stops_of
 from softprompt.artifact import StoredPrompt
 from softprompt.atomic import write_text
-from softprompt.contestants import Contestant, Reading, all_contestants, choose_shots, competing, read_rows
+from softprompt.contestants import SHOT_TOKENS, Contestant, Reading, all_contestants, choose_shots, competing, read_rows
 from softprompt.data import Example, Loaded
 from softprompt.data.examples import fields_text, turns_text
 from softprompt.encode import Encoder
@@ -251,7 +251,7 @@ def _prepare(
     shots: tuple[Example, ...] = ()
     if contest.train is not None:
         longest_row = max(len(row) for row in rows.encoded) + (limit or 0) + 1
-        room = (base.context_length or 10**9) - longest_row
+        room = min(SHOT_TOKENS, (base.context_length or SHOT_TOKENS + longest_row) - longest_row)
         shots = choose_shots(first.encoder, contest.train.examples, rows.examples, room)
     text = contest.text if contest.text is not None else first.card.text
     line = all_contestants(base, named, text=text, shots=shots, ensemble=contest.ensemble, adapters=contest.adapters)

@@ -9,7 +9,7 @@ from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -25,6 +25,17 @@ class Preparing:
     num_rows: int
     total: int | None
     seconds: float
+
+
+@dataclass(frozen=True)
+class Studying:
+    """`done` of `total` questions were asked ("questions"), or answered ("answers"), before a distillation is set up. `note`: what all of
+    it will cost, once. The run folder's stream does not hold it."""
+
+    doing: Literal["questions", "answers"]
+    done: int
+    total: int
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -139,10 +150,11 @@ class Finished:
         return int(self.result["steps"])
 
 
-Event = Preparing | Searching | Found | Started | Step | Evaluated | Warned | Saved | Sampled | Finished
+Event = Preparing | Studying | Searching | Found | Started | Step | Evaluated | Warned | Saved | Sampled | Finished
 
 KINDS: dict[str, type[Event]] = {
-    kind.__name__.lower(): kind for kind in (Preparing, Searching, Found, Started, Step, Evaluated, Warned, Saved, Sampled, Finished)
+    kind.__name__.lower(): kind
+    for kind in (Preparing, Studying, Searching, Found, Started, Step, Evaluated, Warned, Saved, Sampled, Finished)
 }
 STEP = b'{"event": "step", '  # how the line of most events begins
 _ADAPTERS: dict[str, TypeAdapter[Any]] = {name: TypeAdapter(kind) for name, kind in KINDS.items() if kind is not Finished}

@@ -30,7 +30,7 @@ LOOKED_AT = 20_000  # training rows, where there are more
 @dataclass(frozen=True)
 class Material:
     """What a prompt may be made from: the base, the training rows, the label words of the data; `sources`: what names in `prompt.init`
-    mean."""
+    mean; `context`: the ids that a teacher reads before every question, where there is one."""
 
     config: PromptConfig
     base: FrozenBase
@@ -38,6 +38,7 @@ class Material:
     labels: Sequence[str]
     seed: int
     sources: Mapping[str, "Source"]
+    context: Sequence[int] = ()
 
 
 @dataclass(frozen=True)
@@ -143,6 +144,20 @@ def from_file(material: Material, room: int) -> Initial:
     return Initial(rows_PH[:room], f"{min(room, len(rows_PH))} from the {len(rows_PH)} rows of {_named(path)}{cut}")
 
 
+def from_context(material: Material, room: int) -> Initial:
+    """Embeddings of the first tokens that the teacher reads."""
+    ids = _context(material)[:room]
+    return Initial(_rows(material, ids), f"{len(ids)} from the first of the teacher's {len(material.context)} tokens")
+
+
+def from_spread(material: Material, room: int) -> Initial:
+    """Embeddings of tokens that the teacher reads, picked evenly."""
+    context = _context(material)
+    count = min(room, len(context))
+    ids = [context[index * len(context) // count] for index in range(count)]
+    return Initial(_rows(material, ids), f"{count} picked evenly from the teacher's {len(context)} tokens")
+
+
 Source = Callable[[Material, int], Initial]
 SOURCES: dict[str, Source] = {
     "text": from_text,
@@ -151,6 +166,8 @@ SOURCES: dict[str, Source] = {
     "examples": from_examples,
     "random": from_noise,
     "file": from_file,
+    "context": from_context,
+    "spread": from_spread,
 }
 
 
@@ -174,6 +191,14 @@ def _text_ids(config: PromptConfig, tokenizer: object) -> list[int]:
     if not ids:
         raise ConfigError(f"prompt.text {config.text!r} has no tokens in this tokenizer")
     return ids
+
+
+def _context(material: Material) -> Sequence[int]:
+    if not material.context:
+        raise ConfigError(
+            'prompt.init = "context" and "spread" start from what a teacher reads: set distil.text, distil.file or distil.examples'
+        )
+    return material.context
 
 
 def _labels(labels: Sequence[str]) -> Sequence[str]:

@@ -13,17 +13,21 @@ from softprompt.artifact import DataCard
 from softprompt.checkpoint import BEST, Checkpoint, Counters, Scores, latest_checkpoint
 from softprompt.config import Config
 from softprompt.data import Rejected
+from softprompt.distil.study import Studied, studying
 from softprompt.encode import Encoder, check_position, make_encoder
 from softprompt.engine.batch import Order
 from softprompt.engine.loading import load_base
+from softprompt.engine.loss import next_tokens
 from softprompt.engine.model import FrozenBase, check_context
 from softprompt.engine.optim import PromptOptimizer
 from softprompt.engine.prompt import Prompt, SoftPrompt, deepened
 from softprompt.engine.step import StepSettings
+from softprompt.engine.teacher import likeness
 from softprompt.engine.tokens import Encoded
 from softprompt.engine.world import World
 from softprompt.errors import ConfigError, DataError, RunError
-from softprompt.events import Preparing
+from softprompt.evaluation import held_out_loss
+from softprompt.events import Preparing, Studying
 from softprompt.init import SOURCES, Material, Source, initial_rows
 from softprompt.prepared import check_rejected
 from softprompt.rows import Rows, loading_rows, summarize
@@ -106,6 +110,7 @@ class Setup:
     rows: Rows
     held: Rows | None
     untrained: dict[str, Untrained]
+    study: Studied | None
 
     @property
     def rejected(self) -> tuple[Rejected, ...]:
@@ -126,12 +131,20 @@ class Setup:
         """Steps between evaluations."""
         return self.config.train.eval_every or max(EVAL_APART, -(-self.num_steps // EVALUATIONS))
 
-    def rows_of(self, step: int) -> list[list[Encoded]]:
-        """The rows of step number `step`, counted from 0, for every prompt of the run; a function of configuration and step alone."""
-        size, rows = self.config.train.examples_per_step, self.rows.encoded
-        count = size if self.config.train.steps else min(size, count_examples(self.config, len(rows)) - step * size)
-        seeds = [one.config.train.seed for one in self.untrained.values()]
-        return [[rows[number] for number in self.order.rows(step * size, count, seed)] for seed in seeds]
+    def numbers_of(self, step: int) -> list[list[int]]:
+        """The numbers of the rows of step number `step`, counted from 0, for every prompt of the run; a function of configuration and step
+        alone."""
+        size = self.config.train.examples_per_step
+        count = size if self.config.train.steps else min(size, count_examples(self.config, len(self.rows.encoded)) - step * size)
+        return [self.order.rows(step * size, count, one.config.train.seed) for one in self.untrained.values()]
+
+    def held_out_loss(self, soft: Prompt) -> float:
+        """Mean loss of a prompt per supervised token of the held-out rows, which there must be: what its steps lower on the training
+        rows."""
+        assert self.held is not None, "asked for where rows are held out"
+        if self.study is not None:
+            return likeness(self.base, self.study.held.teacher, soft, self.held.encoded, self.budget).divergence
+        return held_out_loss(self.base, soft, self.held, self.budget)
 
     @cached_property
     def order(self) -> Order:
@@ -147,13 +160,17 @@ class Job(Setup):
     trainees: tuple[Trainee, ...]
     world: World
 
-    def step_settings(self, counters: Counters) -> StepSettings:
-        """How the next step is computed; a micro-batch that memory has cut once stays cut."""
-        how = self.config.train
-        return StepSettings(counters.tokens_per_batch or self.budget, how.head_tolerance, how.checkpoint_activations)
+    def step_of(self, counters: Counters) -> tuple[list[list[Encoded]], StepSettings]:
+        """The rows of the next step for every prompt, and how it is computed; a micro-batch that memory has cut once stays cut."""
+        how, numbers = self.config.train, self.numbers_of(counters.step)
+        loss = next_tokens if self.study is None else self.study.lessons.teacher.loss([number for own in numbers for number in own])
+        settings = StepSettings(counters.tokens_per_batch or self.budget, how.head_tolerance, how.checkpoint_activations, loss)
+        return [[self.rows.encoded[number] for number in own] for own in numbers], settings
 
 
-def prepare(config: Config, base: FrozenBase | None, sources: Mapping[str, Source] = SOURCES) -> Generator[Preparing, None, Setup]:
+def prepare(
+    config: Config, base: FrozenBase | None, sources: Mapping[str, Source] = SOURCES
+) -> Generator[Preparing | Studying, None, Setup]:
     """Loads and checks all that a configuration names. `sources`: what the names in `prompt.init` mean. Yields how far it is.
 
     Raises an Error of errors.py when something is wrong with it.
@@ -161,21 +178,31 @@ def prepare(config: Config, base: FrozenBase | None, sources: Mapping[str, Sourc
     alone = config.members()
     base = base or load_base(config.model)
     plain = make_encoder(base.tokenizer, config.data.template, date=config.data.date, num_tokens=base.num_tokens)
-    encoder, rows, held = yield from loading_rows(config, plain)
+    study: Studied | None = None
+    held: Rows | None
+    if config.distil.wanted:
+        study = yield from studying(config, base, plain)
+        encoder, rows, held = study.encoder, study.lessons.rows, study.held.rows
+    else:
+        encoder, rows, held = yield from loading_rows(config, plain)
     _check_rows(config, rows, held)
-    untrained = {name: _untrained(own, base, encoder, rows, sources) for name, own in alone.items()}
+    context = study.context_ids if study is not None else ()
+    materials = {
+        name: Material(own.prompt, base, rows.encoded, rows.labels, own.train.seed, sources, context) for name, own in alone.items()
+    }
+    untrained = {name: _untrained(alone[name], material, encoder) for name, material in materials.items()}
     check_context(base.context_length, max(one.prompt.length for one in untrained.values()), config.data.max_length)
     # the budget that was found and the day become part of the run: resumed on another day, it has the same texts and micro-batches
     how = config.train.model_copy(update={"tokens_per_batch": base.budget(config.train.tokens_per_batch)})
     data = config.data.model_copy(update={"date": encoder.template.date or config.data.date})
-    return Setup(config.model_copy(update={"train": how, "data": data}), base, encoder, rows, held, untrained)
+    return Setup(config.model_copy(update={"train": how, "data": data}), base, encoder, rows, held, untrained, study)
 
 
-def _untrained(own: Config, base: FrozenBase, encoder: Encoder, rows: Rows, sources: Mapping[str, Source]) -> Untrained:
-    initial = initial_rows(Material(own.prompt, base, rows.encoded, rows.labels, own.train.seed, sources))
+def _untrained(own: Config, material: Material, encoder: Encoder) -> Untrained:
+    initial = initial_rows(material)
     check_position(own.prompt.position, encoder)
     if own.prompt.method == "prefix":
-        deep = deepened(base, initial.rows_PH, own.prompt.position, encoder.bos_id)
+        deep = deepened(material.base, initial.rows_PH, own.prompt.position, encoder.bos_id)
         return Untrained(own, deep, f"{initial.note}; as keys and values of every layer")
     return Untrained(own, SoftPrompt(initial.rows_PH, own.prompt.position, encoder.bos_id), initial.note)
 
@@ -256,8 +283,8 @@ def data_facts(setup: Setup) -> dict[str, Any]:
 
 
 def data_card(config: Config, rows: Rows, held: Rows | None) -> DataCard:
-    assert config.data.train is not None
-    sources = (config.data.train,) if isinstance(config.data.train, str) else config.data.train
+    named = config.distil.questions or config.data.train or "self-study"
+    sources = (named,) if isinstance(named, str) else named
     return DataCard(
         train=", ".join(Path(one).name if Path(one).is_absolute() else one for one in sources),
         num_train=len(rows.encoded),

@@ -29,7 +29,7 @@ from softprompt.atomic import locked, new_file, new_folder, write_text
 from softprompt.config import Config, ModelConfig, load_config
 from softprompt.data import Rejected
 from softprompt.errors import RunError
-from softprompt.events import Event, Finished, Found, Preparing, Saved, Searching, Started, from_line, to_line
+from softprompt.events import Event, Finished, Found, Preparing, Saved, Searching, Started, Studying, from_line, to_line
 from softprompt.formats import RUN, newer
 from softprompt.locations import PLACE
 
@@ -67,7 +67,7 @@ class RunFolder:
         try:
             with new_folder(path) as draft:
                 run = cls(draft)
-                (draft / "config.toml").write_text(config.to_toml(), encoding="utf-8", newline="\n")
+                run.write_config(config)
                 now = datetime.now(UTC).isoformat(timespec="seconds")
                 run.write("run.json", {"format": RUN, "started": now, "versions": package_versions()})
                 run.events_file.touch()
@@ -119,6 +119,9 @@ class RunFolder:
         if config.model.model_copy(update=place) != config.model:
             moved = config.model_copy(update={"model": config.model.model_copy(update=place)})
             write_text(self.path / "config.toml", moved.to_toml())
+
+    def write_config(self, config: Config) -> None:
+        write_text(self.path / "config.toml", config.to_toml())
 
     def write_rejected(self, rejected: Sequence[Rejected]) -> None:
         lines = [json.dumps(asdict(item), ensure_ascii=False) + "\n" for item in rejected]
@@ -276,7 +279,7 @@ def _stays(event: Event, step: int) -> bool:
         return False
     if isinstance(event, Started):
         return event.first_step <= step
-    return isinstance(event, Preparing | Searching | Found) or event.step <= step
+    return isinstance(event, Preparing | Studying | Searching | Found) or event.step <= step
 
 
 def run_of(path: Path) -> RunFolder | None:

@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -25,6 +25,7 @@ from softprompt.artifact import Card, StoredPrompt, load_prompt, make_card, writ
 from softprompt.atomic import new_folder
 from softprompt.checkpoint import Counters, Snapshot, Writer, drop_checkpoints, prompt_folder, save_checkpoint, save_start
 from softprompt.config import Config, Member
+from softprompt.distil.outcome import outcome
 from softprompt.doctor import Case, History, case_of, examine, history_of, warnings
 from softprompt.engine.decode import Question, decode_whole
 from softprompt.engine.loading import load_base
@@ -32,7 +33,6 @@ from softprompt.engine.model import FrozenBase
 from softprompt.engine.prompt import Prompt
 from softprompt.engine.step import step_gradients
 from softprompt.errors import ConfigError, RunError
-from softprompt.evaluation import held_out_loss
 from softprompt.events import Evaluated, Event, Finished, Found, Sampled, Saved, Searching, Started, Step, Warned
 from softprompt.init import SOURCES, Source
 from softprompt.inspection import inspect
@@ -77,11 +77,21 @@ def train(
             yield event
         assert isinstance(event, Found), "a search ends with what it found"
         config = config.model_copy(update={"optim": config.optim.model_copy(update={"relative_lr": event.relative_lr})})
-    setup = yield from prepare(config, base, sources)
-    if not resume:
-        _write_setup(setup, early)
-    run = RunFolder.reopen(folder)
-    with run.locked():
+    if config.distil.wanted and not resume:
+        with RunFolder.creating(config):  # which keeps what its teacher is asked and answers
+            pass
+    with ExitStack() as held:
+        begun = folder.exists()
+        if begun:
+            held.enter_context(RunFolder.reopen(folder).locked())
+        setup = yield from prepare(config, base, sources)
+        if not begun:
+            with RunFolder.creating(setup.config) as draft:
+                _write_setup(draft, setup, early)
+            held.enter_context(RunFolder.reopen(folder).locked())
+        run = RunFolder.reopen(folder)
+        if run.read("data.json") is None:
+            _write_setup(run, setup, early)
         job, counters = start_job(setup, run)
         history = history_of(run, len(job.trainees))
         yield from tracked(_logged(run, history, _run(job, counters, history)), setup.config)
@@ -109,16 +119,16 @@ def _find_rate(config: Config, base: FrozenBase) -> Events:
     yield Found(min(RATES, key=lambda rate: losses[rate]), losses)
 
 
-def _write_setup(setup: Setup, early: list[Event]) -> None:
-    """Makes the run folder, with all that is known before the first step."""
-    with RunFolder.creating(setup.config) as draft:
-        of_base = {"base_fingerprint": setup.base.fingerprint, "tokenizer_fingerprint": setup.base.tokenizer_fingerprint}
-        draft.write("run.json", {**(draft.read("run.json") or {}), **of_base})
-        draft.write_rejected(setup.rejected)
-        draft.write("data.json", data_facts(setup))
-        save_start(draft.start, {name: one.prompt for name, one in setup.untrained.items()})
-        for event in early:
-            draft.append(event)
+def _write_setup(run: RunFolder, setup: Setup, early: list[Event]) -> None:
+    """Fills a run folder with all that is known before the first step; data.json is the last of it."""
+    of_base = {"base_fingerprint": setup.base.fingerprint, "tokenizer_fingerprint": setup.base.tokenizer_fingerprint}
+    run.write("run.json", {**(run.read("run.json") or {}), **of_base})
+    run.write_config(setup.config)
+    run.write_rejected(setup.rejected)
+    save_start(run.start, {name: one.prompt for name, one in setup.untrained.items()})
+    for event in early:
+        run.append(event)
+    run.write("data.json", data_facts(setup))
 
 
 def _logged(run: RunFolder, history: History, events: Events) -> Events:
@@ -182,7 +192,7 @@ def _ended(job: Job, counters: Counters) -> str | None:
 def _step(job: Job, counters: Counters) -> tuple[Step, Counters]:
     """One optimizer step of every prompt over its next `examples_per_step` rows."""
     began = time.perf_counter()
-    rows, settings = job.rows_of(counters.step), job.step_settings(counters)
+    rows, settings = job.step_of(counters)
     losses_K, allowed = step_gradients(job.base, [one.training for one in job.trainees], rows, settings, job.world)
     losses = losses_K.tolist()
     for one, loss in zip(job.trainees, losses, strict=True):
@@ -214,8 +224,7 @@ def _step(job: Job, counters: Counters) -> tuple[Step, Counters]:
 
 
 def _evaluate(job: Job, counters: Counters) -> tuple[Evaluated, Counters]:
-    assert job.held is not None
-    losses = [held_out_loss(job.base, one.shown, job.held, job.budget) for one in job.trainees]
+    losses = [job.held_out_loss(one.shown) for one in job.trainees]
     scores = {one.name: counters.scores[one.name].evaluated(loss, counters.step) for one, loss in zip(job.trainees, losses, strict=True)}
     for one in job.trainees:
         if counters.step and scores[one.name].best_step == counters.step:
@@ -313,16 +322,26 @@ def _result(job: Job, counters: Counters, history: History, places: dict[str, Pa
         }
         for index, one in enumerate(job.trainees)
     }
-    best = min(prompts.values(), key=lambda found: found["train_loss"] if found["eval_loss_after"] is None else found["eval_loss_after"])
+    best = min(prompts, key=lambda name: _of(prompts[name]))
+    distilled = {}
+    if job.study is not None:
+        (chosen,) = (one.best(counters).prompt for one in job.trainees if one.name == best)
+        distilled = {"distilled": outcome(job.base, job.study, chosen, job.budget)}
     return {
         "steps": counters.step,
         "ended": _ended(job, counters),
-        **{key: value for key, value in best.items() if key != "seed"},
+        **{key: value for key, value in prompts[best].items() if key != "seed"},
         "seconds": counters.seconds,
         "samples_per_second": counters.num_examples / counters.seconds,
         "peak_bytes": counters.peak_bytes,
+        **distilled,
         "prompts": prompts,
     }
+
+
+def _of(found: dict[str, Any]) -> float:
+    """What prompts of a bank are compared by."""
+    return float(found["train_loss"] if found["eval_loss_after"] is None else found["eval_loss_after"])
 
 
 def _sampled(job: Job, best: str, step: int) -> Sampled:

@@ -34,7 +34,7 @@ LAYERS = [
     {"show", "checkpoint", "init", "generation", "inspection", "export"},
     {"answering", "contestants", "conversation"},
     {"answers"},
-    {"evaluation", "harness"},
+    {"distil", "evaluation", "harness"},
     {"draft", "job", "doctor", "arguments", "foreign", "sharing"},
     {"training", "plan", "recycle", "report"},
     {"screen"},
@@ -44,13 +44,13 @@ LAYERS = [
 ENGINE_MAY_IMPORT = {"errors", "config", "extras", "hub", "atomic", "sampling"}
 ENGINE = [
     {"tokens", "world", "precise", "head", "memory", "unpack", "family", "quantized", "optim", "layers", "tried"},
-    {"offload", "places", "slots"},
+    {"offload", "places", "slots", "divergence"},
     {"prefix", "batch"},
     {"trial", "shelf"},
     {"model"},
     {"loss", "prompt", "loading", "likelihood", "choose"},
     {"reading", "step"},
-    {"decode", "dryrun"},
+    {"decode", "dryrun", "teacher"},
 ]
 
 

@@ -29,7 +29,7 @@ def train(
     json_file: Json = None,
 ) -> None:
     """Train a soft prompt."""
-    config = _resumed(resume, settings) if resume else config_of(settings)
+    config = resumed(resume, settings) if resume else config_of(settings)
     write_json(json_file, followed(config, resume=resume is not None))
 
 
@@ -98,7 +98,7 @@ def followed(config: Any, **how: Any) -> dict[str, Any]:
     return result
 
 
-def _resumed(run: Path, settings: list[str] | None) -> Any:
+def resumed(run: Path, settings: list[str] | None) -> Any:
     """A run goes on as it began, wherever its base lies now."""
     from softprompt.locations import PLACE, relocated, with_absolute_paths
     from softprompt.runlog import RunFolder

@@ -52,7 +52,7 @@ class Head:
         logits = logits * self.scale if self.scale != 1.0 else logits
         return logits if self.cap is None else torch.tanh(logits / self.cap) * self.cap
 
-    def _block(self, hidden_NH: Tensor, columns: slice | Tensor) -> Tensor:
+    def block(self, hidden_NH: Tensor, columns: slice | Tensor) -> Tensor:
         """[N, C] logits; from [E, N, H] the mean over the E."""
         bias = None if self.bias_V is None else self.bias_V[columns]
         logits = self._finish(torch.nn.functional.linear(hidden_NH, self.weight_VH[columns], bias).float())
@@ -63,7 +63,7 @@ class Head:
         logits = torch.linalg.vecdot(hidden.float(), self.weight_VH[ids].float())
         return self._finish(logits if self.bias_V is None else logits + self.bias_V[ids].float())
 
-    def _slope(self, logits: Tensor) -> Tensor | float:
+    def slope(self, logits: Tensor) -> Tensor | float:
         """Derivative of the logits by hidden @ weight.T."""
         return self.scale if self.cap is None else self.scale * (1 - (logits / self.cap).square())
 
@@ -103,11 +103,11 @@ class Head:
         if tolerance is None:
             return wanted.terms(logits_NK, self._walk(hidden_NH, start_N, None, 0.0))[0], None
         tolerance = tolerance if hidden_NH.device.type == "cpu" else 0.0  # choosing columns would make a GPU wait
-        start_N = torch.logsumexp(self._block(hidden_NH, ids_NK.unique()), dim=1) if tolerance else start_N
+        start_N = torch.logsumexp(self.block(hidden_NH, ids_NK.unique()), dim=1) if tolerance else start_N
         grad_NH = torch.zeros_like(hidden_NH, dtype=torch.float32)
         log_sum_N = self._walk(hidden_NH, start_N, grad_NH, tolerance)
         losses_N, share_N, pull_NK = wanted.terms(logits_NK, log_sum_N)
-        slope = self._slope(logits_NK)
+        slope = self.slope(logits_NK)
         pull = slope if pull_NK is None else pull_NK * slope
         grad_NH = grad_NH if share_N is None else grad_NH.mul_(share_N[:, None])
         grad_NH -= (self.weight_VH[ids_NK].float() * (pull[..., None] if isinstance(pull, Tensor) else pull)).sum(dim=1)
@@ -125,10 +125,10 @@ class Head:
         level_N, sum_N, left_out_N = start_N, torch.zeros_like(start_N), torch.zeros_like(start_N)
         largest_N = torch.full_like(start_N, -torch.inf)
         vocabulary = len(self.weight_VH)
-        size = max(256, BLOCK_NUMBERS.get(hidden_NH.device.type, 2**27) // hidden_NH.shape[:-1].numel())
+        size = block_size(hidden_NH)
         for first in range(0, vocabulary, size):
             columns = slice(first, first + size)
-            logits_NC = self._block(hidden_NH, columns)
+            logits_NC = self.block(hidden_NH, columns)
             block_N = logits_NC.amax(dim=1)
             if likeliest_N is not None:
                 better = (block_N > largest_N).nonzero()[:, 0]
@@ -137,13 +137,13 @@ class Head:
             higher_N = torch.maximum(block_N, level_N + sum_N.clamp(min=1).log())
             shrink_N = (level_N - higher_N).exp()
             level_N = higher_N
-            slope = self._slope(logits_NC) if grad_NH is not None else 1.0
+            slope = self.slope(logits_NC) if grad_NH is not None else 1.0
             shares_NC = logits_NC.sub_(level_N[:, None]).exp_()
             sum_N = sum_N * shrink_N + shares_NC.sum(dim=1)
             if grad_NH is None:
                 continue
             may_leave_N = tolerance * min(1.0, (first + size) / vocabulary) - left_out_N
-            product_NH, missed_N = _weighted(shares_NC, slope, self.weight_VH[columns], tolerance / SAFETY, may_leave_N)
+            product_NH, missed_N = weighted(shares_NC, slope, self.weight_VH[columns], tolerance / SAFETY, may_leave_N)
             left_out_N += missed_N
             grad_NH.mul_(shrink_N[:, None]).add_(product_NH)
         if grad_NH is not None:
@@ -151,7 +151,12 @@ class Head:
         return level_N + sum_N.log()
 
 
-def _weighted(
+def block_size(hidden_NH: Tensor) -> int:
+    """Columns of a block for so many states."""
+    return max(256, BLOCK_NUMBERS.get(hidden_NH.device.type, 2**27) // hidden_NH.shape[:-1].numel())
+
+
+def weighted(
     shares_NC: Tensor, slope: Tensor | float, weight_CH: Tensor, smallest: float, may_leave_N: Tensor
 ) -> tuple[Tensor, Tensor | float]:
     """((shares * slope) @ weight [N, H], the share of each token that was left out).

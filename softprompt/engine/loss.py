@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from softprompt.engine.batch import Batch
-from softprompt.engine.head import Head, Wanted
+from softprompt.engine.divergence import divergences
+from softprompt.engine.head import Wanted
 from softprompt.engine.model import FrozenBase
 from softprompt.engine.prefix import Continued
 
@@ -59,21 +60,25 @@ class TopTokens:
         return losses_N, wanted_NK.sum(dim=1) + rest_N - ratio_N, wanted_NK - own_NK * ratio_N[:, None]
 
 
+Losses = Callable[[Tensor, float | None], tuple[Tensor, Tensor | None]]
+"""(hidden states [N, H], tolerance) -> (losses [N], their gradient by the states [N, H], or None where the tolerance is)."""
+
+
 class _HeadLoss(torch.autograd.Function):
     """hidden [N, H] -> losses [N]; loss n depends on hidden n alone, so its saved gradient only needs scaling."""
 
     @staticmethod
-    def forward(ctx: Any, hidden_NH: Tensor, wanted: Wanted, head: Head, tolerance: float) -> Tensor:
-        losses_N, grad_NH = head.losses(hidden_NH, wanted, tolerance if ctx.needs_input_grad[0] else None)
+    def forward(ctx: Any, hidden_NH: Tensor, losses: Losses, tolerance: float) -> Tensor:
+        losses_N, grad_NH = losses(hidden_NH, tolerance if ctx.needs_input_grad[0] else None)
         if grad_NH is not None:
             ctx.save_for_backward(grad_NH)
             ctx.dtype = hidden_NH.dtype
         return losses_N
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
         (grad_NH,) = ctx.saved_tensors
-        return (grad_NH * grad_outputs[0][:, None]).to(ctx.dtype), None, None, None
+        return (grad_NH * grad_outputs[0][:, None]).to(ctx.dtype), None, None
 
 
 Loss = Callable[[FrozenBase, Tensor, Batch, float], Tensor]
@@ -83,7 +88,21 @@ Loss = Callable[[FrozenBase, Tensor, Batch, float], Tensor]
 def head_losses(base: FrozenBase, hidden_NH: Tensor, wanted: Wanted, tolerance: float = 0.0) -> Tensor:
     """[N] losses with gradient, float32, natural logarithm. `tolerance`: probability that the gradient of a token may leave out (see
     Head.losses); 0 is exact."""
-    return _HeadLoss.apply(hidden_NH, wanted, base.head, tolerance)  # type: ignore[no-untyped-call]
+
+    def losses(states_NH: Tensor, allowed: float | None) -> tuple[Tensor, Tensor | None]:
+        return base.head.losses(states_NH, wanted, allowed)
+
+    return _HeadLoss.apply(hidden_NH, losses, tolerance)  # type: ignore[no-untyped-call]
+
+
+def divergence_losses(base: FrozenBase, hidden_NH: Tensor, teacher_NH: Tensor, known_N: Tensor, tolerance: float = 0.0) -> Tensor:
+    """[N] losses with gradient, float32, nats: the KL divergence of the distributions after a teacher's states `teacher_NH` [N, H] from
+    those after `hidden_NH` (Hinton et al. 2015, over the whole vocabulary). `known_N`: the tokens that came there."""
+
+    def losses(states_NH: Tensor, allowed: float | None) -> tuple[Tensor, Tensor | None]:
+        return divergences(base.head, states_NH, teacher_NH, known_N, allowed)
+
+    return _HeadLoss.apply(hidden_NH, losses, tolerance)  # type: ignore[no-untyped-call]
 
 
 def next_tokens(base: FrozenBase, hidden_NH: Tensor, batch: Batch, tolerance: float) -> Tensor:

@@ -24,7 +24,7 @@ def draw_run(events: "Iterable[Event]", log_every: int) -> None:
 
 def drawn(events: "Iterable[Event]", log_every: int) -> "Iterator[Event]":
     """The events as they are, once they are shown: a bar with loss, tokens per second and time left, and a line for what matters."""
-    from softprompt.events import Evaluated, Finished, Found, Preparing, Saved, Searching, Started, Step, Warned
+    from softprompt.events import Evaluated, Finished, Found, Preparing, Saved, Searching, Started, Step, Studying, Warned
 
     with Progress(*bar_columns(), console=console, transient=True) as progress:
         bar = progress.add_task("loading", total=None, now="")
@@ -34,6 +34,10 @@ def drawn(events: "Iterable[Event]", log_every: int) -> "Iterator[Event]":
             match event:
                 case Preparing():
                     show_reading(progress, bar, event)
+                case Studying():
+                    if event.note:
+                        console.print(escape(event.note))
+                    progress.update(bar, description=event.doing, total=event.total, completed=event.done)
                 case Searching():
                     progress.update(bar, description="finding the rate", total=event.num_steps, completed=event.step)
                 case Found():
@@ -119,6 +123,10 @@ def _draw_result(result: "dict[str, Any]") -> None:
         table.add_row(
             name, "-" if value is None else f"{value:.4f}" if "loss" in key else f"{value:.4g}" if isinstance(value, float) else str(value)
         )
+    if distilled := result.get("distilled"):
+        table.add_row("tokens of the teacher's text", f"{distilled['teacher_tokens']:,} into {distilled['positions']} positions")
+        for name, key in (("KL to the teacher", "kl"), ("same likeliest token", "same_first")):
+            table.add_row(f"{name}, base alone and prompt", f"{distilled[f'{key}_before']:.4f}  {distilled[f'{key}_after']:.4f}")
     table.add_row("peak memory", size(float(str(result["peak_bytes"]))))
     table.add_row("prompt", escape(str(result["prompt"])))
     console.print(table)

@@ -1,0 +1,24 @@
+"""What a distillation has come to, in the numbers that `softprompt distil --json` writes."""
+
+from typing import Any
+
+from softprompt.distil.study import Studied
+from softprompt.engine.model import FrozenBase
+from softprompt.engine.prompt import Prompt, no_prompt
+from softprompt.engine.teacher import likeness
+
+
+def outcome(base: FrozenBase, study: Studied, soft: Prompt, tokens_per_batch: int) -> dict[str, Any]:
+    """How like its teacher the base is on the held-out questions, with the prompt and without: KL divergence in nats per answer token, and
+    the share of these where both hold the same token for the likeliest."""
+    rows, teacher = study.held.rows.encoded, study.held.teacher
+    before, after = (likeness(base, teacher, one, rows, tokens_per_batch) for one in (no_prompt(base, study.encoder.bos_id), soft))
+    return {
+        "kl_before": before.divergence,
+        "kl_after": after.divergence,
+        "same_first_before": before.same_first,
+        "same_first_after": after.same_first,
+        "teacher_tokens": len(study.context_ids),
+        "positions": soft.length,
+        "questions": len(study.lessons.rows.encoded) + len(rows),
+    }

@@ -1,0 +1,191 @@
+"""What a prompt is distilled on: questions, the teacher's answers to them, and how student and teacher read both.
+
+Questions are the user's own, or written by the base itself; answers are the teacher's. Both are kept in the run's study.jsonl, so that a
+run that was stopped goes on. They are made in windows: each is one batch that nothing else joins, so that its texts are the same however
+often it is made.
+"""
+
+import hashlib
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain, islice
+from pathlib import Path
+from typing import TypeVar
+
+from softprompt.answers import answer, stops_of
+from softprompt.config import Config
+from softprompt.contestants import Contestant, Reading, read_rows
+from softprompt.data import Example, Message, Rejected
+from softprompt.data.examples import turns_text
+from softprompt.distil.asked import Asked, own_questions, split, unanswered
+from softprompt.distil.context import Context, context_of
+from softprompt.distil.lessons import Answered, Lessons, lessons_of
+from softprompt.distil.selfstudy import MOST, TRIES, as_question, askings, cleaned
+from softprompt.encode import Encoder, shared_system
+from softprompt.engine.decode import decode_whole
+from softprompt.engine.model import FrozenBase
+from softprompt.errors import ConfigError, DataError
+from softprompt.events import Studying
+from softprompt.predictions import Predictions
+
+Item = TypeVar("Item")
+WINDOW = 64  # questions of a batch: what a kill may cost
+USUAL_COUNT = 256  # questions of self-study
+STUDY = "study.jsonl"
+QUESTION, ANSWER = "question", "answer"  # what lines of it hold
+
+
+@dataclass(frozen=True)
+class Studied:
+    """What a distillation works with: what is taught, what is measured on, and of what it is distilled."""
+
+    encoder: Encoder
+    lessons: Lessons
+    held: Lessons
+    context: Context
+    teachers: tuple[Contestant, ...]
+
+    @property
+    def context_ids(self) -> tuple[int, ...]:
+        """What the teacher reads before every question, of all chunks in turn."""
+        return tuple(chain.from_iterable(ids for _, ids in self.lessons.teacher.contexts))
+
+
+@dataclass(frozen=True)
+class _Work:
+    config: Config
+    base: FrozenBase
+    encoder: Encoder
+    context: Context
+    teachers: list[Contestant]
+    notes: Predictions
+
+
+def studying(config: Config, base: FrozenBase, encoder: Encoder) -> Generator[Studying, None, Studied]:
+    """Questions, answers and lessons of a configuration, as far as they do not lie in the run folder `train.out` yet. Yields how far it
+    is.
+
+    Raises ConfigError where [distil] does not fit, DataError where no question can be used.
+    """
+    asked = own_questions(config)
+    encoder = encoder.told(shared_system(asked.train)) if asked.train else encoder
+    context = context_of(config, base, encoder, asked.known, asked.held)
+    teachers = context.teachers(base, encoder)
+    notes = Predictions(Path(config.train.out) / STUDY, _key(config, base, encoder, context, asked))
+    work = _Work(config, base, encoder, context, teachers, notes)
+    if len(teachers) > 1 and (asked.train or asked.held):
+        raise ConfigError(
+            f"the text is longer than the base's context and is read in {len(teachers)} chunks: leave out distil.questions, data.train and "
+            "data.eval, so that each chunk is asked about what it says"
+        )
+    if not asked.train:
+        asked, which = yield from _self_study(work, asked.held)
+    else:
+        asked = asked.without(context.shots, config.distil.count)
+        which = [0] * (len(asked.train) + len(asked.held))
+    answered = yield from _answers(work, [*asked.train, *asked.held], which)
+    train, held = answered[: len(asked.train)], answered[len(asked.train) :]
+    length = config.data.max_length
+    taught, measured = (lessons_of(base, encoder, teachers, part, length) for part in (train, held))
+    return Studied(encoder, taught, measured, context, tuple(teachers))
+
+
+def _key(config: Config, base: FrozenBase, encoder: Encoder, context: Context, asked: Asked) -> str:
+    how = (base.fingerprint, encoder.template.name, encoder.template.date, encoder.system, config.data.max_length, config.distil.count)
+    digest = hashlib.sha256(repr((how, context.digest, config.distil.max_new_tokens, config.train.seed)).encode())
+    for example in (*asked.train, *asked.held):
+        digest.update(turns_text(example).encode())
+    return digest.hexdigest()
+
+
+# ---- questions of the base's own -----------------------------------------------------------------------------------
+
+
+def _self_study(work: _Work, held: tuple[Example, ...]) -> Generator[Studying, None, tuple[Asked, list[int]]]:
+    """Questions that differ from each other, and the number of each one's teacher. `held`: what is measured on, where that is known."""
+    wanted, follows = work.config.distil.count or USUAL_COUNT, work.encoder.template.name == "chat"
+    found: dict[str, int] = {}
+    yield Studying("questions", 0, wanted, _cost(work, wanted))
+    for window in windows(islice(askings(work.context.texts, follows), TRIES * wanted)):
+        if any((QUESTION, one.number) not in work.notes.answers for one in window):
+            seed = work.config.train.seed
+            questions = [as_question(one, work.teachers[one.teacher], work.encoder, follows, seed) for one in window]
+            for index, ids, _ in list(decode_whole(work.base, questions)):
+                said = work.base.tokenizer.decode(ids, skip_special_tokens=True)
+                work.notes.add({"contestant": QUESTION, "row": window[index].number, "text": said})
+        for one in window:
+            question = cleaned(one, work.notes.answers[QUESTION, one.number]["text"])
+            if question is not None and len(found) < wanted:
+                found.setdefault(question, one.teacher)
+        yield Studying("questions", len(found), wanted)
+        if len(found) == wanted:
+            break
+    if len(found) < 2:
+        raise DataError("the base asks no questions about the text: name some in distil.questions")
+    examples = [unanswered((Message("user", text),), f"self-study:{number}", {}) for number, text in enumerate(found, 1)]
+    teacher_of = {one.source: teacher for one, teacher in zip(examples, found.values(), strict=True)}
+    asked = Asked(tuple(examples), held) if held else split(examples, work.config)
+    return asked, [teacher_of.get(one.source, 0) for one in (*asked.train, *asked.held)]
+
+
+def windows(items: Iterable[Item]) -> Iterator[list[Item]]:
+    rest = iter(items)
+    while window := list(islice(rest, WINDOW)):
+        yield window
+
+
+def _cost(work: _Work, wanted: int) -> str:
+    texts = work.context.texts
+    length = sum(len(work.base.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts)
+    written = wanted * (MOST + work.config.distil.max_new_tokens)
+    chunks = f" in {len(texts)} chunks" if len(texts) > 1 else ""
+    return (
+        f"self-study: {wanted} questions about a text of {length:,} tokens{chunks}, and their answers: {written:,} tokens to write at most"
+    )
+
+
+# ---- answers -------------------------------------------------------------------------------------------------------
+
+
+def _answers(work: _Work, asked: Sequence[Example], which: Sequence[int]) -> Generator[Studying, None, list[Answered | Rejected]]:
+    """The teacher's answer to every question, or why there is none."""
+    stops = _stops(work.encoder, work.teachers[0], asked)
+    yield Studying("answers", 0, len(asked))
+    for window in windows(range(len(asked))):
+        if any((ANSWER, number) not in work.notes.answers for number in window):
+            for number, text, ended in _said(work, asked, which, window, stops):
+                question = asked[number].messages[-2].content
+                work.notes.add({"contestant": ANSWER, "row": number, "question": question, "text": text, "ended": ended})
+        yield Studying("answers", window[-1] + 1, len(asked))
+    found: list[Answered | Rejected] = []
+    for number, example in enumerate(asked):
+        said = work.notes.answers[ANSWER, number]
+        if said["text"].strip():
+            found.append(Answered(example.answered(said["text"]), bool(said["ended"]), which[number]))
+        else:
+            found.append(Rejected(example.source, "the teacher says nothing"))
+    return found
+
+
+def _said(
+    work: _Work, asked: Sequence[Example], which: Sequence[int], window: Sequence[int], stops: Sequence[str]
+) -> list[tuple[int, str, bool]]:
+    """(number of the question, the teacher's answer, whether it came to its end), those of a window."""
+    readings: dict[str, list[Reading]] = {}
+    numbers: dict[tuple[str, int], int] = {}
+    for teacher, contestant in enumerate(work.teachers):
+        own = [number for number in window if which[number] == teacher]
+        if own:
+            examples = [[asked[number]] for number in own]
+            readings[contestant.name] = [read_rows(contestant, 0, examples, [[work.encoder.encode(one)] for (one,) in examples])]
+            numbers |= {(contestant.name, row): number for row, number in enumerate(own)}
+    said = answer(work.base, readings, list(numbers), work.config.distil.max_new_tokens, stops)
+    return [(numbers[one.contestant, one.row], one.text, one.ended) for one in said]
+
+
+def _stops(encoder: Encoder, teacher: Contestant, asked: Sequence[Example]) -> tuple[str, ...]:
+    """What ends an answer beside its end-of-text token: with examples, what ends theirs; else where the next question would begin."""
+    if teacher.shots:
+        return stops_of([encoder], teacher.shots)
+    opening = encoder.opening(asked[0])
+    return (f"\n{opening}",) if opening else ()

@@ -1,0 +1,82 @@
+"""A teacher: the same base with a text in its context. What a prompt learns from it is its distribution of every supervised token.
+
+The text's keys and values are computed once and kept; a step reads the step's own rows behind them, whatever the text's length.
+
+Shapes: N supervised tokens, H hidden size.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from softprompt.engine.batch import Batch, batches, collate
+from softprompt.engine.divergence import compared
+from softprompt.engine.loss import Loss, divergence_losses
+from softprompt.engine.model import FrozenBase
+from softprompt.engine.prefix import Prefix, assemble
+from softprompt.engine.prompt import Prompt, read_together
+from softprompt.engine.reading import Context
+from softprompt.engine.shelf import Shelf
+from softprompt.engine.tokens import Encoded
+
+ROOM = 2**31  # bytes of keys and values of texts that are kept; of several chunks those that were not used for longest leave
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """`rows[r]`: row r as the teacher reads it, behind `contexts[which[r]]`; its supervised tokens are those of the row as students read
+    it, in the same order. A context is the base's own prompt, of no rows, and the ids of a text."""
+
+    contexts: tuple[Context, ...]
+    rows: Sequence[Encoded]
+    which: Sequence[int]
+    shelf: Shelf = field(default_factory=lambda: Shelf(ROOM), repr=False)
+
+    @torch.no_grad()
+    def states(self, base: FrozenBase, numbers: Sequence[int]) -> Tensor:
+        """[N, H]: the hidden states before the supervised tokens of these rows, row by row."""
+        rows = [self.rows[number] for number in numbers]
+        used = sorted({self.which[number] for number in numbers})
+        which = [used.index(self.which[number]) for number in numbers]
+        batch = collate(rows, range(len(rows)), which, base.device)
+        continued = base.continue_from(assemble([self._prefix(base, one) for one in used]), batch.which_B, batch.ids_BT, batch.mask_BT)
+        return continued.hidden_BTH.flatten(0, 1).index_select(0, batch.scored_N)
+
+    def loss(self, numbers: Sequence[int]) -> Loss:
+        """The loss of a step whose rows have these numbers: the divergence of the teacher's distribution from the student's."""
+
+        def toward(base: FrozenBase, hidden_NH: Tensor, batch: Batch, tolerance: float) -> Tensor:
+            teacher_NH = self.states(base, [numbers[row] for row in batch.rows])
+            return divergence_losses(base, hidden_NH, teacher_NH, batch.targets_N, tolerance)
+
+        return toward
+
+    def _prefix(self, base: FrozenBase, number: int) -> Prefix:
+        prompt, ids = self.contexts[number]
+        return self.shelf.take(prompt, ids, lambda: prompt.prefix(base, ids))
+
+
+@dataclass(frozen=True)
+class Likeness:
+    """How like its teacher a student is: KL divergence in nats per supervised token, and the share of these where both hold the same
+    token for the likeliest."""
+
+    divergence: float
+    same_first: float
+
+
+@torch.no_grad()
+def likeness(base: FrozenBase, teacher: Teacher, soft: Prompt, rows: Sequence[Encoded], tokens_per_batch: int) -> Likeness:
+    """How like the teacher a prompt is on all its rows; `rows`: as the student reads them."""
+    prefix, rest = read_together(base, [soft], rows)
+    total, same, count = 0.0, 0, 0
+    for batch in batches(rest, [0] * len(rest), tokens_per_batch, base.device):
+        continued = base.continue_from(prefix, batch.which_B, batch.ids_BT, batch.mask_BT)
+        own_NH = continued.hidden_BTH.flatten(0, 1).index_select(0, batch.scored_N)
+        losses_N, same_N = compared(base.head, own_NH, teacher.states(base, batch.rows), batch.targets_N)
+        total += losses_N.double().sum().item()
+        same += int(same_N.sum())
+        count += len(losses_N)
+    return Likeness(total / count, same / count)
