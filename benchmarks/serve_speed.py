@@ -26,8 +26,9 @@ from peft import PeftModel
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from benchmarks.measuring import machine
-from softprompt.artifact import DataCard, make_card, write_prompt
+from softprompt.artifact import make_card, write_prompt
 from softprompt.atomic import write_text
+from softprompt.card import DataCard
 from softprompt.config import ModelConfig, load_config
 from softprompt.encode import make_encoder
 from softprompt.engine.loading import load_base

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from softprompt.artifact import StoredPrompt, find_prompt, find_prompts, load_pr
 from softprompt.checkpoint import load_start
 from softprompt.config import Config, load_config
 from softprompt.data import Loaded, load_examples
+from softprompt.distil.study import Studied, study_of
 from softprompt.engine.loading import load_base
 from softprompt.engine.model import FrozenBase
 from softprompt.engine.prompt import Prompt
@@ -51,6 +53,24 @@ class Arguments:
         train, of_run = self._splits(self.of_run)
         assert of_run is not None
         return replace(of_run, examples=of_run.examples[: data.limit]), shots or train
+
+    @property
+    def is_distilled(self) -> bool:
+        return self.of_run is not None and self.of_run.distil.wanted
+
+    def study(self, base: FrozenBase) -> Studied | None:
+        """What the run's prompt was distilled of, and on what; None for one that was trained on answers."""
+        if self.of_run is None or not self.is_distilled:
+            return None
+        return study_of(self.of_run.model_copy(update={"model": self.config.model}), base)
+
+    def rows_beside(self, study: Studied) -> Loaded:
+        """Held-out rows to compare a distilled prompt with its teacher on: with answers of their own where they have some, else with the
+        teacher's."""
+        if self.source is not None:
+            with suppress(DataError):
+                return self.rows()[0]
+        return Loaded(study.held.rows.examples[: self.config.data.limit], ())
 
     def _training_rows(self) -> Loaded | None:
         """The run's, or None where they are no longer at hand: nobody asked for examples."""

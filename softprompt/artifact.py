@@ -14,16 +14,17 @@ import hashlib
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from softprompt.card import BaseCard, Card, DataCard, model_card
 from softprompt.config import Config, ModelConfig
 from softprompt.encode import Encoder, make_encoder
-from softprompt.engine.model import FrozenBase, same_weights
+from softprompt.engine.model import FrozenBase
 from softprompt.engine.prompt import DeepPrompt, Prompt, SoftPrompt, shapes_of
 from softprompt.engine.quantized import unadvised
 from softprompt.errors import ArtifactError
@@ -33,77 +34,6 @@ from softprompt.runlog import package_versions
 TENSOR, WEIGHTS = "prompt_embeddings", "adapter_model.safetensors"
 FILES = ("adapter_config.json", WEIGHTS, "card.json", "README.md")
 ANYWAY = "pass --allow-other-base (allow_other_base=True) to use it all the same"
-LICENCE_NOTE = (
-    "The rows were trained against the base named above and are of no use without it. "
-    "Its licence, and that of the training data, say how they may be used and passed on."
-)
-
-
-class CardModel(BaseModel):
-    model_config = ConfigDict(extra="ignore", frozen=True)
-
-
-class BaseCard(CardModel):
-    """The base a prompt was trained for. `dtype`: as it was asked for."""
-
-    name: str
-    gguf_file: str | None
-    revision: str | None
-    quantization: Literal["int8", "nf4"] | None = None
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    model_type: str
-    hidden_size: int
-    fingerprint: str
-    sample: str = ""
-    tokenizer_fingerprint: str
-    chat_template_sha256: str | None
-
-    def is_of(self, base: FrozenBase) -> bool:
-        """Whether a base has the weights that the prompt was trained on, whatever precision either of them is in."""
-        in_float16 = self.dtype == "float16" or base.dtype == torch.float16
-        return same_weights((self.fingerprint, self.sample), (base.fingerprint, base.sample), in_float16=in_float16)
-
-
-class DataCard(CardModel):
-    """The rows a prompt was trained on; files by name alone, no rows."""
-
-    train: str
-    num_train: int
-    train_fingerprint: str
-    num_eval: int
-    eval_fingerprint: str | None
-    labels: tuple[str, ...]
-    label_words: dict[str, str]
-
-
-class Card(CardModel):
-    """What a prompt is, and what it may be loaded onto. `date`: the day that its template is told, where it asks for one; `system`: the
-    system turn that all its rows had; `end_ids`: the tokens that end its answers."""
-
-    format: Literal[1] = PROMPT
-    base: BaseCard
-    method: Literal["prompt", "prefix"] = "prompt"
-    num_virtual_tokens: int
-    shapes: tuple[tuple[int, int], ...] = ()
-    position: Literal["after_bos", "start"]
-    bos_id: int | None
-    template: str
-    date: str | None = None
-    system: str | None = None
-    end_ids: tuple[int, ...] = ()
-    max_length: int
-    init: str
-    text: str | None
-    data: DataCard
-    seed: int
-    metrics: dict[str, float | int | None]
-    versions: dict[str, str]
-    licence_note: str = LICENCE_NOTE
-
-    @property
-    def model_config_of_base(self) -> ModelConfig:
-        """Where to load the base from. Remote code stays off, whatever the folder says."""
-        return ModelConfig(**self.base.model_dump(include={"name", "gguf_file", "revision", "quantization", "dtype"}))
 
 
 @dataclass(frozen=True)
@@ -340,61 +270,3 @@ def make_card(config: Config, base: FrozenBase, soft: Prompt, encoder: Encoder, 
         metrics=metrics,
         versions=package_versions(),
     )
-
-
-def _around(card: Card) -> str:
-    """What else the texts of a prompt had, in sentences."""
-    said = [f" Its clock showed {card.date}."] if card.date else []
-    said += [f" All began with the system turn {json.dumps(card.system, ensure_ascii=False)}."] if card.system else []
-    return "".join(said) + (f" Answers end with token {' or '.join(map(str, card.end_ids))}." if card.end_ids else "")
-
-
-def model_card(card: Card, repo_id: str | None = None) -> str:
-    """The card for people; `repo_id`: where on the hub it lies."""
-    place, pulled = ("THIS_FOLDER", "") if repo_id is None else (repo_id, f"softprompt pull {repo_id} --out my-prompt\n")
-    on_hub = not Path(card.base.name).is_absolute()
-    front = ["library_name: peft", "tags: [prompt-tuning, soft-prompt, softprompt]", "pipeline_tag: text-generation"]
-    if on_hub:
-        front.insert(0, f"base_model: {card.base.name}")
-    shown = card.base.name if on_hub else Path(card.base.name).name
-    bos = "\nThe first stored row is the BOS token: with PEFT, tokenize without BOS.\n" if card.position == "after_bos" else ""
-    origin = f"Trained with softprompt {card.versions['softprompt']} on {card.data.num_train} rows of {card.data.train};"
-    held = f"{card.data.num_eval} rows were held out. Losses are per supervised token, natural logarithm."
-    if not card.data.num_train:
-        origin, held = f"Written by softprompt {card.versions['softprompt']}: {card.init}.", "What it was trained on is not known."
-    losses = "".join(f"| {name} | {value:.4f} |\n" for name, value in card.metrics.items() if isinstance(value, float))
-    return f"""---
-{chr(10).join(front)}
----
-# A soft prompt of {card.num_virtual_tokens} virtual tokens for {shown}
-
-{origin}
-{held}
-
-| | |
-|---|---|
-{losses}| position | {card.position} |
-| start | {card.init} |
-| seed | {card.seed} |
-
-## Use
-
-```
-{pulled}softprompt generate {"my-prompt" if pulled else place} "your text"
-```
-
-```python
-import softprompt
-base = softprompt.load_base(softprompt.load_config(None, ["model.name=BASE"]).model)
-answers = softprompt.generate(base, softprompt.load_prompt("{place}", base), ["your text"])
-
-from peft import PeftModel  # PEFT 0.21's generate loses the prompt under transformers 5.24; its forward is right
-model = PeftModel.from_pretrained(base_model, "{place}")
-```
-{bos}
-Texts were rendered with the template `{card.template if "{" not in card.template else "given in card.json"}`.{_around(card)}
-
-## Licence
-
-{card.licence_note}
-"""

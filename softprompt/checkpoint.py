@@ -18,8 +18,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from softprompt.artifact import Card, write_prompt
+from softprompt.artifact import write_prompt
 from softprompt.atomic import new_folder, remove_folder
+from softprompt.card import Card
 from softprompt.engine.model import FrozenBase
 from softprompt.engine.prompt import Prompt
 from softprompt.errors import RunError

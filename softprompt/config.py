@@ -212,6 +212,10 @@ class OptimConfig(Section):
     """Share of the steps in which the rate rises from zero."""
     clip_norm: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
     """Gradient norm above which the gradient is scaled down."""
+    values: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    """For method = "prefix": the rate of values as a multiple of that of keys."""
+    frozen: Annotated[int, Field(ge=0)] = 0
+    """Positions at the beginning that stay as they started: 1 leaves alone what attention rests on."""
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Evaluate and save a moving average of the rows that keeps this share of itself at every step, e.g. 0.9."""
 

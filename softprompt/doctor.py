@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from softprompt.artifact import load_prompt
+from softprompt.artifact import StoredPrompt, load_prompt
 from softprompt.checkpoint import load_start
 from softprompt.config import USUAL_RATE, Config, OptimConfig
-from softprompt.encode import Encoder
+from softprompt.distil.study import Studied, study_of
 from softprompt.engine.loading import load_base
 from softprompt.engine.model import FrozenBase
 from softprompt.engine.optim import relative_rate
@@ -301,15 +301,16 @@ def diagnose(run: str | Path, base: FrozenBase | None = None, overrides: Sequenc
     config = folder.config()
     base = base or load_base(relocated(config.model, overrides))
     members, findings = config.members(), {}
+    study = study_of(config, base) if config.distil.wanted else None
     history = history_of(folder, len(members))
     for index, (name, own) in enumerate(members.items()):
         stored = load_prompt(folder.prompt if len(members) == 1 else folder.prompts / name, base)
-        held = load_held(config, stored.encoder)
+        held = load_held(config, stored.encoder) if study is None else study.held.rows
         start = load_start(folder.start, name, stored.soft)
         if start is None:
             raise RunError(f"{folder.start} is missing: without it nobody knows how far the prompt has moved; train the run again")
         case = case_of(history, index, own.optim, start, stored.soft, base, None, held)
-        measured = {} if held is None else _others(base, stored.encoder, stored.soft, held, own)
+        measured = {} if held is None else _others(base, stored, held, own, study)
         findings[name] = [*_said_before(history, name), *examine(replace(case, others=measured))]
     return findings
 
@@ -320,8 +321,9 @@ def _said_before(history: History, name: str) -> list[str]:
     return [event.finding for event in history.warned if event.check in checks and name in event.prompts]
 
 
-def _others(base: FrozenBase, encoder: Encoder, prompt: Prompt, held: Rows, config: Config) -> dict[str, float]:
-    budget, learned_PD = base.budget(config.train.tokens_per_batch), prompt.learned_PD
+def _others(base: FrozenBase, stored: StoredPrompt, held: Rows, config: Config, study: Studied | None) -> dict[str, float]:
+    prompt, budget = stored.soft, base.budget(config.train.tokens_per_batch)
+    learned_PD, teacher = prompt.learned_PD, None if study is None else study.held.teacher
     noise_PD = torch.randn(learned_PD.shape, generator=torch.Generator().manual_seed(0)).to(base.device)
     rivals: dict[str, Prompt] = {
         BARE: no_prompt(base, prompt.bos_id),
@@ -329,6 +331,6 @@ def _others(base: FrozenBase, encoder: Encoder, prompt: Prompt, held: Rows, conf
     }
     if prompt.method == "prompt":  # keys know their positions, whatever their order
         rivals[REVERSED] = prompt.with_learned(learned_PD.flip(0))
-    losses = {name: held_out_loss(base, rival, held, budget) for name, rival in rivals.items()}
-    text = config.prompt.text
-    return losses if not text else {**losses, TEXT: text_loss(base, encoder, held, text, budget)}
+    losses = {name: held_out_loss(base, rival, held, budget, teacher) for name, rival in rivals.items()}
+    text = config.prompt.text if teacher is None else None
+    return losses if not text else {**losses, TEXT: text_loss(base, stored.encoder, held, text, budget)}

@@ -21,38 +21,36 @@ from softprompt.atomic import write_text
 from softprompt.contestants import SHOT_TOKENS, Contestant, Reading, all_contestants, choose_shots, competing, read_rows
 from softprompt.data import Example, Loaded
 from softprompt.data.examples import fields_text, turns_text
+from softprompt.distil.context import Context
+from softprompt.distil.rivals import CONTROL, TEACHER, controlled, rivals, teacher_of
 from softprompt.encode import Encoder
 from softprompt.engine.likelihood import Candidates, ensemble_losses, row_losses
 from softprompt.engine.model import FrozenBase
 from softprompt.engine.prefix import Prefix
 from softprompt.engine.prompt import Prompt, no_prompt, read_together
+from softprompt.engine.teacher import Teacher, likeness
 from softprompt.engine.tokens import Encoded
 from softprompt.errors import ConfigError, DataError
 from softprompt.formats import EVALUATION
 from softprompt.metrics import (
-    Estimate,
     Metric,
     Table,
-    Verdict,
     bootstrap_weights,
-    confusion,
     estimate,
     metric_named,
-    reliability,
     suiting,
     verdict,
 )
 from softprompt.predictions import Predictions
+from softprompt.results import Evaluation, Result
 from softprompt.rows import Rows, encode_rows
-from softprompt.trackers import Sheet
-
-NUM_SAMPLES = 8  # rows whose answers trackers are shown
 
 
 @dataclass(frozen=True)
 class Contest:
     """Who competes with the prompts, and in what. `text`: a text prompt, instead of the first prompt's init text. `train`: rows to
-    take examples from. `metrics`: names, instead of those that suit the rows. `answers`: generate as well."""
+    take examples from. `metrics`: names, instead of those that suit the rows. `answers`: generate as well. `context`: what the prompts
+    were distilled of; its teacher competes, and what is as short as they are."""
 
     text: str | None = None
     train: Loaded | None = None
@@ -61,6 +59,7 @@ class Contest:
     metrics: tuple[str, ...] = ()
     answers: bool = False
     max_new_tokens: int | None = None
+    context: Context | None = None
 
 
 @dataclass(frozen=True)
@@ -70,75 +69,6 @@ class Advanced:
     doing: str
     done: int
     total: int
-
-
-@dataclass(frozen=True)
-class Result:
-    """One contestant: its scores by metric, the tokens that each request has more than the bare base's, its table; how many examples
-    it is shown, how many of its answers did not end."""
-
-    scores: dict[str, Estimate]
-    tokens: float
-    table: Table
-    num_shots: int = 0
-    num_unended: int | None = None
-
-    def __getitem__(self, metric: str) -> float:
-        """A score by its metric's name. Raises KeyError for what was not measured."""
-        return self.scores[metric].value
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """What came of a contest. `metric` is the one that the verdicts go by; `questions` those of the rows; `folder`: where it lies."""
-
-    contestants: dict[str, Result]
-    verdicts: list[Verdict]
-    metric: str
-    num_rows: int
-    num_supervised: int
-    num_rejected: int
-    labels: tuple[str, ...]
-    questions: tuple[str, ...] = ()
-    folder: Path | None = None
-
-    def as_dict(self) -> dict[str, Any]:
-        """The documented JSON of `softprompt eval`."""
-        return {
-            "contestants": {
-                name: {"loss": None, "perplexity": None, "accuracy": None}
-                | {metric: one.value for metric, one in result.scores.items()}
-                | {"tokens": result.tokens, "shots": result.num_shots, "unended_answers": result.num_unended}
-                for name, result in self.contestants.items()
-            },
-            "intervals": {
-                name: {metric: [one.low, one.high] for metric, one in result.scores.items()} for name, result in self.contestants.items()
-            },
-            "metric": self.metric,
-            "verdicts": [asdict(one) for one in self.verdicts],
-            "labels": list(self.labels),
-            "confusion": {name: confusion(result.table) for name, result in self.contestants.items()} if self.labels else None,
-            "calibration": {name: reliability(result.table) for name, result in self.contestants.items()} if self.labels else None,
-            "rows": self.num_rows,
-            "supervised_tokens": self.num_supervised,
-            "rejected": self.num_rejected,
-        }
-
-    def sheets(self) -> list[Sheet]:
-        """For trackers: the contestants with every score and its interval; where they answered, their answers to the first rows."""
-        metrics = list(dict.fromkeys(metric for result in self.contestants.values() for metric in result.scores))
-        columns = [column for metric in metrics for column in (metric, f"{metric} from", f"{metric} to")]
-        rows = []
-        for name, result in self.contestants.items():
-            scores = [result.scores.get(metric) for metric in metrics]
-            rows.append((name, result.tokens, *(end for one in scores for end in ((one.value, one.low, one.high) if one else [None] * 3))))
-        found = [Sheet("contestants", ("contestant", "tokens", *columns), tuple(rows))]
-        said = {name: result.table.answers for name, result in self.contestants.items() if result.table.answers is not None}
-        if said:
-            wanted = next(iter(self.contestants.values())).table.references
-            lines = list(zip(self.questions, wanted, *said.values(), strict=True))[:NUM_SAMPLES]
-            found.append(Sheet("answers", ("question", "wanted", *said), tuple(lines)))
-        return found
 
 
 def evaluate(
@@ -173,6 +103,7 @@ class _Work:
     stops: tuple[str, ...]
     readings: dict[str, list[Reading]] = field(default_factory=dict)
     plain: dict[tuple[str | None, ...], list[list[Encoded]]] = field(default_factory=dict)  # by template, date and system turn
+    teacher: Teacher | None = None
 
     @cached_property
     def examples(self) -> list[list[Example]]:
@@ -211,11 +142,15 @@ def evaluating(
     folder = out / key[:8] if out else None
     predictions = Predictions(folder / "predictions.jsonl" if folder and work.limit else None, key)
     tables: dict[str, Table] = {}
+    if contest.context is not None:
+        (taught,) = (one for one in work.line if one.name == TEACHER)
+        work.readings[TEACHER] = _read(work, taught)
+        work.teacher = teacher_of(work.readings[TEACHER][0])
     for contestant in work.line:
         yield Advanced("scoring", len(tables), len(work.line))
         with competing(base, contestant) as own:
             work.readings[contestant.name] = _read(work, contestant)
-            tables[contestant.name] = _likelihoods(work, own, contestant.name)
+            tables[contestant.name] = _beside_teacher(work, own, contestant, _likelihoods(work, own, contestant.name))
             if contestant.adapter is not None and work.limit:
                 yield from _answers(work, own, [contestant.name], predictions)
     if work.limit:
@@ -240,7 +175,7 @@ def _prepare(
         words = ", ".join(first.card.data.labels[:5])
         raise DataError(f"the rows have no labels, the prompt was trained on rows with a text and a label ({words}): evaluate it on such")
     references = tuple(reference(first.encoder, example) for example in rows.examples)
-    names = contest.metrics or suiting(references, bool(labels), contest.answers)
+    names = contest.metrics or suiting(references, bool(labels), contest.answers, taught=contest.context is not None)
     metrics = [metric_named(name) for name in names]
     for metric in metrics:
         if metric.needs == "label_losses" and not labels:
@@ -255,6 +190,8 @@ def _prepare(
         shots = choose_shots(first.encoder, contest.train.examples, rows.examples, room)
     text = contest.text if contest.text is not None else first.card.text
     line = all_contestants(base, named, text=text, shots=shots, ensemble=contest.ensemble, adapters=contest.adapters)
+    if contest.context is not None:
+        line[1:1] = rivals(base, first.encoder, contest.context, first.soft.length)
     if len({one.name for one in line}) < len(line):
         raise ConfigError("two contestants have the same name: rename a folder")
     budget = base.budget(tokens_per_batch)
@@ -285,6 +222,8 @@ def _key(work: _Work, named: Sequence[tuple[str, StoredPrompt]]) -> str:
 
 def _read(work: _Work, contestant: Contestant) -> list[Reading]:
     encoders = [prompt.encoder for prompt in contestant.members]
+    if contestant.name == CONTROL:
+        return [controlled(work.base, work.readings[TEACHER][0])]
     return [read_rows(contestant, index, work.examples, work.read(encoder)) for index, encoder in enumerate(encoders)]
 
 
@@ -301,6 +240,15 @@ def _likelihoods(work: _Work, base: FrozenBase, name: str) -> Table:
         return table
     truth = np.array([work.labels.index(str(example.label)) for example in work.rows.examples])
     return replace(table, truth=truth, label_losses=losses_RC[:, 1:])
+
+
+def _beside_teacher(work: _Work, base: FrozenBase, contestant: Contestant, table: Table) -> Table:
+    """The table with how far the contestant is from the teacher, where there is one and the contestant is a prompt or a text."""
+    if work.teacher is None or len(contestant.members) > 1 or contestant.adapter is not None:
+        return table
+    (reading,) = work.readings[contestant.name]
+    found = likeness(base, work.teacher, reading.soft, [own[0] for own in reading.rows], work.budget)
+    return replace(table, divergences=found.divergences_R.numpy(), same_first=found.same_first_R.numpy())
 
 
 def _member(base: FrozenBase, reading: Reading) -> tuple[Prefix, Candidates]:
@@ -345,12 +293,34 @@ def _conclude(work: _Work, tables: dict[str, Table], predictions: Predictions) -
     estimates = {name: results[name].scores[by.name] for name in rivals}
     verdicts = [verdict(by, (second, first), estimates, num_rows) for first, second in combinations(rivals, 2)]
     questions = tuple(example.messages[-2].content for example in work.rows.examples)
-    return Evaluation(results, verdicts, by.name, num_rows, work.rows.num_supervised, len(work.rows.rejected), work.labels, questions)
+    counts = num_rows, work.rows.num_supervised, len(work.rows.rejected)
+    evaluation = Evaluation(results, verdicts, by.name, *counts, work.labels, questions)
+    return evaluation if work.teacher is None else replace(evaluation, lost=_lost(results, work.line))
+
+
+def _lost(results: dict[str, Result], line: Sequence[Contestant]) -> dict[str, tuple[str, ...]]:
+    """Of every prompt the scores that lie outside of the teacher's interval, on the worse side."""
+    teacher = results[TEACHER].scores
+
+    def worse(name: str) -> tuple[str, ...]:
+        own = results[name].scores
+        shared = [metric for metric in map(metric_named, own) if metric.name in teacher and metric.needs != "divergences"]
+        return tuple(
+            metric.name
+            for metric in shared
+            if (
+                own[metric.name].value < teacher[metric.name].low
+                if metric.higher_is_better
+                else own[metric.name].value > teacher[metric.name].high
+            )
+        )
+
+    return {one.name: worse(one.name) for one in line if one.trained and one.adapter is None and one.name != CONTROL}
 
 
 def _deciding(metrics: Sequence[Metric]) -> Metric:
     """What verdicts go by: how often labels are right, else the first metric of answers, else the first of all."""
-    kinds = ("label_losses", "answers", "losses")
+    kinds = ("label_losses", "answers", "divergences", "losses")
     return next(metric for kind in kinds for metric in metrics if metric.needs == kind)
 
 
@@ -358,8 +328,10 @@ def _deciding(metrics: Sequence[Metric]) -> Metric:
 
 
 @torch.no_grad()
-def held_out_loss(base: FrozenBase, soft: Prompt, rows: Rows, tokens_per_batch: int) -> float:
-    """Mean loss per supervised token over all rows."""
+def held_out_loss(base: FrozenBase, soft: Prompt, rows: Rows, tokens_per_batch: int, teacher: Teacher | None = None) -> float:
+    """Mean loss per supervised token over all rows: the cross-entropy, or the divergence from a teacher that reads the same rows."""
+    if teacher is not None:
+        return likeness(base, teacher, soft, rows.encoded, tokens_per_batch).divergence
     return _mean(base, soft, rows.encoded, tokens_per_batch)
 
 

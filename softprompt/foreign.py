@@ -18,8 +18,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from softprompt.artifact import TENSOR, WEIGHTS, Card, DataCard, load_prompt, make_card, write_prompt
+from softprompt.artifact import TENSOR, WEIGHTS, load_prompt, make_card, write_prompt
 from softprompt.atomic import new_folder
+from softprompt.card import Card, DataCard
 from softprompt.config import Config, load_config
 from softprompt.encode import Encoder, check_position, make_encoder
 from softprompt.engine.loading import load_base

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from softprompt.artifact import Card, StoredPrompt
+from softprompt.artifact import StoredPrompt
+from softprompt.card import Card
 from softprompt.engine.likelihood import row_losses
 from softprompt.engine.model import FrozenBase
 from softprompt.engine.prompt import Prompt, SoftPrompt, no_prompt, read_together

@@ -2,27 +2,28 @@
 
 from collections.abc import Generator, Mapping
 from dataclasses import asdict, dataclass, fields
-from functools import cached_property
+from functools import cached_property, reduce
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from softprompt.artifact import DataCard
+from softprompt.card import DataCard
 from softprompt.checkpoint import BEST, Checkpoint, Counters, Scores, latest_checkpoint
 from softprompt.config import Config
 from softprompt.data import Rejected
+from softprompt.distil.onpolicy import own_lessons
 from softprompt.distil.study import Studied, studying
 from softprompt.encode import Encoder, check_position, make_encoder
 from softprompt.engine.batch import Order
 from softprompt.engine.loading import load_base
-from softprompt.engine.loss import next_tokens
+from softprompt.engine.loss import Loss, next_tokens
 from softprompt.engine.model import FrozenBase, check_context
 from softprompt.engine.optim import PromptOptimizer
 from softprompt.engine.prompt import Prompt, SoftPrompt, deepened
 from softprompt.engine.step import StepSettings
-from softprompt.engine.teacher import likeness
+from softprompt.engine.teacher import Teacher
 from softprompt.engine.tokens import Encoded
 from softprompt.engine.world import World
 from softprompt.errors import ConfigError, DataError, RunError
@@ -142,9 +143,7 @@ class Setup:
         """Mean loss of a prompt per supervised token of the held-out rows, which there must be: what its steps lower on the training
         rows."""
         assert self.held is not None, "asked for where rows are held out"
-        if self.study is not None:
-            return likeness(self.base, self.study.held.teacher, soft, self.held.encoded, self.budget).divergence
-        return held_out_loss(self.base, soft, self.held, self.budget)
+        return held_out_loss(self.base, soft, self.held, self.budget, None if self.study is None else self.study.held.teacher)
 
     @cached_property
     def order(self) -> Order:
@@ -163,9 +162,24 @@ class Job(Setup):
     def step_of(self, counters: Counters) -> tuple[list[list[Encoded]], StepSettings]:
         """The rows of the next step for every prompt, and how it is computed; a micro-batch that memory has cut once stays cut."""
         how, numbers = self.config.train, self.numbers_of(counters.step)
-        loss = next_tokens if self.study is None else self.study.lessons.teacher.loss([number for own in numbers for number in own])
-        settings = StepSettings(counters.tokens_per_batch or self.budget, how.head_tolerance, how.checkpoint_activations, loss)
-        return [[self.rows.encoded[number] for number in own] for own in numbers], settings
+        loss: Loss = next_tokens
+        rows = [[self.rows.encoded[number] for number in own] for own in numbers]
+        if self.study is not None:
+            teacher, places = self.study.lessons.teacher, [number for own in numbers for number in own]
+            if counters.step >= round(self.num_steps * (1 - self.config.distil.on_policy)):
+                rows, teacher = self._own_answers(self.study, numbers, counters.step)
+                places = list(range(len(teacher.rows)))
+            loss = teacher.loss(places)
+        return rows, StepSettings(counters.tokens_per_batch or self.budget, how.head_tolerance, how.checkpoint_activations, loss)
+
+    def _own_answers(self, study: Studied, numbers: list[list[int]], step: int) -> tuple[list[list[Encoded]], Teacher]:
+        """The rows of a step with what its prompts answer themselves, and the teacher that reads them all."""
+        limit = self.config.distil.max_new_tokens
+        lessons = [
+            own_lessons(self.base, study, one.shown, own, limit, one.config.train.seed * 1_000_003 + step)
+            for one, own in zip(self.trainees, numbers, strict=True)
+        ]
+        return [list(one.rows.encoded) for one in lessons], reduce(Teacher.followed_by, (one.teacher for one in lessons))
 
 
 def prepare(
@@ -202,7 +216,7 @@ def _untrained(own: Config, material: Material, encoder: Encoder) -> Untrained:
     initial = initial_rows(material)
     check_position(own.prompt.position, encoder)
     if own.prompt.method == "prefix":
-        deep = deepened(material.base, initial.rows_PH, own.prompt.position, encoder.bos_id)
+        deep = deepened(material.base, initial.rows_PH, own.prompt.position, encoder.bos_id, own.optim.values)
         return Untrained(own, deep, f"{initial.note}; as keys and values of every layer")
     return Untrained(own, SoftPrompt(initial.rows_PH, own.prompt.position, encoder.bos_id), initial.note)
 

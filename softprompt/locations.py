@@ -49,4 +49,6 @@ def with_absolute_paths(config: Config) -> Config:
     model = config.model.model_copy(update={"name": absolute(name), "gguf_file": gguf_file})
     template = absolute(config.data.template) if config.data.template.endswith(".jinja") else config.data.template
     data = config.data.model_copy(update={"train": each(config.data.train), "eval": each(config.data.eval), "template": template})
-    return config.model_copy(update={"model": model, "data": data, "prompt": prompt})
+    own = config.distil
+    distil = own.model_copy(update={"file": absolute(own.file), "questions": absolute(own.questions)})
+    return config.model_copy(update={"model": model, "data": data, "prompt": prompt, "distil": distil})

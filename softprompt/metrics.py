@@ -29,7 +29,8 @@ BINS = 10  # of confidence, for the calibration
 @dataclass(frozen=True)
 class Table:
     """What one contestant made of the rows. `losses` summed over a row's `tokens`, `num_bytes` of the text that they stand for.
-    `label_losses` [N, L] and `truth` [N] for labelled rows; `answers` where they were generated."""
+    `label_losses` [N, L] and `truth` [N] for labelled rows; `answers` where they were generated. Beside a teacher: `divergences` from it,
+    summed over a row's tokens, and how many of these have the same likeliest token as its own, `same_first`."""
 
     references: tuple[str, ...]
     losses: Numbers | None = None
@@ -39,6 +40,8 @@ class Table:
     truth: NDArray[np.int64] | None = None
     label_losses: Numbers | None = None
     answers: tuple[str, ...] | None = None
+    divergences: Numbers | None = None
+    same_first: Numbers | None = None
 
     @cached_property
     def chosen(self) -> NDArray[np.int64]:
@@ -62,7 +65,7 @@ class Metric:
     """`of` prepares a table once and returns the score of weighted rows. `needs`: what the table must hold. `package`: see extras."""
 
     name: str
-    needs: Literal["losses", "label_losses", "answers"]
+    needs: Literal["losses", "label_losses", "answers", "divergences"]
     of: Callable[[Table], Score]
     higher_is_better: bool = True
     percent: bool = False
@@ -74,11 +77,22 @@ def _mean_of(values: Sequence[float] | Numbers) -> Score:
     return lambda weights: float(weights @ array / weights.sum())
 
 
-def _loss(table: Table) -> Score:
-    losses, tokens = table.losses, table.tokens
-    assert losses is not None
+def _per_token(sums: Numbers | None, tokens: Numbers | None) -> Score:
+    assert sums is not None
     assert tokens is not None
-    return lambda weights: float(weights @ losses / (weights @ tokens))
+    return lambda weights: float(weights @ sums / (weights @ tokens))
+
+
+def _loss(table: Table) -> Score:
+    return _per_token(table.losses, table.tokens)
+
+
+def _divergence(table: Table) -> Score:
+    return _per_token(table.divergences, table.tokens)
+
+
+def _same_first(table: Table) -> Score:
+    return _per_token(table.same_first, table.tokens)
 
 
 def _perplexity(table: Table) -> Score:
@@ -235,6 +249,8 @@ METRICS: dict[str, Metric] = {
         Metric("loss", "losses", _loss, higher_is_better=False),
         Metric("perplexity", "losses", _perplexity, higher_is_better=False),
         Metric("bits_per_byte", "losses", _bits_per_byte, higher_is_better=False),
+        Metric("divergence", "divergences", _divergence, higher_is_better=False),
+        Metric("same_first", "divergences", _same_first, percent=True),
         Metric("accuracy", "label_losses", _accuracy, percent=True),
         Metric("macro_f1", "label_losses", _macro_f1, percent=True),
         Metric("calibration_error", "label_losses", _calibration_error, higher_is_better=False, percent=True),
@@ -247,15 +263,17 @@ METRICS: dict[str, Metric] = {
     )
 }
 LIKELIHOOD = ("loss", "perplexity", "bits_per_byte")
+TAUGHT = ("divergence", "same_first")
 LABELS = ("accuracy", "macro_f1", "calibration_error")
 
 
-def suiting(references: Sequence[str], labelled: bool, generates: bool) -> tuple[str, ...]:
-    """The metrics that the rows' shape asks for: of labels, of JSON, else of text. Those that are not installed are said and left out."""
+def suiting(references: Sequence[str], labelled: bool, generates: bool, *, taught: bool = False) -> tuple[str, ...]:
+    """The metrics that the rows' shape asks for: of labels, of JSON, else of text; `taught`: beside a teacher. Those that are not installed
+    are said and left out."""
     said: tuple[str, ...] = ("exact_match",) if labelled else ("chrf", "bleu", "rouge_l", "exact_match")
     if all(isinstance(read_json(text), dict) for text in references):
         said = ("exact_match", "json_valid", "json_fields")
-    suit = (*LIKELIHOOD, *(LABELS if labelled else ()), *(said if generates else ()))
+    suit = (*LIKELIHOOD, *(TAUGHT if taught else ()), *(LABELS if labelled else ()), *(said if generates else ()))
     absent = {name: package for name in suit if (package := METRICS[name].package) and not has(package)}
     if absent:
         lines = " ".join(dict.fromkeys(map(install_line, absent.values())))
@@ -339,9 +357,22 @@ def verdict(metric: Metric, names: tuple[str, str], estimates: Mapping[str, Esti
 # ---- in words ------------------------------------------------------------------------------------------------------
 
 
+UNTRAINED = ("text", "few-shot", "teacher", "control", "beginning", "fewer", "summary")  # contestants that verdicts are not about
+
+
 def called(name: str, num_shots: int = 0) -> str:
     """A contestant's name for people."""
-    known = {"base": "bare base", "text": "text prompt", "prompt": "soft prompt", "few-shot": f"{num_shots} examples"}
+    known = {
+        "base": "bare base",
+        "text": "text prompt",
+        "prompt": "soft prompt",
+        "few-shot": f"{num_shots} examples",
+        "teacher": f"teacher: {num_shots} examples" if num_shots else "teacher: the whole text",
+        "control": "the same as keys and values",
+        "beginning": "the text's first tokens",
+        "fewer": f"{num_shots} of the examples",
+        "summary": "a summary of the text",
+    }
     return known.get(name, name)
 
 

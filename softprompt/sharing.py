@@ -11,8 +11,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from softprompt.artifact import FILES, Card, check_prompt, find_prompt, model_card
+from softprompt.artifact import FILES, check_prompt, find_prompt
 from softprompt.atomic import new_folder
+from softprompt.card import Card, model_card
 from softprompt.errors import ArtifactError, ConfigError, Error
 from softprompt.hub import hub
 

@@ -21,11 +21,12 @@ import psutil
 import torch
 
 from softprompt.answers import limit_of
-from softprompt.artifact import Card, StoredPrompt, load_prompt, make_card, write_prompt
+from softprompt.artifact import StoredPrompt, load_prompt, make_card, write_prompt
 from softprompt.atomic import new_folder
+from softprompt.card import Card
 from softprompt.checkpoint import Counters, Snapshot, Writer, drop_checkpoints, prompt_folder, save_checkpoint, save_start
 from softprompt.config import Config, Member
-from softprompt.distil.outcome import outcome
+from softprompt.distil.outcome import distilled_card, outcome
 from softprompt.doctor import Case, History, case_of, examine, history_of, warnings
 from softprompt.engine.decode import Question, decode_whole
 from softprompt.engine.loading import load_base
@@ -287,7 +288,8 @@ def _card(job: Job, one: Trainee, measured: Measured, counters: Counters) -> Car
     before = counters.scores[one.name].eval_loss_before
     metrics = {"steps": measured.step, "eval_loss_before": before, "eval_loss": measured.eval_loss}
     data = data_card(job.config, job.rows, job.held)
-    return make_card(one.config, job.base, measured.prompt, job.encoder, data, one.untrained.note, metrics)
+    card = make_card(one.config, job.base, measured.prompt, job.encoder, data, one.untrained.note, metrics)
+    return card if job.study is None else card.model_copy(update={"distilled": distilled_card(job.config.distil, job.study)})
 
 
 def _write_prompts(job: Job, counters: Counters) -> dict[str, Path]:

@@ -19,7 +19,8 @@ from gguf import GGUFWriter, TokenType
 from torch import Tensor
 
 from softprompt import load_prompt
-from softprompt.artifact import DataCard, make_card, write_prompt
+from softprompt.artifact import make_card, write_prompt
+from softprompt.card import DataCard
 from softprompt.config import load_config
 from softprompt.encode import make_encoder
 from softprompt.engine.model import FrozenBase

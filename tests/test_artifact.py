@@ -12,7 +12,8 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from softprompt.artifact import LICENCE_NOTE, load_prompt, read_card
+from softprompt.artifact import load_prompt, read_card
+from softprompt.card import LICENCE_NOTE
 from softprompt.config import ModelConfig, load_config
 from softprompt.engine.loading import load_base
 from softprompt.errors import ArtifactError

@@ -12,7 +12,8 @@ import torch
 from test_decode import some_starts
 from test_invariants import some_prompt
 
-from softprompt.artifact import DataCard, load_prompt, make_card, write_prompt
+from softprompt.artifact import load_prompt, make_card, write_prompt
+from softprompt.card import DataCard
 from softprompt.config import load_config
 from softprompt.data import Message
 from softprompt.encode import make_encoder

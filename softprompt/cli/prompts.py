@@ -86,10 +86,14 @@ def evaluate(
     for name in metric or []:
         metric_named(name)
     check_trackers(given.trackers)
-    loaded, train = given.rows()
+    if given.source is None and not given.is_distilled:
+        given.rows()  # which says that there are none, before a base is loaded
     base = load_base(given.config.model)
+    study = given.study(base)
+    loaded, train = given.rows() if study is None else (given.rows_beside(study), None)
     prompts = [(name, load_prompt(path, base, allow_other_base=allow_other_base)) for name, path in given.prompts.items()]
-    contest = Contest(text, train, ensemble, given.adapters, tuple(metric or ()), answers, max_new_tokens)
+    context = None if study is None else study.context
+    contest = Contest(text, train, ensemble, given.adapters, tuple(metric or ()), answers, max_new_tokens, context)
     budget = given.config.train.tokens_per_batch
     result = follow_evaluation(evaluating(base, prompts, loaded, contest, out=out or given.results, tokens_per_batch=budget))
     draw_evaluation(result)

@@ -11,7 +11,7 @@ from softprompt.config import Config, load_config
 from softprompt.extras import need
 
 if TYPE_CHECKING:
-    from softprompt.evaluation import Evaluation
+    from softprompt.results import Evaluation
 
 HOME = Path(str(files("softprompt.demo")))
 NUM_COMPARED, NUM_SHOWN = 32, 5  # messages to compare on, which takes a minute or two, and to show

@@ -1,4 +1,4 @@
-"""Questions with the teacher's answers, as rows for the student and as the teacher reads the same rows behind its text."""
+"""Questions with answers, as rows for the student and as the teacher reads the same rows behind its text."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -9,7 +9,8 @@ from softprompt.data.examples import turns_text
 from softprompt.encode import Encoder
 from softprompt.engine.model import FrozenBase
 from softprompt.engine.reading import Context
-from softprompt.engine.teacher import Teacher
+from softprompt.engine.shelf import Shelf
+from softprompt.engine.teacher import ROOM, Teacher
 from softprompt.engine.tokens import Encoded, shared_beginning
 from softprompt.errors import DataError
 from softprompt.flat import FlatWriter
@@ -18,11 +19,20 @@ from softprompt.rows import Rows
 
 @dataclass(frozen=True)
 class Answered:
-    """A question with the answer of teacher number `teacher`. `ended`: it came to its end before its tokens ran out."""
+    """A question with its answer, which teacher number `teacher` judges. `ended`: it came to its end before its tokens ran out."""
 
     example: Example
     ended: bool
     teacher: int
+
+
+@dataclass(frozen=True)
+class Read:
+    """An answered question as the student reads it, and as the teacher does, its text included."""
+
+    answered: Answered
+    own: Encoded
+    theirs: Encoded
 
 
 @dataclass(frozen=True)
@@ -33,67 +43,62 @@ class Lessons:
     teacher: Teacher
 
 
-def lessons_of(
-    base: FrozenBase,
-    encoder: Encoder,
-    teachers: Sequence[Contestant],
-    answered: Sequence[Answered | Rejected],
-    max_length: int,
-) -> Lessons:
-    """Lessons from answers, of at most `max_length` tokens; what cannot be read is rejected. Raises DataError where nothing is left."""
-    kept: list[tuple[Answered, Encoded, Encoded]] = []
-    refused: list[Rejected] = []
-    for one in answered:
-        if isinstance(one, Rejected):
-            refused.append(one)
-            continue
-        try:
-            own = _as_said(encoder.encode(one.example, max_length), one, encoder)
-            theirs = teachers[one.teacher].full(encoder, one.example, own)
-        except DataError as error:
-            refused.append(Rejected(one.example.source, error.reason))
-            continue
-        if base.context_length is not None and len(theirs) >= base.context_length:
-            refused.append(Rejected(one.example.source, f"{len(theirs)} tokens with the text, the base's context is {base.context_length}"))
-            continue
-        kept.append((one, own, theirs))
-    if not kept:
-        raise DataError(f"no question can be used: {refused[0].source}: {refused[0].reason}" if refused else "there are no questions")
-    return Lessons(_rows(kept, refused), _teacher(base, encoder, teachers, kept))
+class Classroom:
+    """How answered questions become lessons, of at most `max_length` tokens. What the teacher reads before all of them is read once."""
+
+    def __init__(self, base: FrozenBase, encoder: Encoder, teachers: Sequence[Contestant], max_length: int) -> None:
+        self.base, self.encoder, self.teachers, self.max_length = base, encoder, tuple(teachers), max_length
+        self.contexts: tuple[Context, ...] = ()
+        self._shelf = Shelf(ROOM)
+
+    def read(self, answered: Sequence[Answered | Rejected]) -> tuple[list[Read], list[Rejected]]:
+        """What can be read, and what cannot, with the reason."""
+        found: list[Read] = []
+        refused: list[Rejected] = []
+        for one in answered:
+            try:
+                if isinstance(one, Rejected):
+                    refused.append(one)
+                else:
+                    found.append(self._read(one))
+            except DataError as error:
+                refused.append(Rejected(one.example.source if isinstance(one, Answered) else one.source, error.reason))
+        return found, refused
+
+    def begin(self, read: Sequence[Read]) -> None:
+        """Finds out what each teacher reads before everything that is asked of it."""
+        of_teacher = [[one.theirs for one in read if one.answered.teacher == number] for number in range(len(self.teachers))]
+        shared = [shared_beginning(rows) if rows else () for rows in of_teacher]
+        self.contexts = tuple((one.members[0].soft, ids) for one, ids in zip(self.teachers, shared, strict=True))
+
+    def lessons(self, read: Sequence[Read], refused: Sequence[Rejected] = ()) -> Lessons:
+        """Raises DataError where nothing is left."""
+        if not read:
+            raise DataError(f"no question can be used: {refused[0].source}: {refused[0].reason}" if refused else "there are no questions")
+        writer, examples = FlatWriter(), tuple(one.answered.example for one in read)
+        for one in read:
+            writer.add(one.own, one.answered.example, turns_text(one.answered.example), label=-1)
+        writer.close()
+        rows = Rows(writer.in_memory(), examples, tuple(refused), Loaded(examples, ()).fingerprint, ())
+        which = tuple(one.answered.teacher for one in read)
+        theirs = tuple(one.theirs.after(len(self.contexts[one.answered.teacher][1])) for one in read)
+        return Lessons(rows, Teacher(self.contexts, theirs, which, self._shelf))
+
+    def _read(self, one: Answered) -> Read:
+        own = _as_said(self.encoder.encode(one.example, self.max_length), one)
+        theirs = self.teachers[one.teacher].full(self.encoder, one.example, own)
+        longest = self.base.context_length
+        if longest is not None and len(theirs) >= longest:
+            raise DataError(f"{len(theirs)} tokens with the text, the base's context is {longest}", one.example.source)
+        return Read(one, own, theirs)
 
 
-def _as_said(row: Encoded, one: Answered, encoder: Encoder) -> Encoded:
+def _as_said(row: Encoded, one: Answered) -> Encoded:
     """The row without the end that an answer did not come to."""
     if one.ended or row.num_cut:
         return row
     end = len(row) - 1 - row.supervised[::-1].index(True)
     cut = replace(row, ids=row.ids[:end], supervised=row.supervised[:end], num_cut=len(row) - end, num_lost=1)
     if not any(cut.supervised):
-        raise DataError("the teacher's answer is empty", one.example.source)
+        raise DataError("the answer is empty", one.example.source)
     return cut
-
-
-def _rows(kept: Sequence[tuple[Answered, Encoded, Encoded]], rejected: Sequence[Rejected]) -> Rows:
-    writer, examples = FlatWriter(), tuple(one.example for one, _, _ in kept)
-    for one, own, _ in kept:
-        writer.add(own, one.example, turns_text(one.example), label=-1)
-    writer.close()
-    return Rows(writer.in_memory(), examples, tuple(rejected), Loaded(examples, ()).fingerprint, ())
-
-
-def _teacher(
-    base: FrozenBase, encoder: Encoder, teachers: Sequence[Contestant], kept: Sequence[tuple[Answered, Encoded, Encoded]]
-) -> Teacher:
-    """What all rows of one text begin with is read once, behind the text."""
-    contexts: list[Context] = []
-    rows: list[Encoded] = [theirs for _, _, theirs in kept]
-    which = [0] * len(kept)
-    for teacher, contestant in enumerate(teachers):
-        own = [number for number, (one, _, _) in enumerate(kept) if one.teacher == teacher]
-        if not own:
-            continue
-        shared = shared_beginning([rows[number] for number in own])
-        for number in own:
-            rows[number], which[number] = rows[number].after(len(shared)), len(contexts)
-        contexts.append((contestant.members[0].soft, shared))
-    return Teacher(tuple(contexts), tuple(rows), tuple(which))

@@ -1,11 +1,20 @@
-"""What a distillation has come to, in the numbers that `softprompt distil --json` writes."""
+"""What a distillation has come to: for the prompt's card, and in the numbers that `softprompt distil --json` writes."""
 
-from typing import Any
+from typing import Any, Literal
 
+from softprompt.card import DistilledCard
+from softprompt.config import DistilConfig
 from softprompt.distil.study import Studied
 from softprompt.engine.model import FrozenBase
 from softprompt.engine.prompt import Prompt, no_prompt
 from softprompt.engine.teacher import likeness
+
+
+def distilled_card(config: DistilConfig, study: Studied) -> DistilledCard:
+    """What a prompt's card says of its teacher: never the text itself, unless `distil.keep_text` asks for that."""
+    kind: Literal["text", "file", "examples"] = "examples" if config.examples else "file" if config.file is not None else "text"
+    text = "\n\n".join(study.context.texts) if config.keep_text and study.context.texts else None
+    return DistilledCard(kind=kind, tokens=len(study.context_ids), sha256=study.context.digest, text=text)
 
 
 def outcome(base: FrozenBase, study: Studied, soft: Prompt, tokens_per_batch: int) -> dict[str, Any]:

@@ -19,13 +19,13 @@ from softprompt.data import Example, Message, Rejected
 from softprompt.data.examples import turns_text
 from softprompt.distil.asked import Asked, own_questions, split, unanswered
 from softprompt.distil.context import Context, context_of
-from softprompt.distil.lessons import Answered, Lessons, lessons_of
+from softprompt.distil.lessons import Answered, Classroom, Lessons
 from softprompt.distil.selfstudy import MOST, TRIES, as_question, askings, cleaned
-from softprompt.encode import Encoder, shared_system
+from softprompt.encode import Encoder, make_encoder, shared_system
 from softprompt.engine.decode import decode_whole
 from softprompt.engine.model import FrozenBase
 from softprompt.errors import ConfigError, DataError
-from softprompt.events import Studying
+from softprompt.events import Studying, returned
 from softprompt.predictions import Predictions
 
 Item = TypeVar("Item")
@@ -37,18 +37,20 @@ QUESTION, ANSWER = "question", "answer"  # what lines of it hold
 
 @dataclass(frozen=True)
 class Studied:
-    """What a distillation works with: what is taught, what is measured on, and of what it is distilled."""
+    """What a distillation works with: what is taught, what is measured on, and of what it is distilled. `ended`: which of the teacher's
+    answers to learn from came to their end."""
 
     encoder: Encoder
     lessons: Lessons
     held: Lessons
     context: Context
-    teachers: tuple[Contestant, ...]
+    classroom: Classroom
+    ended: tuple[bool, ...]
 
     @property
     def context_ids(self) -> tuple[int, ...]:
         """What the teacher reads before every question, of all chunks in turn."""
-        return tuple(chain.from_iterable(ids for _, ids in self.lessons.teacher.contexts))
+        return tuple(chain.from_iterable(ids for _, ids in self.classroom.contexts))
 
 
 @dataclass(frozen=True)
@@ -84,10 +86,19 @@ def studying(config: Config, base: FrozenBase, encoder: Encoder) -> Generator[St
         asked = asked.without(context.shots, config.distil.count)
         which = [0] * (len(asked.train) + len(asked.held))
     answered = yield from _answers(work, [*asked.train, *asked.held], which)
-    train, held = answered[: len(asked.train)], answered[len(asked.train) :]
-    length = config.data.max_length
-    taught, measured = (lessons_of(base, encoder, teachers, part, length) for part in (train, held))
-    return Studied(encoder, taught, measured, context, tuple(teachers))
+    classroom = Classroom(base, encoder, teachers, config.data.max_length)
+    train, refused = classroom.read(answered[: len(asked.train)])
+    held, refused_held = classroom.read(answered[len(asked.train) :])
+    classroom.begin([*train, *held])
+    taught, measured = classroom.lessons(train, refused), classroom.lessons(held, refused_held)
+    return Studied(encoder, taught, measured, context, classroom, tuple(one.answered.ended for one in train))
+
+
+def study_of(config: Config, base: FrozenBase) -> Studied:
+    """What a run in the folder `train.out` was taught. Raises what `studying` raises."""
+    return returned(
+        studying(config, base, make_encoder(base.tokenizer, config.data.template, date=config.data.date, num_tokens=base.num_tokens))
+    )
 
 
 def _key(config: Config, base: FrozenBase, encoder: Encoder, context: Context, asked: Asked) -> str:

@@ -53,7 +53,7 @@ def compared(head: Head, student_NH: Tensor, teacher_NH: Tensor, known_N: Tensor
     for student, teacher, known in zip(student_NH.split(TOKENS), teacher_NH.split(TOKENS), known_N.split(TOKENS), strict=True):
         walked = _walk(head, torch.cat([student, teacher]), known, None)
         first, other = walked.likeliest.chunk(2)
-        losses.append(_divergence(walked))
+        losses.append(_divergence(walked).clamp(min=0))  # rounding apart
         same.append(first == other)
     return torch.cat(losses), torch.cat(same)
 

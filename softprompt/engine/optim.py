@@ -52,6 +52,8 @@ class PromptOptimizer:
 
     def step(self, step: int) -> tuple[float, float]:
         """Applies the collected gradient and clears it. Returns (gradient norm before clipping, learning rate)."""
+        if self.config.frozen and self.learned_PD.grad is not None:
+            self.learned_PD.grad[: self.config.frozen] = 0
         norm = torch.nn.utils.clip_grad_norm_([self.learned_PD], self.config.clip_norm).item()
         rate = self.relative_lr_at(step) * self.unit
         self.optimizer.param_groups[0]["lr"] = rate

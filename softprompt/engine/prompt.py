@@ -182,19 +182,28 @@ def _followed(base: FrozenBase, prefix: Prefix, ids: Sequence[int]) -> Prefix:
     return Prefix(merged([prefix.layers, read.layers], behind, behind), (prefix.lengths[0] + len(ids),))
 
 
-def deepened(base: FrozenBase, rows_PH: Tensor, position: str, bos_id: int | None) -> DeepPrompt:
-    """The keys and values of rows: the same function as the rows, before it is trained.
-
-    The scale of a part is the RMS of its numbers, and at most the median of all parts': where a layer's are large (the values of
-    Gemma's first are ten times the usual ones) a step in proportion keeps the others from learning (LOG.md).
-    Raises ModelError for a base whose prefix is no keys and values.
-    """
+def deepened(base: FrozenBase, rows_PH: Tensor, position: str, bos_id: int | None, values: float = 1.0) -> DeepPrompt:
+    """The keys and values of rows: the same function as the rows, before it is trained. `values`: how far they move beside the keys. Raises
+    ModelError for a base whose prefix is no keys and values."""
     with torch.no_grad():
         layers = base.prefill([SoftPrompt(rows_PH, position, bos_id if position == "after_bos" else None).embeds(base)]).layers
-    states_PD, shapes = flat(layers)[-len(rows_PH) :], shapes_of(layers)
+    return _scaled(flat(layers)[-len(rows_PH) :], shapes_of(layers), position, bos_id, values)
+
+
+def as_prompt(layers: Layers, position: str, bos_id: int | None) -> DeepPrompt:
+    """The keys and values of one prefix as a prompt; a BOS that they begin with, and that stands before the prompt, is left out. Raises
+    ModelError as `deepened`."""
+    return _scaled(flat(layers)[int(bos_id is not None and position == "after_bos") :], shapes_of(layers), position, bos_id)
+
+
+def _scaled(states_PD: Tensor, shapes: tuple[tuple[int, int], ...], position: str, bos_id: int | None, values: float = 1.0) -> DeepPrompt:
+    """The scale of a part is the RMS of its numbers, and at most the median of all parts': where a layer's are large (the values of
+    Gemma's first are ten times the usual ones) a step in proportion keeps the others from learning (LOG.md)."""
     parts = states_PD.split([heads * size for heads, size in shapes], dim=1)
     rms = torch.stack([part.square().mean().sqrt() for part in parts])
-    scale_D = torch.cat([size.expand(part.shape[1]) for size, part in zip(rms.clamp(max=rms.median()), parts, strict=True)])
+    sizes = rms.clamp(max=rms.median())
+    sizes[1::2] *= values
+    scale_D = torch.cat([size.expand(part.shape[1]) for size, part in zip(sizes, parts, strict=True)])
     return DeepPrompt(states_PD / scale_D, position, bos_id, scale_D, shapes)
 
 

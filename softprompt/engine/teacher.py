@@ -6,7 +6,7 @@ Shapes: N supervised tokens, H hidden size.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -53,6 +53,10 @@ class Teacher:
 
         return toward
 
+    def followed_by(self, other: "Teacher") -> "Teacher":
+        """The rows of both; the contexts must be the same."""
+        return replace(self, rows=(*self.rows, *other.rows), which=(*self.which, *other.which))
+
     def _prefix(self, base: FrozenBase, number: int) -> Prefix:
         prompt, ids = self.contexts[number]
         return self.shelf.take(prompt, ids, lambda: prompt.prefix(base, ids))
@@ -60,23 +64,33 @@ class Teacher:
 
 @dataclass(frozen=True)
 class Likeness:
-    """How like its teacher a student is: KL divergence in nats per supervised token, and the share of these where both hold the same
-    token for the likeliest."""
+    """How like its teacher a student is on rows: KL divergence in nats [R], summed over a row's supervised tokens, how many of these both
+    hold the same token for the likeliest [R], and how many there are [R]; float64 on the CPU."""
 
-    divergence: float
-    same_first: float
+    divergences_R: Tensor
+    same_first_R: Tensor
+    tokens_R: Tensor
+
+    @property
+    def divergence(self) -> float:
+        """In nats per token."""
+        return (self.divergences_R.sum() / self.tokens_R.sum()).item()
+
+    @property
+    def same_first(self) -> float:
+        """As a share of the tokens."""
+        return (self.same_first_R.sum() / self.tokens_R.sum()).item()
 
 
 @torch.no_grad()
 def likeness(base: FrozenBase, teacher: Teacher, soft: Prompt, rows: Sequence[Encoded], tokens_per_batch: int) -> Likeness:
     """How like the teacher a prompt is on all its rows; `rows`: as the student reads them."""
     prefix, rest = read_together(base, [soft], rows)
-    total, same, count = 0.0, 0, 0
+    sums_3R = torch.zeros(3, len(rows), dtype=torch.float64)
     for batch in batches(rest, [0] * len(rest), tokens_per_batch, base.device):
         continued = base.continue_from(prefix, batch.which_B, batch.ids_BT, batch.mask_BT)
         own_NH = continued.hidden_BTH.flatten(0, 1).index_select(0, batch.scored_N)
         losses_N, same_N = compared(base.head, own_NH, teacher.states(base, batch.rows), batch.targets_N)
-        total += losses_N.double().sum().item()
-        same += int(same_N.sum())
-        count += len(losses_N)
-    return Likeness(total / count, same / count)
+        found_3N = torch.stack([losses_N.double(), same_N.double(), torch.ones_like(losses_N, dtype=torch.float64)]).cpu()
+        sums_3R.index_add_(1, torch.tensor(batch.rows)[batch.row_N.cpu()], found_3N)
+    return Likeness(*sums_3R)

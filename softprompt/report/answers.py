@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from difflib import SequenceMatcher
 from typing import Literal
 
-from softprompt.metrics import CJK, called
+from softprompt.metrics import CJK, UNTRAINED, called
 from softprompt.report.reading import Run
 
 APART = 0.4  # likeness below which marks would say less than a word
@@ -44,7 +44,7 @@ def samples(runs: Sequence[Run], num_rows: int) -> list[Sample]:
         for answer in sorted(shown, key=lambda one: (one.row, order[one.contestant])):
             shots = int(evaluation.contestants[answer.contestant].get("shots") or 0)
             known = called(answer.contestant, shots)
-            name = known if len(runs) == 1 or answer.contestant in ("base", "text", "few-shot") else f"{run.name}: {known}"
+            name = known if len(runs) == 1 or answer.contestant in ("base", *UNTRAINED) else f"{run.name}: {known}"
             said = Said(name, *compared(answer.text, answer.reference), answer.ended)
             found.setdefault((answer.question, answer.reference), {})[name, answer.text] = said
     return [Sample(question, reference, list(own.values())) for (question, reference), own in found.items()]

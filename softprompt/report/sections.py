@@ -9,7 +9,7 @@ from typing import Any
 from markupsafe import Markup
 
 from softprompt.config import Config
-from softprompt.metrics import METRICS, called, percent, sentence
+from softprompt.metrics import METRICS, UNTRAINED, called, percent, sentence
 from softprompt.report import charts
 from softprompt.report.charts import DASHES, SERIES, Line
 from softprompt.report.reading import Evaluation, Inspection, Prompt, Run
@@ -184,7 +184,7 @@ def _contest(run: Run, index: int, facts: Evaluation, widest: dict[str, float]) 
         scores = {metric: _score(metric, own.get(metric), facts.intervals.get(name, {}).get(metric), widest) for metric in metrics}
         rows.append(Contestant(names[name], own.get("tokens") or 0.0, scores, int(own.get("unended_answers") or 0)))
     verdicts = []
-    for one in (one for one in facts.verdicts if one.first not in ("text", "few-shot")):  # those of prompts
+    for one in (one for one in facts.verdicts if one.first not in UNTRAINED):  # those of prompts
         values = [facts.contestants[side].get(one.metric) for side in (one.first, one.second)]
         verdicts.append(sentence(one, [names[one.first], names[one.second]], [value or 0.0 for value in values]))
     confusions = [Confusion(names[name], _shares(facts.labels, table)) for name, table in (facts.confusion or {}).items()]

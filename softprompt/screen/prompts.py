@@ -16,15 +16,16 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from softprompt.answering import Answered
-    from softprompt.evaluation import Advanced, Evaluation
+    from softprompt.evaluation import Advanced
     from softprompt.inspection import Inspection
     from softprompt.metrics import Estimate
     from softprompt.recycle import Moved
+    from softprompt.results import Evaluation
 
 
 def follow_evaluation(events: "Iterable[Advanced | Evaluation]") -> "Evaluation":
     """A bar with the rows done and the time left; returns the evaluation that ends it."""
-    from softprompt.evaluation import Evaluation
+    from softprompt.results import Evaluation
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as progress:
@@ -66,12 +67,13 @@ def _left(state: "Answered", first: int, seconds: float) -> str:
 
 def draw_evaluation(evaluation: "Evaluation") -> None:
     """The contestants side by side, then what the differences can tell. The score that decides is shown with its interval."""
-    from softprompt.metrics import called, sentence
+    from softprompt.metrics import UNTRAINED, called, sentence
 
     results, decides = evaluation.contestants, evaluation.metric
     names = list(dict.fromkeys(metric for result in results.values() for metric in result.scores))
-    if len(names) > 3:  # it says what the loss says, and there is little room
-        names = [name for name in names if name != "perplexity"]
+    if len(names) > 3:  # it says what the loss says, and there is little room; beside a teacher, the divergence says it
+        beside_teacher = ("loss", "bits_per_byte") if "divergence" in names else ()
+        names = [name for name in names if name not in ("perplexity", *beside_teacher)]
     table = Table(title=f"{evaluation.num_rows} rows, {evaluation.num_supervised:,} supervised tokens", title_justify="left")
     for heading in ("contestant", "tokens", *(name.replace("_per_", "/").replace("_", " ") for name in names)):
         table.add_column(heading, justify="left" if heading == "contestant" else "right")
@@ -80,11 +82,15 @@ def draw_evaluation(evaluation: "Evaluation") -> None:
         table.add_row(called(name, result.num_shots), f"+{result.tokens:.0f}" if round(result.tokens) else "0", *cells)
     console.print(table)
     for one in evaluation.verdicts:
-        if one.first not in ("text", "few-shot"):
+        if one.first not in UNTRAINED:
             names = [called(side, results[side].num_shots) for side in (one.first, one.second)]
             said = Text(sentence(one, names, [results[side][one.metric] for side in (one.first, one.second)]))
             said.highlight_words([one.outcome], "bold")
             console.print(said)
+    for name, scores in evaluation.lost.items():
+        lost = ", ".join(metric.replace("_", " ") for metric in scores)
+        found = f"below the teacher's interval: {lost}" if scores else "every score lies within the teacher's interval"
+        console.print(f"{called(name)}: {found}", markup=False)
     for name, result in results.items():
         if result.num_unended:
             console.print(
