@@ -89,9 +89,10 @@ def askings(texts: tuple[str, ...], follows: bool) -> Iterator[Asking]:
     about = [(teacher, passage) for teacher, text in enumerate(texts) for passage in passages(text)]
     languages = [language_of(text) for text in texts]
     for number in count():
-        teacher, passage = about[number % len(about)]
+        turn, place = divmod(number, len(about))
+        teacher, passage = about[place]
         language = languages[teacher]
-        manner, beginning = language.manners[(number // len(about) + number) % len(language.manners)]
+        manner, beginning = language.manners[(place + turn) % len(language.manners)]
         if follows:
             yield Asking(number, teacher, language.passage.format(passage=passage, manner=manner), "")
         else:
