@@ -13,7 +13,7 @@ import pytest
 import tiny
 
 import softprompt
-from softprompt.artifact import load_prompt
+from softprompt.artifact import load_prompt, read_card
 from softprompt.config import Config, load_config
 from softprompt.training import train
 
@@ -282,6 +282,11 @@ def rows_after(config: Config) -> object:
     return prompt.soft.learned_PD.tolist(), prompt.soft.position
 
 
+def distilled_card(config: Config) -> object:
+    list(train(config))
+    return read_card(config.train.out).distilled
+
+
 def events_after(config: Config) -> object:
     return [(type(event).__name__, getattr(event, "step", 0)) for event in train(config)]
 
@@ -430,6 +435,8 @@ EFFECTS: dict[str, Effect] = {
     "optim.schedule": ("constant", rows_after),
     "optim.warmup_fraction": ("0.9", rows_after),
     "optim.clip_norm": ("1e-9", rows_after),
+    "optim.frozen": ("1", rows_after),
+    "optim.values": ("4.0", rows_after),
     "train.examples_per_step": ("2", rows_after),
     "train.epochs": ("2", events_after),
     "train.steps": ("5", events_after),
@@ -445,6 +452,14 @@ EFFECTS: dict[str, Effect] = {
     "train.keep": ("1", files_after),
     "train.out": ("{out}", finished_runs),
     "train.trackers": ("['tensorboard']", files_after),
+    "distil.text": ("Be short.", rows_after),
+    "distil.file": ("{other}", rows_after),
+    "distil.examples": ("3", rows_after),
+    "distil.questions": ("{other}", rows_after),
+    "distil.count": ("3", rows_after),
+    "distil.max_new_tokens": ("3", rows_after),
+    "distil.on_policy": ("0.7", rows_after),
+    "distil.keep_text": ("true", distilled_card),
 }
 ELSEWHERE = {"model.revision"}  # a hub has revisions, a local folder none: test_hub.py, test_a_revision_is_asked_for
 
@@ -515,6 +530,10 @@ def plain_config(key: str, make_config: Callable[..., Config], tmp_path: Path) -
             return make_config(f"data.train={bad}", "train.steps=2")
         case "train.head_tolerance":  # with a base that is sure of its tokens, most others can be left out
             return make_config("train.steps=3", f"model.name={tiny.tiny_folder(tmp_path / 'sure', initializer_range=1.0)}")
+        case "optim.values":
+            return make_config("train.steps=3", "prompt.method=prefix")
+        case "distil.questions" | "distil.count" | "distil.max_new_tokens" | "distil.on_policy" | "distil.keep_text":
+            return make_config("train.steps=3", "distil.text=Be kind.")
         case "model.trust_remote_code":
             return make_config(f"model.name={strange_base(tmp_path / 'strange')}")
     return make_config("train.steps=3")
