@@ -5,10 +5,10 @@
     python -m benchmarks.distil articles --base FOLDER --file xquad.json --results FILE [--count 8] ...
     python -m benchmarks.distil cost --base FOLDER --results FILE
 
-Every finished run becomes a line of the file at once, and one that the file holds already is not repeated. `demo`: the demo's examples (15)
+Every finished run becomes a line of the file at once, and one that the file holds already is not repeated. `demo`: the demo's 15 examples
 into 59 positions, the training messages without their answers. `system`: the rules of system_prompt.md into 32 positions. `articles`: texts in
-SQuAD's format, self-study alone; their own questions only measure. `cost`: seconds of the teacher's part of a step by the text's length, beside
-reading the text again with every row, as PEFT's example does.
+SQuAD's format, self-study alone; their own questions only measure. `cost`: seconds of the teacher's part of a step by the text's length,
+beside reading the text again with every row, as PEFT's example does.
 """
 
 import argparse
@@ -63,7 +63,7 @@ def main() -> None:
 
 
 def known(given: argparse.Namespace, key: str) -> bool:
-    return given.results.exists() and any(line.get("key") == key for line in read(given.results))
+    return given.results.exists() and key in read(given.results)
 
 
 def distilled(base: FrozenBase, given: argparse.Namespace, key: str, own: Sequence[str]) -> tuple[Config, StoredPrompt, dict[str, Any]]:
@@ -153,8 +153,9 @@ def of_articles(base: FrozenBase, given: argparse.Namespace) -> Iterator[dict[st
         if known(given, key):
             continue
         length = len(base.tokenizer(article.text)["input_ids"]) // 8
+        text = json.dumps(f"{TOLD[language]}\n\n{article.text}", ensure_ascii=False)
         own = [
-            f"distil.text={json.dumps(f'{TOLD[language]}\n\n{article.text}')}", "distil.max_new_tokens=32", "data.max_length=160",
+            f"distil.text={text}", "distil.max_new_tokens=32", "data.max_length=160",
             "prompt.method=prefix", "prompt.init=spread", f"prompt.length={length}", "train.steps=150", "train.examples_per_step=8",
             "train.eval_every=75", f"data.template={'chat' if base.tokenizer.chat_template else PLAIN}",
         ]  # fmt: skip
@@ -170,7 +171,7 @@ def of_articles(base: FrozenBase, given: argparse.Namespace) -> Iterator[dict[st
         yield {"key": key, "title": article.title, "num_questions": len(rows), **facts, "f1": f1, "scores": scores(evaluation)}
 
 
-PLAIN = "Question: {{ prompt }}\nAnswer:"  # of a base that knows no turns
+PLAIN = "Question: {{ prompt }}\nAnswer:\n"  # of a base that knows no turns
 
 
 # ---- what a teacher costs ------------------------------------------------------------------------------------------
@@ -194,14 +195,15 @@ def cost(base: FrozenBase, given: argparse.Namespace) -> Iterator[dict[str, Any]
         ours, theirs = [], []
         kept.states(base, range(ROWS))
         for _ in range(REPEATS):  # in turn
-            ours.append(seconds(lambda: kept.states(base, range(ROWS))))
-            theirs.append(seconds(lambda: [again.states(base, [row]) for row in range(ROWS)]))
+            ours.append(seconds(base, kept, [range(ROWS)]))
+            theirs.append(seconds(base, again, [[row] for row in range(ROWS)]))
         yield {"key": key, "tokens": length, "kept": median(ours), "again": median(theirs), "ratio": median(theirs) / median(ours)}
 
 
-def seconds(work: Any) -> float:
+def seconds(base: FrozenBase, teacher: Teacher, batches: Sequence[Sequence[int]]) -> float:
     began = time.perf_counter()
-    work()
+    for numbers in batches:
+        teacher.states(base, numbers)
     return time.perf_counter() - began
 
 

@@ -17,7 +17,7 @@ WAYS = {  # what customers ask; a way that is held out is never asked in trainin
     "post": (
         "When will my {drink} arrive in {place}?",
         "Do you post to {place}?",
-        "How much is postage to {place} for one bag of {drink}?",
+        "How much is postage to {place} for a bag of {drink}?",
     ),
     "order": ("Where is my parcel with the {drink}?", "My order has not come to {place} yet.", "Can I change the {drink} in my order?"),
     "return": ("Can I return the {drink}? I have opened it.", "My teapot came broken to {place}.", "I want my money back for the {drink}."),
@@ -25,13 +25,13 @@ WAYS = {  # what customers ask; a way that is held out is never asked in trainin
     "price": ("What does {drink} cost?", "Is {drink} cheaper than last year?", "How much are two bags of {drink}?"),
     "health": ("Is {drink} safe in pregnancy?", "Can I drink {drink} with my blood pressure pills?", "Does {drink} help against a cold?"),
     "other": (
-        "Is the tea of the shop next door in {place} better?",
+        "Is the tea shop next door in {place} better?",
         "Who should I vote for in {place}?",
-        "Do you sell coffee beans in {place}?",
+        "Do you sell coffee in {place}?",
     ),
     "angry": (
         "This is a disgrace, my {drink} tastes of soap!",
-        "You people ruined my birthday in {place}!",
+        "You ruined my birthday in {place}!",
         "Worst {drink} ever, shame on you!",
     ),
 }
