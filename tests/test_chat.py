@@ -280,12 +280,13 @@ def seen_until(terminal: int, end: bytes) -> bytes:
 
 
 def pressed_until_closed(terminal: int, key: bytes) -> bytes:
-    """What a terminal shows from a key on until it is closed. The key is pressed again as long as nothing happens: input() with readline
-    loses a Ctrl-C that comes after its prompt is shown and before it waits (3 of 3,000 on one core)."""
+    """What a terminal shows from a key on until it is closed. The key is pressed again as long as its echo at most is shown: input() with
+    readline loses a Ctrl-C that comes after its prompt is shown and before it waits (3 of 3,000 on one core), and one that comes while
+    Python ends kills it."""
     seen = b""
     for _ in range(60):
         os.write(terminal, key)
-        while select.select([terminal], [], [], 5)[0]:
+        while select.select([terminal], [], [], 300 if seen.replace(b"^C", b"") else 5)[0]:
             try:
                 more = os.read(terminal, 1000)
             except OSError:  # how Linux says that the other side is closed
