@@ -23,7 +23,7 @@ from softprompt.errors import ConfigError, DataError, Error
 from softprompt.serve.asking import Ask, Begun, Busy, Load, Model, Said, Scored, is_conversation
 from softprompt.serve.beginnings import Beginnings
 from softprompt.serve.guided import Schema
-from softprompt.serve.library import Library, Spoken
+from softprompt.serve.library import Library, Spoken, ids_behind
 from softprompt.serve.telling import Telling
 
 CPU_PIECE, GPU_PIECE = 256, 4096  # tokens of texts that are read between two tokens of the answers
@@ -168,7 +168,7 @@ class OwnEngine:
     def _job(self, ask: Ask, loop: asyncio.AbstractEventLoop) -> _Job:
         """Raises NotServed, DataError and ConfigError."""
         spoken = self.library.find(ask.model)
-        texts = tuple(spoken.ids(number, ask.text) for number in range(len(spoken.names)))
+        texts = tuple(ids_behind(encoder, ask.text, trained=spoken.trained) for encoder in spoken.encoders)
         if self.base.context_length is not None:
             needed = max(len(text) + room for text, room in zip(texts, spoken.num_positions, strict=True))
             if needed >= self.base.context_length:
