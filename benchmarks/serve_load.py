@@ -6,7 +6,7 @@
 Each server gets the same greedy completions over HTTP, `--at-once` of them at a time: ours, `transformers serve --continuous-batching` on
 the same folder, and with `--gguf` llama.cpp (the server inside xllamacpp, called in its process, without HTTP) on a copy of that file whose
 weights are all float32. The servers take turns, one of them alive at a time. `--soak N`: so many requests to ours, 64 at once, a third of
-them broken off, malformed or oversized; every whole answer is compared with the one of its text alone, and memory is read.
+them broken off, malformed or oversized; every whole answer is compared with the one of its text alone, and memory is read after each tenth.
 """
 
 import argparse
@@ -209,13 +209,13 @@ def by_llama(file: Path, texts: Sequence[str], at_once: int, tokens: int) -> Loa
 
 
 async def soaked(base: Path, number: int) -> dict[str, Any]:
-    """Counts of what came back, answers that were not those of their text alone, and memory in MB before and after."""
+    """Counts of what came back, answers that were not those of their text alone, and memory in MB before and after each tenth."""
     texts = texts_of(20)
     with ours(base) as server:
         async with client_of(server) as client:
             alone = [(await whole(client, server, text)) for text in texts]
             await asyncio.gather(*(whole(client, server, text) for text in texts * 3))
-            before, room, draw = server.process.memory_info().rss, asyncio.Semaphore(SOAK_AT_ONCE), random.Random(0)
+            memory, room, draw = [server.process.memory_info().rss >> 20], asyncio.Semaphore(SOAK_AT_ONCE), random.Random(0)
             kinds = [draw.choice(("gone", "malformed", "oversized")) if draw.random() < 1 / 3 else "whole" for _ in range(number)]
             found: dict[str, int] = dict.fromkeys((*kinds, "wrong"), 0)
 
@@ -230,13 +230,15 @@ async def soaked(base: Path, number: int) -> dict[str, Any]:
                         response = await client.post("/v1/completions", content=body, headers={"Content-Type": "application/json"})
                         found["wrong"] += not 400 <= response.status_code < 500
                     found[kind] += 1
+                    if sum(found[kind] for kind in set(kinds)) % (number // 10) == 0:
+                        memory.append(server.process.memory_info().rss >> 20)
 
             began = time.perf_counter()
             await asyncio.gather(*(one(index, kind) for index, kind in enumerate(kinds)))
             seconds = time.perf_counter() - began
             again = [(await whole(client, server, text)) for text in texts] == alone
-        after = server.process.memory_info().rss
-    return {"seconds": seconds, "found": found, "the same afterwards": again, "MB": [before >> 20, after >> 20]}
+            memory.append(server.process.memory_info().rss >> 20)
+    return {"seconds": seconds, "found": found, "the same afterwards": again, "MB": memory}
 
 
 async def whole(client: httpx.AsyncClient, server: Server, text: str) -> str:
