@@ -36,6 +36,7 @@ from softprompt.atomic import write_text
 
 START_SECONDS = 600
 SOAK_AT_ONCE = 64
+BLOCKS = ("--cb-block-size", "32", "--cb-num-blocks", "512")  # as many positions as ours has, instead of nearly all memory
 BAD = (b"{", b'{"model": 1}', b'{"model": "none", "prompt": "x"}', b'{"model": "M", "prompt": "x", "temperature": NaN}', b"\xff\xfe")
 
 
@@ -136,7 +137,8 @@ def ours(base: Path) -> Iterator[Server]:
 @contextmanager
 def theirs(base: Path) -> Iterator[Server]:
     program = Path(sys.executable).with_name("transformers")
-    command = [str(program), "serve", str(base), "--dtype", "float32", "--device", "cpu", "--continuous-batching", "--port", "8712"]
+    command = [str(program), "serve", str(base), "--dtype", "float32", "--device", "cpu", "--continuous-batching", *BLOCKS]
+    command += ["--host", "127.0.0.1", "--port", "8712"]
     with started(command, "http://127.0.0.1:8712") as process:
         yield Server("http://127.0.0.1:8712", str(base), process, {})
 
@@ -155,20 +157,22 @@ async def client_of(server: Server) -> AsyncIterator[httpx.AsyncClient]:
 
 
 async def loaded(server: Server, texts: Sequence[str], at_once: int, tokens: int) -> Loaded:
-    """Every answer streamed; tokens as the server counts them, or where it does not, its chunks."""
+    """Every answer streamed. One that its tokens ran out on has all of them; of one that ended before, its chunks are counted."""
     room = asyncio.Semaphore(at_once)
 
     async def one(client: httpx.AsyncClient, text: str) -> tuple[int, float]:
         asked = {"model": server.model, "prompt": text, "max_tokens": tokens, "temperature": 0, "stream": True, **server.more}
         async with room:
-            count, first, began = 0, 0.0, time.perf_counter()
+            count, first, finish, began = 0, 0.0, None, time.perf_counter()
             async with client.stream("POST", "/v1/completions", json=asked) as response:
                 response.raise_for_status()
                 async for line in response.aiter_lines():
                     if line.startswith("data: {"):
-                        said = [choice for choice in json.loads(line[6:])["choices"] if choice.get("text")]
-                        count, first = count + bool(said), first or (time.perf_counter() - began if said else 0.0)
-            return count, first
+                        for choice in json.loads(line[6:])["choices"]:
+                            count, finish = count + bool(choice["text"]), choice.get("finish_reason") or finish
+                            first = first or (time.perf_counter() - began if count else 0.0)
+            assert finish is not None, "an answer has an end"
+            return tokens if finish == "length" else count, first
 
     async with client_of(server) as client:
         began = time.perf_counter()
