@@ -14,6 +14,7 @@ import asyncio
 import json
 import os
 import random
+import socket
 import subprocess
 import sys
 import tempfile
@@ -42,9 +43,11 @@ BAD = (b"{", b'{"model": 1}', b'{"model": "none", "prompt": "x"}', b'{"model": "
 
 @dataclass(frozen=True)
 class Loaded:
-    """`first`: seconds to the first token, on average, where answers are streamed."""
+    """`first`: seconds to the first token, on average, where answers are streamed. `per_cpu_second`: tokens for a second that a processor
+    spent on the server: what other programs beside it change least."""
 
     tokens_per_second: float
+    per_cpu_second: float
     first: float | None = None
 
 
@@ -80,16 +83,16 @@ def against_others(given: argparse.Namespace) -> dict[str, Any]:
             for side, run in sides.items():
                 found[side].append(run())
                 print(side, found[side][-1], flush=True)
-    others = [side for side in sides if side != "softprompt"]
+    own, others = found["softprompt"], [side for side in sides if side != "softprompt"]
     return {
         "loaded": {side: [asdict(one) for one in several] for side, several in found.items()},
-        "softprompt over": {
-            side: median(
-                one.tokens_per_second / other.tokens_per_second for one, other in zip(found["softprompt"], found[side], strict=True)
-            )
-            for side in others
-        },
+        "softprompt over": {side: over(own, found[side], lambda one: one.tokens_per_second) for side in others},
+        "softprompt over, per cpu second": {side: over(own, found[side], lambda one: one.per_cpu_second) for side in others},
     }
+
+
+def over(ours: Sequence[Loaded], theirs: Sequence[Loaded], of: Callable[[Loaded], float]) -> float:
+    return median(of(one) / of(other) for one, other in zip(ours, theirs, strict=True))
 
 
 # ---- servers -------------------------------------------------------------------------------------------------------
@@ -106,8 +109,13 @@ class Server:
 
 
 @contextmanager
-def started(command: Sequence[str], address: str) -> Iterator[psutil.Process]:
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+def started(*command: str) -> Iterator[tuple[str, psutil.Process]]:
+    """A server on a port that is free: (its address, its process)."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    address = f"http://127.0.0.1:{port}"
+    process = subprocess.Popen([*command, "--port", str(port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         began = time.monotonic()
         while True:
@@ -119,7 +127,7 @@ def started(command: Sequence[str], address: str) -> Iterator[psutil.Process]:
             if process.poll() is not None or time.monotonic() - began > START_SECONDS:
                 raise SystemExit(f"{' '.join(command)} does not start")
             time.sleep(0.2)
-        yield psutil.Process(process.pid)
+        yield address, psutil.Process(process.pid)
     finally:
         process.terminate()
         process.wait(60)
@@ -127,20 +135,18 @@ def started(command: Sequence[str], address: str) -> Iterator[psutil.Process]:
 
 @contextmanager
 def ours(base: Path) -> Iterator[Server]:
-    command = [sys.executable, "-m", "softprompt", "serve", f"model.name={base}", "model.dtype=float32", "--port", "8711"]
-    with started(command, "http://127.0.0.1:8711") as process:
+    with started(sys.executable, "-m", "softprompt", "serve", f"model.name={base}", "model.dtype=float32") as (address, process):
         ends = json.loads((base / "generation_config.json").read_text(encoding="utf-8"))["eos_token_id"]
         bias = {str(token): -100 for token in (ends if isinstance(ends, list) else [ends])}
-        yield Server("http://127.0.0.1:8711", base.name, process, {"logit_bias": bias})
+        yield Server(address, base.name, process, {"logit_bias": bias})
 
 
 @contextmanager
 def theirs(base: Path) -> Iterator[Server]:
-    program = Path(sys.executable).with_name("transformers")
-    command = [str(program), "serve", str(base), "--dtype", "float32", "--device", "cpu", "--continuous-batching", *BLOCKS]
-    command += ["--host", "127.0.0.1", "--port", "8712"]
-    with started(command, "http://127.0.0.1:8712") as process:
-        yield Server("http://127.0.0.1:8712", str(base), process, {})
+    program = str(Path(sys.executable).with_name("transformers"))
+    how = ("--dtype", "float32", "--device", "cpu", "--continuous-batching", *BLOCKS, "--host", "127.0.0.1")
+    with started(program, "serve", str(base), *how) as (address, process):
+        yield Server(address, str(base), process, {})
 
 
 def by_server(server: Callable[[Path], Any], base: Path, texts: Sequence[str], at_once: int, tokens: int) -> Loaded:
@@ -175,9 +181,14 @@ async def loaded(server: Server, texts: Sequence[str], at_once: int, tokens: int
             return tokens if finish == "length" else count, first
 
     async with client_of(server) as client:
-        began = time.perf_counter()
+        began, spent = time.perf_counter(), cpu_seconds(server.process)
         found = await asyncio.gather(*(one(client, text) for text in texts))
-        return Loaded(sum(count for count, _ in found) / (time.perf_counter() - began), fmean(first for _, first in found))
+        seconds, spent, count = time.perf_counter() - began, cpu_seconds(server.process) - spent, sum(count for count, _ in found)
+        return Loaded(count / seconds, count / spent, fmean(first for _, first in found))
+
+
+def cpu_seconds(process: psutil.Process) -> float:
+    return sum(sum(one.cpu_times()[:2]) for one in (process, *process.children(recursive=True)))
 
 
 # ---- llama.cpp -----------------------------------------------------------------------------------------------------
