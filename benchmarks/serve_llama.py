@@ -30,10 +30,11 @@ def main() -> None:
         return int(told["usage"]["completion_tokens"])
 
     one(texts[0])
-    began = time.perf_counter()
+    began, spent = time.perf_counter(), time.process_time()
     with ThreadPoolExecutor(at_once) as pool:
         count = sum(pool.map(one, texts))
-    print(json.dumps({"tokens_per_second": count / (time.perf_counter() - began)}))
+    seconds, spent = time.perf_counter() - began, time.process_time() - spent
+    print(json.dumps({"tokens_per_second": count / seconds, "per_cpu_second": count / spent}))
 
 
 if __name__ == "__main__":

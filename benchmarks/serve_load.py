@@ -6,7 +6,7 @@
 Each server gets the same greedy completions over HTTP, `--at-once` of them at a time: ours, `transformers serve --continuous-batching` on
 the same folder, and with `--gguf` llama.cpp (the server inside xllamacpp, called in its process, without HTTP) on a copy of that file whose
 weights are all float32. The servers take turns, one of them alive at a time. `--soak N`: so many requests to ours, 64 at once, a third of
-them broken off, malformed or oversized; every whole answer is compared with the one of its text alone, and memory is read.
+them broken off, malformed or oversized; every whole answer is compared with the one of its text alone, and memory is read after each tenth.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import asyncio
 import json
 import os
 import random
+import socket
 import subprocess
 import sys
 import tempfile
@@ -36,14 +37,17 @@ from softprompt.atomic import write_text
 
 START_SECONDS = 600
 SOAK_AT_ONCE = 64
+BLOCKS = ("--cb-block-size", "32", "--cb-num-blocks", "512")  # as many positions as ours has, instead of nearly all memory
 BAD = (b"{", b'{"model": 1}', b'{"model": "none", "prompt": "x"}', b'{"model": "M", "prompt": "x", "temperature": NaN}', b"\xff\xfe")
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """`first`: seconds to the first token, on average, where answers are streamed."""
+    """`first`: seconds to the first token, on average, where answers are streamed. `per_cpu_second`: tokens for a second that a processor
+    spent on the server: what other programs beside it change least."""
 
     tokens_per_second: float
+    per_cpu_second: float
     first: float | None = None
 
 
@@ -79,16 +83,16 @@ def against_others(given: argparse.Namespace) -> dict[str, Any]:
             for side, run in sides.items():
                 found[side].append(run())
                 print(side, found[side][-1], flush=True)
-    others = [side for side in sides if side != "softprompt"]
+    own, others = found["softprompt"], [side for side in sides if side != "softprompt"]
     return {
         "loaded": {side: [asdict(one) for one in several] for side, several in found.items()},
-        "softprompt over": {
-            side: median(
-                one.tokens_per_second / other.tokens_per_second for one, other in zip(found["softprompt"], found[side], strict=True)
-            )
-            for side in others
-        },
+        "softprompt over": {side: over(own, found[side], lambda one: one.tokens_per_second) for side in others},
+        "softprompt over, per cpu second": {side: over(own, found[side], lambda one: one.per_cpu_second) for side in others},
     }
+
+
+def over(ours: Sequence[Loaded], theirs: Sequence[Loaded], of: Callable[[Loaded], float]) -> float:
+    return median(of(one) / of(other) for one, other in zip(ours, theirs, strict=True))
 
 
 # ---- servers -------------------------------------------------------------------------------------------------------
@@ -105,8 +109,13 @@ class Server:
 
 
 @contextmanager
-def started(command: Sequence[str], address: str) -> Iterator[psutil.Process]:
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+def started(*command: str) -> Iterator[tuple[str, psutil.Process]]:
+    """A server on a port that is free: (its address, its process)."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    address = f"http://127.0.0.1:{port}"
+    process = subprocess.Popen([*command, "--port", str(port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         began = time.monotonic()
         while True:
@@ -118,7 +127,7 @@ def started(command: Sequence[str], address: str) -> Iterator[psutil.Process]:
             if process.poll() is not None or time.monotonic() - began > START_SECONDS:
                 raise SystemExit(f"{' '.join(command)} does not start")
             time.sleep(0.2)
-        yield psutil.Process(process.pid)
+        yield address, psutil.Process(process.pid)
     finally:
         process.terminate()
         process.wait(60)
@@ -126,19 +135,18 @@ def started(command: Sequence[str], address: str) -> Iterator[psutil.Process]:
 
 @contextmanager
 def ours(base: Path) -> Iterator[Server]:
-    command = [sys.executable, "-m", "softprompt", "serve", f"model.name={base}", "model.dtype=float32", "--port", "8711"]
-    with started(command, "http://127.0.0.1:8711") as process:
+    with started(sys.executable, "-m", "softprompt", "serve", f"model.name={base}", "model.dtype=float32") as (address, process):
         ends = json.loads((base / "generation_config.json").read_text(encoding="utf-8"))["eos_token_id"]
         bias = {str(token): -100 for token in (ends if isinstance(ends, list) else [ends])}
-        yield Server("http://127.0.0.1:8711", base.name, process, {"logit_bias": bias})
+        yield Server(address, base.name, process, {"logit_bias": bias})
 
 
 @contextmanager
 def theirs(base: Path) -> Iterator[Server]:
-    program = Path(sys.executable).with_name("transformers")
-    command = [str(program), "serve", str(base), "--dtype", "float32", "--device", "cpu", "--continuous-batching", "--port", "8712"]
-    with started(command, "http://127.0.0.1:8712") as process:
-        yield Server("http://127.0.0.1:8712", str(base), process, {})
+    program = str(Path(sys.executable).with_name("transformers"))
+    how = ("--dtype", "float32", "--device", "cpu", "--continuous-batching", *BLOCKS, "--host", "127.0.0.1")
+    with started(program, "serve", str(base), *how) as (address, process):
+        yield Server(address, str(base), process, {})
 
 
 def by_server(server: Callable[[Path], Any], base: Path, texts: Sequence[str], at_once: int, tokens: int) -> Loaded:
@@ -155,25 +163,32 @@ async def client_of(server: Server) -> AsyncIterator[httpx.AsyncClient]:
 
 
 async def loaded(server: Server, texts: Sequence[str], at_once: int, tokens: int) -> Loaded:
-    """Every answer streamed; tokens as the server counts them, or where it does not, its chunks."""
+    """Every answer streamed. One that its tokens ran out on has all of them; of one that ended before, its chunks are counted."""
     room = asyncio.Semaphore(at_once)
 
     async def one(client: httpx.AsyncClient, text: str) -> tuple[int, float]:
         asked = {"model": server.model, "prompt": text, "max_tokens": tokens, "temperature": 0, "stream": True, **server.more}
         async with room:
-            count, first, began = 0, 0.0, time.perf_counter()
+            count, first, finish, began = 0, 0.0, None, time.perf_counter()
             async with client.stream("POST", "/v1/completions", json=asked) as response:
                 response.raise_for_status()
                 async for line in response.aiter_lines():
                     if line.startswith("data: {"):
-                        said = [choice for choice in json.loads(line[6:])["choices"] if choice.get("text")]
-                        count, first = count + bool(said), first or (time.perf_counter() - began if said else 0.0)
-            return count, first
+                        for choice in json.loads(line[6:])["choices"]:
+                            count, finish = count + bool(choice["text"]), choice.get("finish_reason") or finish
+                            first = first or (time.perf_counter() - began if count else 0.0)
+            assert finish is not None, "an answer has an end"
+            return tokens if finish == "length" else count, first
 
     async with client_of(server) as client:
-        began = time.perf_counter()
+        began, spent = time.perf_counter(), cpu_seconds(server.process)
         found = await asyncio.gather(*(one(client, text) for text in texts))
-        return Loaded(sum(count for count, _ in found) / (time.perf_counter() - began), fmean(first for _, first in found))
+        seconds, spent, count = time.perf_counter() - began, cpu_seconds(server.process) - spent, sum(count for count, _ in found)
+        return Loaded(count / seconds, count / spent, fmean(first for _, first in found))
+
+
+def cpu_seconds(process: psutil.Process) -> float:
+    return sum(sum(one.cpu_times()[:2]) for one in (process, *process.children(recursive=True)))
 
 
 # ---- llama.cpp -----------------------------------------------------------------------------------------------------
@@ -209,13 +224,13 @@ def by_llama(file: Path, texts: Sequence[str], at_once: int, tokens: int) -> Loa
 
 
 async def soaked(base: Path, number: int) -> dict[str, Any]:
-    """Counts of what came back, answers that were not those of their text alone, and memory in MB before and after."""
+    """Counts of what came back, answers that were not those of their text alone, and memory in MB before and after each tenth."""
     texts = texts_of(20)
     with ours(base) as server:
         async with client_of(server) as client:
             alone = [(await whole(client, server, text)) for text in texts]
             await asyncio.gather(*(whole(client, server, text) for text in texts * 3))
-            before, room, draw = server.process.memory_info().rss, asyncio.Semaphore(SOAK_AT_ONCE), random.Random(0)
+            memory, room, draw = [server.process.memory_info().rss >> 20], asyncio.Semaphore(SOAK_AT_ONCE), random.Random(0)
             kinds = [draw.choice(("gone", "malformed", "oversized")) if draw.random() < 1 / 3 else "whole" for _ in range(number)]
             found: dict[str, int] = dict.fromkeys((*kinds, "wrong"), 0)
 
@@ -230,13 +245,15 @@ async def soaked(base: Path, number: int) -> dict[str, Any]:
                         response = await client.post("/v1/completions", content=body, headers={"Content-Type": "application/json"})
                         found["wrong"] += not 400 <= response.status_code < 500
                     found[kind] += 1
+                    if sum(found[kind] for kind in set(kinds)) % (number // 10) == 0:
+                        memory.append(server.process.memory_info().rss >> 20)
 
             began = time.perf_counter()
             await asyncio.gather(*(one(index, kind) for index, kind in enumerate(kinds)))
             seconds = time.perf_counter() - began
             again = [(await whole(client, server, text)) for text in texts] == alone
-        after = server.process.memory_info().rss
-    return {"seconds": seconds, "found": found, "the same afterwards": again, "MB": [before >> 20, after >> 20]}
+            memory.append(server.process.memory_info().rss >> 20)
+    return {"seconds": seconds, "found": found, "the same afterwards": again, "MB": memory}
 
 
 async def whole(client: httpx.AsyncClient, server: Server, text: str) -> str:

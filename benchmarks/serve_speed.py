@@ -33,7 +33,7 @@ from softprompt.config import ModelConfig, load_config
 from softprompt.encode import make_encoder
 from softprompt.engine.loading import load_base
 from softprompt.engine.model import FrozenBase
-from softprompt.engine.prompt import SoftPrompt
+from softprompt.engine.prompt import SoftPrompt, deepened
 from softprompt.sampling import Sampling
 from softprompt.serve.asking import Ask, Said
 from softprompt.serve.own import OwnEngine, start
@@ -70,11 +70,12 @@ def main() -> None:
     write_text(given.json, json.dumps(result, indent=1) + "\n")
 
 
-def random_prompt(base: FrozenBase, folder: Path, number: int, dtype: str) -> Path:
-    """A prompt's folder, before the text as PEFT has it."""
-    encoder = make_encoder(base.tokenizer, "human-assistant")
-    soft = SoftPrompt(base.drawn_rows(LENGTHS[number % len(LENGTHS)], number), "start", encoder.bos_id)
-    config = load_config(None, [f"model.name={base.name}", f"model.dtype={dtype}", "data.train=random"])
+def random_prompt(base: FrozenBase, folder: Path, number: int, dtype: str, *, deep: bool = False) -> Path:
+    """A prompt's folder, before the text as PEFT has it: rows, or (`deep`) the keys and values that such rows give."""
+    encoder, rows_PH = make_encoder(base.tokenizer, "human-assistant"), base.drawn_rows(LENGTHS[number % len(LENGTHS)], number)
+    soft = deepened(base, rows_PH, "start", encoder.bos_id) if deep else SoftPrompt(rows_PH, "start", encoder.bos_id)
+    method = f"prompt.method={soft.method}"
+    config = load_config(None, [f"model.name={base.name}", f"model.dtype={dtype}", "data.train=random", method])
     write_prompt(folder, soft, make_card(config, base, soft, encoder, NO_ROWS, "random", {}), base)
     return folder
 

@@ -56,7 +56,7 @@ class Parrot:
 
     def _check(self, ask: Ask) -> None:
         if ask.model not in {model.name for model in self.models()}:
-            raise NotServed(f"no model named {ask.model} is served")
+            raise NotServed.named(ask.model)
         if self.open >= self.most:
             raise Busy("all places are taken", 3)
         if not words_of(ask):
@@ -96,7 +96,7 @@ class Parrot:
 
     async def remove(self, name: str) -> None:
         if name not in self.known:
-            raise NotServed(name)
+            raise NotServed.named(name)
         del self.known[name]
 
     def load(self) -> Load:

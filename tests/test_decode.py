@@ -10,8 +10,9 @@ import torch
 from test_invariants import some_prompt
 
 from softprompt.engine import decode as decode_module
-from softprompt.engine.decode import OpenBatch, Question, Token, decode, decode_whole
+from softprompt.engine.decode import OpenBatch, Question, Token, decode, decode_whole, fitting
 from softprompt.engine.prompt import deepened, no_prompt, shapes_of
+from softprompt.engine.slots import BLOCK
 from softprompt.sampling import Sampling
 
 FAMILIES = ["bloom", "llama", "mistral", "gemma3_text", "gpt2", "phi3", *tiny.RECURRENT, *tiny.WHOLE]
@@ -96,6 +97,29 @@ def test_a_queue_of_many_questions_fills_a_bounded_batch(bases, monkeypatch):
     assert 3 <= max(rows) <= 5
     assert max(positions) <= 120 or max(rows) == 1
     assert any(before and joined for before, joined in admitted), "some joined a batch that went on"
+
+
+def test_a_batch_that_never_empties_takes_bounded_memory_and_gives_it_back(bases, monkeypatch):
+    base, rows, most = bases(), 8, 480
+    monkeypatch.setattr(decode_module, "ROWS", rows)
+    monkeypatch.setattr(decode_module, "POSITIONS", most)
+    start = (some_prompt(base), ())
+    never_stops = dict.fromkeys(base.stop_ids, -1e9)
+    endless = [Question((start,), ((10 + number,),), Sampling(30 + number % 20, logit_bias=never_stops)) for number in range(200)]
+    one_position = sum(part.nbytes // part.shape[-2] for part in base.prefill([base.embed_ids([10])]).tensors)
+    batch, waiting, laid_out = OpenBatch(base), iter(endless), []
+    for _ in range(4 * BLOCK):
+        while fitting(batch, iter([endless[0]])):
+            batch.admit([next(waiting)])
+        batch.advance()
+        laid_out.append(batch.slots.num_bytes // one_position)
+    assert batch.num_rows == rows
+    assert max(laid_out) <= most + rows * BLOCK
+    batch.drop({answer.number for answer in batch.answers[1:]})
+    batch.answers[0].limit = 10 * BLOCK
+    for _ in range(BLOCK + 1):
+        batch.advance()
+    assert batch.slots.num_bytes // one_position <= batch.slots.num_positions + BLOCK
 
 
 def test_a_question_wider_than_the_batch_is_answered_alone(bases, monkeypatch):

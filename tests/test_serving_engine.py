@@ -11,6 +11,9 @@ import tiny
 import torch
 from test_decode import some_starts
 from test_invariants import some_prompt
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from transformers import PreTrainedTokenizerFast
 
 from softprompt.artifact import load_prompt, make_card, write_prompt
 from softprompt.card import DataCard
@@ -25,6 +28,7 @@ from softprompt.sampling import Sampling
 from softprompt.serve import own
 from softprompt.serve.asking import Ask, Begun, Busy, NotServed, Said
 from softprompt.serve.own import start
+from softprompt.serve.spelling import Spelling
 from softprompt.serve.telling import Telling
 
 CLOSE = 1e-4
@@ -441,3 +445,17 @@ def test_settings_without_sense_are_refused():
     for how in ({"temperature": math.nan}, {"min_p": 2}, {"presence_penalty": 3}, {"logit_bias": {1: math.nan}}, {"top_p": 0}):
         with pytest.raises(ConfigError, match=next(iter(how))):
             Sampling(**how).check()
+
+
+def test_the_bytes_of_tokens_are_those_of_the_text():
+    text = "tea für 🦜"
+    by_bytes = tiny.tiny_tokenizer()
+    assert b"".join(bytes_of(by_bytes, by_bytes(text, add_special_tokens=False)["input_ids"])) == text.encode()
+    vocabulary = {f"<0x{byte:02X}>": byte for byte in range(256)} | {"\u2581tea": 256}
+    falls_back = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(BPE(vocabulary, [], byte_fallback=True)), eos_token="<0x00>")
+    assert bytes_of(falls_back, range(1, 257)) == [*(bytes([byte]) for byte in range(1, 256)), b" tea"]
+
+
+def bytes_of(tokenizer, ids):
+    spelling = Spelling(tokenizer)
+    return [spelling.scored(token, None).data for token in ids]

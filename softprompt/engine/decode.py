@@ -113,7 +113,7 @@ class OpenBatch:
         self.base, self.piece = base, piece
         self.answers: list[Ongoing] = []
         self.arriving: deque[Ongoing] = deque()
-        self.slots = Slots(base.device)
+        self.slots = Slots(base.device, ROWS, POSITIONS)
         self.admitted = 0
         self._hidden_BH = torch.empty(0)
         self._unread = False  # the last token of every answer

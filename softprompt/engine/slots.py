@@ -19,10 +19,15 @@ SPARE = 2  # a row more is laid out for each of so many in use
 
 
 class Slots:
-    """`lengths`: positions that every row in use has, in the order of the rows."""
+    """`lengths`: positions that every row in use has, in the order of the rows.
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    `most_rows`, `most_positions`: what whoever joins rows keeps to, with all of them as long as the longest may become. No memory is laid
+    out that such a batch never needs: `most_positions + most_rows * BLOCK` positions at most, and what rows that left had goes back within
+    BLOCK tokens.
+    """
+
+    def __init__(self, device: torch.device, most_rows: int, most_positions: int) -> None:
+        self._device, self._most_rows, self._most_positions = device, most_rows, most_positions
         self.clear()
 
     def clear(self) -> None:
@@ -89,7 +94,7 @@ class Slots:
     def begin(self) -> tuple[Tensor, Tensor]:
         """Room for one more position of every row: (the mask [B, S + 1] with it, its number in every row [B, 1])."""
         if self._end == self._mask_RC.shape[1]:
-            self._lay_out((), len(self.lengths), self._end)
+            self._lay_out((), len(self.lengths), max(self.lengths))
         self._mask_RC[: len(self.lengths), self._end] = 1
         positions_B1 = torch.tensor(self.lengths, device=self._device)[:, None]
         return self._mask_RC[: len(self.lengths), self._start : self._end + 1], positions_B1
@@ -118,15 +123,13 @@ class Slots:
         return Room(whole[: len(self.lengths)], self._start, self._end)
 
     def _lay_out(self, layers: Layers, rows: int, width: int) -> None:
-        """Room for so many rows, of `width` positions before the end, and for more behind it. What is there is copied where it lacks.
-        `layers`: the first rows to come, where nothing is there."""
-        num_rows, num_positions = self._mask_RC.shape
-        if rows <= num_rows and width <= self._end < num_positions:
+        """Room for so many rows, of `width` positions before the end, and for more behind it. What is there is copied where it lacks, a
+        part at a time. `layers`: the first rows to come, where nothing is there."""
+        if rows <= self._mask_RC.shape[0] and width <= self._end < self._mask_RC.shape[1]:
             return
-        if rows > num_rows:
-            num_rows = rows + len(self.lengths) // SPARE
         used = max(self.lengths, default=0)
         end = max(width, used)
+        num_rows = max(rows, min(rows + len(self.lengths) // SPARE, self._most_rows, self._most_positions // end))
 
         def larger(part: Tensor) -> Tensor:
             new = part.new_zeros(num_rows, *part.shape[1:-2], end + BLOCK, part.shape[-1])  # holes are read, times zero
@@ -136,6 +139,9 @@ class Slots:
 
         mask_RC = self._mask_RC.new_zeros(num_rows, end + BLOCK)
         mask_RC[: len(self.lengths), end - used : end] = self.mask_BS
-        source = self._layers if self.lengths else layers
-        self._layers = tuple(Layer(layer.kind, dict(layer.changed(larger, lambda part: part).parts)) for layer in source)
+        if not self.lengths:
+            self._layers = tuple(Layer(layer.kind, dict(layer.parts)) for layer in layers)
+        for layer in self._layers:
+            for name in [name for name in layer.parts if name in GROWING]:
+                layer.parts[name] = larger(layer.parts[name])  # type: ignore[index]
         self._mask_RC, self._end = mask_RC, end

@@ -22,7 +22,7 @@ from softprompt.errors import Error
 from softprompt.serve import chat, completions, prompts
 from softprompt.serve.account import Account
 from softprompt.serve.answers import Answers
-from softprompt.serve.asking import Engine, Model
+from softprompt.serve.asking import Engine, Model, find_model
 from softprompt.serve.fields import Wish, chat_wish, completion_wish, read_tree
 from softprompt.serve.folder import Folder
 from softprompt.serve.guard import Reception, read_body
@@ -172,10 +172,7 @@ async def models(service: Here) -> Response:
 
 @asked.get("/models/{name:path}", response_model=None)
 async def model(name: str, service: Here) -> Response:
-    for one in service.engine.models():
-        if one.name == name:
-            return Response(_as_json(_described(one)), media_type="application/json")
-    raise Refused(f"no model of this name is served: {name[:200]}", status=404, param="model", code="model_not_found")
+    return Response(_as_json(_described(find_model(service.engine, name))), media_type="application/json")
 
 
 @open_to_all.get("/health", response_model=None)

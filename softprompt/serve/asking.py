@@ -21,7 +21,11 @@ def is_conversation(text: Text | Conversation) -> TypeGuard[Conversation]:
 
 
 class NotServed(Error):
-    """No base or prompt of this name is served."""
+    """What was asked for is not served. `NotServed.named`: no base or prompt of this name is."""
+
+    @classmethod
+    def named(cls, name: str) -> "NotServed":
+        return cls(f"no model {name[:200]!r} is served here; GET /v1/models lists those that are")
 
 
 class Busy(Error):
@@ -132,3 +136,11 @@ class Engine(Protocol):
 
     async def close(self, seconds: float) -> None:
         """Takes no more requests and returns when all answers are finished, or given up after `seconds`."""
+
+
+def find_model(engine: Engine, name: str) -> Model:
+    """Raises NotServed."""
+    for model in engine.models():
+        if model.name == name:
+            return model
+    raise NotServed.named(name)

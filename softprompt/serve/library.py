@@ -42,26 +42,34 @@ class Spoken:
     def num_bos(self) -> int:
         return int(self.encoders[0].bos_id is not None)
 
-    def ids(self, number: int, text: Text | Conversation) -> tuple[int, ...]:
-        """A text as it stands behind prompt `number`, without BOS. Raises DataError for one that is empty or cannot be written."""
-        encoder = self.encoders[number]
-        if is_conversation(text):
-            return asked_ids(encoder, text, trained=self.trained)
-        ids = tuple(encoder.tokenizer(text, add_special_tokens=False)["input_ids"]) if isinstance(text, str) else text
-        if any(not 0 <= token < len(encoder.tokenizer) for token in ids):  # type: ignore[operator]
-            raise DataError(f"token ids go from 0 to {len(encoder.tokenizer) - 1}")
-        encoder.check_ids(ids, "prompt")  # type: ignore[arg-type]
-        bare = ids[1:] if ids and ids[0] == encoder.bos_id else ids
-        if not bare:
-            raise DataError("the text is empty: there is nothing to go on from")
-        return bare  # type: ignore[return-value]
-
     def check(self, ask: Ask) -> None:
         """Raises ConfigError for what an ensemble cannot do."""
         if self.by == "vote" and ask.sampling.temperature > 0:
             raise ConfigError(f"{ask.model} votes, and a vote has no probabilities to sample from: temperature must be 0")
         if len(self.names) > 1 and ask.echo and ask.logprobs is not None:
             raise ConfigError(f"{ask.model} is an ensemble, whose prompts read the text apart: echo has no logprobs with it")
+
+
+def ids_behind(encoder: Encoder, text: Text | Conversation, *, trained: bool) -> tuple[int, ...]:
+    """A text as it stands behind a prompt, or behind the bare base (not `trained`), without BOS. Raises DataError for one that is empty or
+    cannot be written."""
+    if is_conversation(text):
+        return asked_ids(encoder, text, trained=trained)
+    given = encoder.tokenizer(text, add_special_tokens=False)["input_ids"] if isinstance(text, str) else text
+    ids = tuple(token for token in given if isinstance(token, int))
+    if any(not 0 <= token < len(encoder.tokenizer) for token in ids):
+        raise DataError(f"token ids go from 0 to {len(encoder.tokenizer) - 1}")
+    encoder.check_ids(ids, "prompt")
+    bare = ids[1:] if ids and ids[0] == encoder.bos_id else ids
+    if not bare:
+        raise DataError("the text is empty: there is nothing to go on from")
+    return bare
+
+
+def encoder_of_base(base: FrozenBase) -> Encoder:
+    """How the bare base is asked: by its chat template, or as a plain dialogue where it has none."""
+    template = Chat.name if base.tokenizer.chat_template else HumanAssistant.name
+    return make_encoder(base.tokenizer, template, num_tokens=base.num_tokens)
 
 
 @dataclass
@@ -77,8 +85,7 @@ class Library:
     def __init__(self, base: FrozenBase, allow_other_base: bool = False) -> None:
         self._base, self._other = base, allow_other_base
         self._entries: dict[str, _Entry] = {}
-        template = Chat.name if base.tokenizer.chat_template else HumanAssistant.name
-        encoder = make_encoder(base.tokenizer, template, num_tokens=base.num_tokens)
+        encoder = encoder_of_base(base)
         self._bare = no_prompt(base, encoder.bos_id)
         self.base_name = _name_of(base)
         model = Model(self.base_name, "base", 0)
@@ -149,7 +156,7 @@ class Library:
         try:
             return self._entries[name]
         except KeyError:
-            raise NotServed(f"no model {name!r} is served here; GET /v1/models lists those that are") from None
+            raise NotServed.named(name) from None
 
     def _load(self, folder: Path) -> StoredPrompt:
         return load_prompt(folder, self._base, allow_other_base=self._other)

@@ -23,7 +23,8 @@ from softprompt.errors import ConfigError, DataError, Error
 from softprompt.serve.asking import Ask, Begun, Busy, Load, Model, Said, Scored, is_conversation
 from softprompt.serve.beginnings import Beginnings
 from softprompt.serve.guided import Schema
-from softprompt.serve.library import Library, Spoken
+from softprompt.serve.library import Library, Spoken, ids_behind
+from softprompt.serve.spelling import Spelling
 from softprompt.serve.telling import Telling
 
 CPU_PIECE, GPU_PIECE = 256, 4096  # tokens of texts that are read between two tokens of the answers
@@ -83,6 +84,7 @@ class OwnEngine:
     def __init__(self, base: FrozenBase, library: Library, most_waiting: int) -> None:
         self.base, self.library, self.most_waiting = base, library, most_waiting
         self._vocabulary: LLTokenizer = from_tokenizer(base.tokenizer, eos_token=sorted(base.stop_ids | library.end_ids) or None)
+        self._spelling = Spelling(base.tokenizer)
         self._commands: queue.SimpleQueue[_Job | Callable[[], None]] = queue.SimpleQueue()
         self._waiting: deque[_Job] = deque()
         self._jobs: dict[int, _Job] = {}
@@ -168,7 +170,7 @@ class OwnEngine:
     def _job(self, ask: Ask, loop: asyncio.AbstractEventLoop) -> _Job:
         """Raises NotServed, DataError and ConfigError."""
         spoken = self.library.find(ask.model)
-        texts = tuple(spoken.ids(number, ask.text) for number in range(len(spoken.names)))
+        texts = tuple(ids_behind(encoder, ask.text, trained=spoken.trained) for encoder in spoken.encoders)
         if self.base.context_length is not None:
             needed = max(len(text) + room for text, room in zip(texts, spoken.num_positions, strict=True))
             if needed >= self.base.context_length:
@@ -270,11 +272,7 @@ class OwnEngine:
         return Begun(counted, spoken.num_virtual, read.num_cached, text, tuple(map(self._scored, read.scores)))
 
     def _scored(self, score: Likelihood) -> Scored:
-        return Scored(*self._named(score.id), score.logprob, tuple(Scored(*self._named(token), value) for token, value in score.top))
-
-    def _named(self, token: int) -> tuple[int, str, bytes]:
-        data = self._vocabulary.decode_bytes([token])
-        return token, data.decode("utf-8", "replace"), data
+        return self._spelling.scored(score.id, score.logprob, dict(score.top), len(score.top))
 
     def _done(self, job: _Job, said: Said) -> None:
         del self._jobs[job.number]

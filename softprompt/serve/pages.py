@@ -20,7 +20,7 @@ from fastapi.concurrency import run_in_threadpool
 from softprompt import report
 from softprompt.errors import Error
 from softprompt.report.reading import read_runs
-from softprompt.serve.asking import Engine, Model, NotServed
+from softprompt.serve.asking import Engine, Model, NotServed, find_model
 from softprompt.serve.samples import Sample, changed, samples_of
 
 HOME = Path(__file__).parent / "page"
@@ -52,7 +52,7 @@ def pages(engine: Engine, guards: Sequence[params.Depends] = ()) -> APIRouter:
 
     @router.get("/page/card/{name:path}", dependencies=guards)
     async def card(name: str) -> dict[str, Any]:
-        own = _named(engine, name).card
+        own = find_model(engine, name).card
         if own is None:
             raise NotServed(f"{name} has no card")
         return {**own, "base": {**own["base"], "name": last_part(own["base"]["name"])}}
@@ -62,7 +62,7 @@ def pages(engine: Engine, guards: Sequence[params.Depends] = ()) -> APIRouter:
         if not hmac.compare_digest(key.encode(), link(name).encode()):
             return _plain(401, "this link has expired: reload the page that it was on")
         try:
-            run = _named(engine, name).report
+            run = find_model(engine, name).report
             if run is None:
                 raise NotServed(f"{name} lies in no run's folder: there is no report")
             page = await run_in_threadpool(reports.drawn, run)
@@ -94,13 +94,6 @@ def last_part(name: str) -> str:
         if kind(name).is_absolute():
             return kind(name).name
     return name
-
-
-def _named(engine: Engine, name: str) -> Model:
-    for model in engine.models():
-        if model.name == name:
-            return model
-    raise NotServed(f"no base or prompt named {name[:200]} is served")
 
 
 def _plain(status: int, text: str) -> Response:

@@ -17,18 +17,18 @@ from openai import APIError, APIStatusError
 
 from softprompt.artifact import find_prompt, load_prompt
 from softprompt.config import ModelConfig
-from softprompt.encode import Encoder, make_encoder
+from softprompt.encode import Encoder
 from softprompt.engine.loading import folder_of, load_base
 from softprompt.engine.model import FrozenBase
 from softprompt.engine.prefix import Prefix
 from softprompt.engine.prompt import SoftPrompt, no_prompt
 from softprompt.errors import ArtifactError, ConfigError, DataError, ModelError, RunError
 from softprompt.export.kv_folder import KeyValueFolder, Placed
-from softprompt.generation import asked_ids
 from softprompt.serve import vllm_process
 from softprompt.serve.asking import Ask, Begun, Busy, Conversation, Load, Model, NotServed, Said, Text, is_conversation
-from softprompt.serve.library import described
-from softprompt.serve.vllm_request import ID, Answer, Spelling, fields_of, scores_text
+from softprompt.serve.library import described, encoder_of_base, ids_behind
+from softprompt.serve.spelling import Spelling
+from softprompt.serve.vllm_request import ID, Answer, fields_of, scores_text
 
 KEPT_SECONDS = 60.0  # that the base stays in memory after a prompt was read
 MOST_OPEN = 256  # requests that vLLM is given at once
@@ -116,8 +116,7 @@ class VllmEngine:
     def __init__(self, name: str, lent: "_Lent", base: FrozenBase, folder: KeyValueFolder) -> None:
         self.folder = folder
         self._lent, self._name, self._stop_ids = lent, name, base.stop_ids
-        self._knows_chats = bool(base.tokenizer.chat_template)
-        encoder = make_encoder(base.tokenizer, "chat" if self._knows_chats else "human-assistant", num_tokens=base.num_tokens)
+        encoder = encoder_of_base(base)
         bos = () if encoder.bos_id is None else (encoder.bos_id,)
         model = Model(name, "base", int(time()))
         self._known = {name: Known(model, encoder, bos, None, base.stop_ids | encoder.end_ids)}
@@ -142,7 +141,7 @@ class VllmEngine:
         if self._closing or self._asked >= MOST_OPEN:
             raise Busy("the server is going down" if self._closing else f"{self._asked} requests are waiting for vLLM", 1)
         replace(ask.sampling, max_new_tokens=max(1, ask.sampling.max_new_tokens)).check()
-        ids = self._ids(known, ask.text)
+        ids = ids_behind(known.encoder, ask.text, trained=known.placed is not None)
         room = self.server.room - len(known.before) - len(ids)
         if room < 1:
             needed = len(known.before) + len(ids)
@@ -200,21 +199,6 @@ class VllmEngine:
         with _our_errors():
             return await self.server.client.completions.create(**fields)
 
-    def _ids(self, known: Known, text: Text | Conversation) -> tuple[int, ...]:
-        """Of a text as it stands, or of a conversation in the template; without a BOS at its beginning."""
-        if is_conversation(text):
-            if known.placed is None and not self._knows_chats:
-                raise DataError(f"{known.model.name} has no chat template: ask it for a completion")
-            return asked_ids(known.encoder, text, trained=known.placed is not None)
-        encoder = known.encoder
-        given = encoder.tokenizer(text, add_special_tokens=False)["input_ids"] if isinstance(text, str) else text
-        ids = tuple(token for token in given if isinstance(token, int))
-        encoder.check_ids(ids, "the text")
-        ids = ids[1:] if ids and ids[0] == encoder.bos_id else ids
-        if not ids:
-            raise DataError("the text is empty: there is nothing to go on from")
-        return ids
-
     def _shown(self, text: Text | Conversation, ids: Sequence[int]) -> str:
         return text if isinstance(text, str) else str(self._spelling.tokenizer.decode(list(ids)))
 
@@ -262,7 +246,7 @@ class VllmEngine:
         try:
             return self._known[name]
         except KeyError:
-            raise NotServed(f"no model {name!r} is served here; GET /v1/models lists those that are") from None
+            raise NotServed.named(name) from None
 
     def _forget(self, placed: Placed | None) -> None:
         """Takes a prompt out of the folder when nobody asks it any more."""

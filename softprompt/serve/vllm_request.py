@@ -1,16 +1,12 @@
 """What is asked as vLLM's completions take it, field by field, and what they say as pieces of an answer."""
 
-from collections.abc import Mapping, Sequence
-from functools import lru_cache
+from collections.abc import Sequence
 from typing import Any
 
-from transformers.convert_slow_tokenizer import bytes_to_unicode
-
-from softprompt.literal import Tokenizer
 from softprompt.serve.asking import Ask, Said, Scored
+from softprompt.serve.spelling import Spelling
 from softprompt.thinking import Thinking, Told
 
-BYTES = {shown: byte for byte, shown in bytes_to_unicode().items()}
 ID = "token_id:"  # what vLLM writes in front of a token's number
 
 
@@ -50,33 +46,6 @@ def fields_of(ask: Ask, model: str, ids: Sequence[int], stop_ids: frozenset[int]
 def scores_text(ask: Ask) -> bool:
     """Whether the text's own tokens are to be scored; vLLM then gives the whole answer at once."""
     return ask.echo and ask.logprobs is not None
-
-
-class Spelling:
-    """Tokens of one tokenizer as a client is shown them."""
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self.tokenizer = tokenizer
-        self._special = frozenset(tokenizer.added_tokens_decoder)
-        self._by_bytes = "ByteLevel" in repr(getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", ""))
-        self._shown = lru_cache(1 << 16)(self._look_up)
-
-    def scored(self, token: int, logprob: float | None, top: Mapping[int, float] | None = None, most: int = 0) -> Scored:
-        """`top`: likely tokens of its place, of which the likeliest `most` are reported."""
-        text, data = self._shown(token)
-        likeliest = sorted((top or {}).items(), key=lambda pair: -pair[1])[:most]
-        return Scored(token, text, data, logprob, tuple(self.scored(other, value) for other, value in likeliest))
-
-    def _look_up(self, token: int) -> tuple[str, bytes]:
-        text: str = self.tokenizer.decode([token])
-        spelled = self.tokenizer.convert_ids_to_tokens(token)
-        if spelled is None or token in self._special:
-            return text, text.encode()
-        if self._by_bytes and all(one in BYTES for one in spelled):
-            return text, bytes(BYTES[one] for one in spelled)
-        if len(spelled) == 6 and spelled.startswith("<0x") and spelled.endswith(">"):
-            return text, bytes([int(spelled[3:5], 16)])
-        return text, spelled.replace("\u2581", " ").encode()
 
 
 class Answer:
