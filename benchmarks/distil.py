@@ -6,8 +6,8 @@
     python -m benchmarks.distil cost --base FOLDER --results FILE
 
 Every finished run becomes a line of the file at once, and one that the file holds already is not repeated. `demo`: the demo's 15 examples
-into 59 positions, the training messages without their answers. `system`: the rules of system_prompt.md into 32 positions. `articles`: texts in
-SQuAD's format, self-study alone; their own questions only measure. `cost`: seconds of the teacher's part of a step by the text's length,
+into 59 positions, the training messages without their answers. `system`: the rules of system_prompt.md into 32 positions. `articles`: texts
+in SQuAD's format, self-study alone; their own questions only measure. `cost`: seconds of the teacher's part of a step by the text's length,
 beside reading the text again with every row, as PEFT's example does.
 """
 

@@ -5,7 +5,7 @@ run.json         versions and start time             start.safetensors  what the
 data.json        lengths and cuts of the rows        checkpoints/       what the run needs to go on
 metrics.jsonl    one event a line (events.py)        prompt/            the finished prompt; of a bank prompts/NAME/
 evaluations/     what softprompt eval measured       inspection.json    what the rows of each prompt are
-                                                     result.json        the finished run in numbers
+study.jsonl      what a distillation was taught     result.json        the finished run in numbers
 """
 
 import errno

@@ -256,6 +256,7 @@ def test_the_readme_commands_run_and_say_nothing_on_standard_error(tmp_path):
     tiny.tiny_folder(tmp_path / "my-model")
     for name, number in (("rows", 12), ("questions", 3)):
         tiny.write_rows(tmp_path / f"{name}.jsonl", tiny.some_rows(number))
+    (tmp_path / "handbook.md").write_text("# Tea\n\nAnswer in one word.\n", encoding="utf-8")
     settings = blocks("toml")[0] + "\ntrain.steps = 2\n"
     said = {}
     for line in lines:
@@ -265,7 +266,7 @@ def test_the_readme_commands_run_and_say_nothing_on_standard_error(tmp_path):
         progress = re.compile(r"\d+ of \d+ answered.*\n")  # now and then, where it takes long
         said[" ".join(line)] = (done.returncode, progress.sub("", done.stderr))
         (tmp_path / "my.toml").write_text(settings, encoding="utf-8")
-    assert len(said) == 10
+    assert len(said) == 11
     assert set(said.values()) == {(0, "")}, said
 
 
