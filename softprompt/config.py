@@ -275,6 +275,11 @@ class DistilConfig(Section):
     """Tokens of an answer of the teacher at most. One that has not ended by then is learned without an end."""
     on_policy: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of the steps, the last ones, in which the prompt answers itself and is held to what the teacher says of that."""
+    teacher: str | None = None
+    """Address of a server that teaches instead of the base, e.g. http://localhost:8000: vLLM or `softprompt serve`, over a model with the
+    base's tokenizer, also a larger one. Its 20 likeliest tokens at every place are learned. $OPENAI_API_KEY is its key."""
+    teacher_model: str | None = None
+    """Its model there. Left out: the first one."""
     keep_text: bool = False
     """Whether the prompt's card holds the text, not only its hash and length."""
 
@@ -286,6 +291,8 @@ class DistilConfig(Section):
     def _one_text(self) -> "DistilConfig":
         if sum(one is not None for one in (self.text, self.file, self.examples)) > 1:
             raise ValueError("set one of distil.text, distil.file and distil.examples")
+        if self.teacher is not None and self.on_policy:
+            raise ValueError("distil.on_policy asks the base itself: leave out distil.teacher")
         return self
 
 

@@ -28,7 +28,7 @@ from softprompt.engine.likelihood import Candidates, ensemble_losses, row_losses
 from softprompt.engine.model import FrozenBase
 from softprompt.engine.prefix import Prefix
 from softprompt.engine.prompt import Prompt, no_prompt, read_together
-from softprompt.engine.teacher import Teacher, likeness
+from softprompt.engine.teacher import Teacher, Teaching, likeness
 from softprompt.engine.tokens import Encoded
 from softprompt.errors import ConfigError, DataError
 from softprompt.formats import EVALUATION
@@ -328,7 +328,7 @@ def _deciding(metrics: Sequence[Metric]) -> Metric:
 
 
 @torch.no_grad()
-def held_out_loss(base: FrozenBase, soft: Prompt, rows: Rows, tokens_per_batch: int, teacher: Teacher | None = None) -> float:
+def held_out_loss(base: FrozenBase, soft: Prompt, rows: Rows, tokens_per_batch: int, teacher: Teaching | None = None) -> float:
     """Mean loss per supervised token over all rows: the cross-entropy, or the divergence from a teacher that reads the same rows."""
     if teacher is not None:
         return likeness(base, teacher, soft, rows.encoded, tokens_per_batch).divergence

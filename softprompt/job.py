@@ -2,7 +2,7 @@
 
 from collections.abc import Generator, Mapping
 from dataclasses import asdict, dataclass, fields
-from functools import cached_property, reduce
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from softprompt.card import DataCard
 from softprompt.checkpoint import BEST, Checkpoint, Counters, Scores, latest_checkpoint
 from softprompt.config import Config
 from softprompt.data import Rejected
-from softprompt.distil.onpolicy import own_lessons
+from softprompt.distil.onpolicy import own_answers
 from softprompt.distil.study import Studied, studying
 from softprompt.encode import Encoder, check_position, make_encoder
 from softprompt.engine.batch import Order
@@ -23,7 +23,7 @@ from softprompt.engine.model import FrozenBase, check_context
 from softprompt.engine.optim import PromptOptimizer
 from softprompt.engine.prompt import Prompt, SoftPrompt, deepened
 from softprompt.engine.step import StepSettings
-from softprompt.engine.teacher import Teacher
+from softprompt.engine.teacher import Teaching
 from softprompt.engine.tokens import Encoded
 from softprompt.engine.world import World
 from softprompt.errors import ConfigError, DataError, RunError
@@ -168,18 +168,19 @@ class Job(Setup):
             teacher, places = self.study.lessons.teacher, [number for own in numbers for number in own]
             if counters.step >= round(self.num_steps * (1 - self.config.distil.on_policy)):
                 rows, teacher = self._own_answers(self.study, numbers, counters.step)
-                places = list(range(len(teacher.rows)))
+                places = list(range(sum(map(len, rows))))
             loss = teacher.loss(places)
         return rows, StepSettings(counters.tokens_per_batch or self.budget, how.head_tolerance, how.checkpoint_activations, loss)
 
-    def _own_answers(self, study: Studied, numbers: list[list[int]], step: int) -> tuple[list[list[Encoded]], Teacher]:
+    def _own_answers(self, study: Studied, numbers: list[list[int]], step: int) -> tuple[list[list[Encoded]], Teaching]:
         """The rows of a step with what its prompts answer themselves, and the teacher that reads them all."""
         limit = self.config.distil.max_new_tokens
-        lessons = [
-            own_lessons(self.base, study, one.shown, own, limit, one.config.train.seed * 1_000_003 + step)
+        read = [
+            own_answers(self.base, study, one.shown, own, limit, one.config.train.seed * 1_000_003 + step)
             for one, own in zip(self.trainees, numbers, strict=True)
         ]
-        return [list(one.rows.encoded) for one in lessons], reduce(Teacher.followed_by, (one.teacher for one in lessons))
+        lessons = study.classroom.lessons([one for own in read for one in own])
+        return [[one.own for one in own] for own in read], lessons.teacher
 
 
 def prepare(

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from parrot import running
 from safetensors.torch import load_file
 
 from softprompt.artifact import load_prompt
@@ -18,18 +19,20 @@ from softprompt.checkpoint import load_start
 from softprompt.cli import app
 from softprompt.config import load_config
 from softprompt.distil.context import chunks, context_of
-from softprompt.distil.onpolicy import own_lessons
+from softprompt.distil.onpolicy import own_answers
 from softprompt.distil.selfstudy import CHINESE, ENGLISH, askings, cleaned, language_of, passages
 from softprompt.distil.study import STUDY, study_of
 from softprompt.doctor import diagnose
 from softprompt.encode import make_encoder
 from softprompt.engine.prompt import no_prompt
-from softprompt.engine.teacher import likeness
+from softprompt.engine.teacher import Teacher, likeness
+from softprompt.engine.tokens import Encoded
 from softprompt.errors import ConfigError, DataError, RunError
 from softprompt.events import Finished, Step, Studying, returned
 from softprompt.generation import generate
 from softprompt.job import prepare
 from softprompt.sampling import Sampling
+from softprompt.serve.own import start
 from softprompt.training import train
 
 TEXT = "Answer kindly, in one word, and name the drink. Never say no."
@@ -93,7 +96,7 @@ def test_answers_are_the_teachers_and_end_as_it_ends(distilling, bases, tmp_path
 def test_an_answer_that_was_cut_off_is_learned_without_an_end(distilling, bases):
     study = study_of(distilling(f"distil.text={TEXT}"), bases())
     ends = [row.ids[-1] == 2 for row in study.lessons.rows.encoded]
-    assert ends == list(study.ended)
+    assert ends == [one.ended for one in study.taught]
     assert not all(ends)
 
 
@@ -238,13 +241,11 @@ def test_on_policy_steps_learn_from_what_the_prompt_says(distilling, bases):
     assert setup.study is not None
     (untrained,) = setup.untrained.values()
     numbers = setup.numbers_of(7)[0]
-    lessons = own_lessons(bases(), setup.study, untrained.prompt, numbers, 10, 3)
-    answers = [example.response for example in lessons.rows.examples]
-    assert [row.question for row in lessons.rows.encoded] == [setup.rows.encoded[number].question for number in numbers]
+    read = own_answers(bases(), setup.study, untrained.prompt, numbers, 10, 3)
+    answers = [one.answered.example.response for one in read]
+    assert [one.own.question for one in read] == [setup.rows.encoded[number].question for number in numbers]
     assert answers != [setup.rows.examples[number].response for number in numbers]
-    again = own_lessons(bases(), setup.study, untrained.prompt, numbers, 10, 3)
-    assert list(again.rows.encoded) == list(lessons.rows.encoded)
-    assert lessons.teacher.contexts == setup.study.lessons.teacher.contexts
+    assert own_answers(bases(), setup.study, untrained.prompt, numbers, 10, 3) == read
 
 
 def test_only_the_frozen_positions_stay(distilling, bases):
@@ -318,3 +319,42 @@ def test_a_chat_template_tells_the_teacher(tmp_path):
     config = load_config({"model": {"name": base.name}, "distil": {"text": TEXT}, "data": {"template": "chat"}})
     (teacher,) = context_of(config, base, encoder, (), ()).teachers(base, encoder)
     assert teacher.wish == TEXT
+
+
+# ---- a teacher behind a server -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def server(bases):
+    """softprompt serve over another base of the same weights."""
+    engine = start(bases(seed=0), {})
+    with running(engine) as (address, _):
+        yield address
+
+
+def test_a_server_teaches_what_the_base_would(distilling, bases, server, tmp_path):
+    base, config = bases(), distilling("distil.text=" + TEXT, "train.steps=20", "train.eval_every=20", f"distil.teacher={server}")
+    *_, finished = train(config, base=base)
+    study = study_of(config, base)
+    local = study_of(distilling("distil.text=" + TEXT, f"train.out={tmp_path / 'local'}"), base)
+    assert [one.example.response.strip() for one in study.taught] == [one.example.response for one in local.taught]
+    rows, whole = study.lessons.rows.encoded, []
+    for row, example in zip(rows, study.lessons.rows.examples, strict=True):
+        ids = base.tokenizer(f"{TEXT}\n\nHuman: {example.messages[0].content}\n\nAssistant:")["input_ids"]
+        answer = row.ids[len(row.question) :]
+        whole.append(Encoded((*ids[1:], *answer), (*(False,) * len(ids[1:]), *(True,) * len(answer))))
+    exact = Teacher(((no_prompt(base, 1), ()),), whole, [0] * len(whole))
+    theirs, ours = (likeness(base, teacher, no_prompt(base, 1), rows, 1000) for teacher in (study.lessons.teacher, exact))
+    assert 0.3 * ours.divergence < theirs.divergence <= 1.001 * ours.divergence, "tokens that are one class hide some of it"
+    assert theirs.same_first == ours.same_first
+    assert finished.result["distilled"]["kl_after"] < 0.8 * finished.result["distilled"]["kl_before"]
+
+
+def test_a_server_that_does_not_answer_or_serves_another_model(distilling, bases, server, tmp_path):
+    with pytest.raises(ConfigError, match=r"distil.teacher = http://127.0.0.1:9: no such server answers"):
+        study_of(distilling("distil.text=" + TEXT, "distil.teacher=http://127.0.0.1:9"), bases())
+    other = ("distil.teacher_model=larger", f"train.out={tmp_path / 'other'}")
+    with pytest.raises(ConfigError, match=r"serves no model larger: it serves llama"):
+        study_of(distilling("distil.text=" + TEXT, f"distil.teacher={server}", *other), bases())
+    with pytest.raises(ConfigError, match=r"distil.on_policy asks the base itself"):
+        distilling("distil.text=" + TEXT, f"distil.teacher={server}", "distil.on_policy=0.5")

@@ -10,7 +10,7 @@ from softprompt.encode import Encoder
 from softprompt.engine.model import FrozenBase
 from softprompt.engine.reading import Context
 from softprompt.engine.shelf import Shelf
-from softprompt.engine.teacher import ROOM, Teacher
+from softprompt.engine.teacher import ROOM, Teacher, Teaching
 from softprompt.engine.tokens import Encoded, shared_beginning
 from softprompt.errors import DataError
 from softprompt.flat import FlatWriter
@@ -19,11 +19,13 @@ from softprompt.rows import Rows
 
 @dataclass(frozen=True)
 class Answered:
-    """A question with its answer, which teacher number `teacher` judges. `ended`: it came to its end before its tokens ran out."""
+    """A question with its answer, which teacher number `teacher` judges. `ended`: it came to its end before its tokens ran out.
+    `number`: its line in study.jsonl."""
 
     example: Example
     ended: bool
     teacher: int
+    number: int = -1
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class Lessons:
     """Rows as the student reads them, and the teacher that reads the same rows."""
 
     rows: Rows
-    teacher: Teacher
+    teacher: Teaching
 
 
 class Classroom:
@@ -73,16 +75,14 @@ class Classroom:
 
     def lessons(self, read: Sequence[Read], refused: Sequence[Rejected] = ()) -> Lessons:
         """Raises DataError where nothing is left."""
-        if not read:
-            raise DataError(f"no question can be used: {refused[0].source}: {refused[0].reason}" if refused else "there are no questions")
-        writer, examples = FlatWriter(), tuple(one.answered.example for one in read)
-        for one in read:
-            writer.add(one.own, one.answered.example, turns_text(one.answered.example), label=-1)
-        writer.close()
-        rows = Rows(writer.in_memory(), examples, tuple(refused), Loaded(examples, ()).fingerprint, ())
+        rows = rows_of([(one.own, one.answered.example) for one in read], refused)
         which = tuple(one.answered.teacher for one in read)
         theirs = tuple(one.theirs.after(len(self.contexts[one.answered.teacher][1])) for one in read)
-        return Lessons(rows, Teacher(self.contexts, theirs, which, self._shelf))
+        return Lessons(rows, self.teacher(theirs, which))
+
+    def teacher(self, rows: Sequence[Encoded], which: Sequence[int]) -> Teacher:
+        """The base with its texts, which reads these rows behind them."""
+        return Teacher(self.contexts, rows, which, self._shelf)
 
     def _read(self, one: Answered) -> Read:
         own = _as_said(self.encoder.encode(one.example, self.max_length), one)
@@ -91,6 +91,17 @@ class Classroom:
         if longest is not None and len(theirs) >= longest:
             raise DataError(f"{len(theirs)} tokens with the text, the base's context is {longest}", one.example.source)
         return Read(one, own, theirs)
+
+
+def rows_of(read: Sequence[tuple[Encoded, Example]], refused: Sequence[Rejected]) -> Rows:
+    """Rows as the student reads them. Raises DataError where there are none."""
+    if not read:
+        raise DataError(f"no question can be used: {refused[0].source}: {refused[0].reason}" if refused else "there are no questions")
+    writer, examples = FlatWriter(), tuple(example for _, example in read)
+    for own, example in read:
+        writer.add(own, example, turns_text(example), label=-1)
+    writer.close()
+    return Rows(writer.in_memory(), examples, tuple(refused), Loaded(examples, ()).fingerprint, ())
 
 
 def _as_said(row: Encoded, one: Answered) -> Encoded:

@@ -3,7 +3,7 @@ distillation, Agarwal et al. 2024): a prompt that runs free is then held to what
 
 from collections.abc import Sequence
 
-from softprompt.distil.lessons import Answered, Lessons
+from softprompt.distil.lessons import Answered, Read
 from softprompt.distil.study import Studied
 from softprompt.engine.decode import Question, decode_whole
 from softprompt.engine.model import FrozenBase
@@ -11,17 +11,16 @@ from softprompt.engine.prompt import Prompt
 from softprompt.sampling import Sampling
 
 
-def own_lessons(base: FrozenBase, study: Studied, soft: Prompt, numbers: Sequence[int], max_new_tokens: int, seed: int) -> Lessons:
-    """The lessons of these numbers with the answers of a prompt, sampled; an answer that is empty leaves the teacher's in its place."""
-    rows, given = study.lessons.rows, study.lessons.teacher
+def own_answers(base: FrozenBase, study: Studied, soft: Prompt, numbers: Sequence[int], max_new_tokens: int, seed: int) -> list[Read]:
+    """The lessons of these numbers with the answers of a prompt, sampled; where that is empty, with the teacher's."""
+    rows = study.lessons.rows
     sampling = Sampling(temperature=1.0, max_new_tokens=max_new_tokens, seed=seed)
     questions = [Question(((soft, ()),), (rows.encoded[number].question,), sampling, stop_ids=study.encoder.end_ids) for number in numbers]
     said = {index: (base.tokenizer.decode(ids, skip_special_tokens=True), ended) for index, ids, ended in decode_whole(base, questions)}
     answered = []
     for index, number in enumerate(numbers):
         text, ended = said[index]
-        example = rows.examples[number]
-        own = Answered(example.answered(text), ended, given.which[number])
-        answered.append(own if text.strip() else Answered(example, study.ended[number], given.which[number]))
-    read, refused = study.classroom.read(answered)
-    return study.classroom.lessons(read, refused)
+        given = study.taught[number]
+        own = Answered(given.example.answered(text), ended, given.teacher)
+        answered.append(own if text.strip() else given)
+    return study.classroom.read(answered)[0]

@@ -7,23 +7,26 @@ often it is made.
 
 import hashlib
 from collections.abc import Generator, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from softprompt.answers import answer, stops_of
 from softprompt.config import Config
 from softprompt.contestants import Contestant, Reading, read_rows
 from softprompt.data import Example, Message, Rejected
 from softprompt.data.examples import turns_text
+from softprompt.distil import elsewhere
 from softprompt.distil.asked import Asked, own_questions, split, unanswered
 from softprompt.distil.context import Context, context_of
-from softprompt.distil.lessons import Answered, Classroom, Lessons
+from softprompt.distil.lessons import Answered, Classroom, Lessons, Read, rows_of
 from softprompt.distil.selfstudy import MOST, TRIES, as_question, askings, cleaned
 from softprompt.encode import Encoder, make_encoder, shared_system
 from softprompt.engine.decode import decode_whole
 from softprompt.engine.model import FrozenBase
+from softprompt.engine.tokens import Encoded
 from softprompt.errors import ConfigError, DataError
 from softprompt.events import Studying, returned
 from softprompt.predictions import Predictions
@@ -37,15 +40,15 @@ QUESTION, ANSWER = "question", "answer"  # what lines of it hold
 
 @dataclass(frozen=True)
 class Studied:
-    """What a distillation works with: what is taught, what is measured on, and of what it is distilled. `ended`: which of the teacher's
-    answers to learn from came to their end."""
+    """What a distillation works with: what is taught, what is measured on, and of what it is distilled. `taught`: the questions of the
+    lessons with the teacher's answers."""
 
     encoder: Encoder
     lessons: Lessons
     held: Lessons
     context: Context
     classroom: Classroom
-    ended: tuple[bool, ...]
+    taught: tuple[Answered, ...]
 
     @property
     def context_ids(self) -> tuple[int, ...]:
@@ -90,8 +93,30 @@ def studying(config: Config, base: FrozenBase, encoder: Encoder) -> Generator[St
     train, refused = classroom.read(answered[: len(asked.train)])
     held, refused_held = classroom.read(answered[len(asked.train) :])
     classroom.begin([*train, *held])
-    taught, measured = classroom.lessons(train, refused), classroom.lessons(held, refused_held)
-    return Studied(encoder, taught, measured, context, classroom, tuple(one.answered.ended for one in train))
+    part = _listed if config.distil.teacher is not None else _read
+    taught, measured = part(work, classroom, train, refused), part(work, classroom, held, refused_held)
+    return Studied(encoder, taught, measured, context, classroom, tuple(one.answered for one in train))
+
+
+def _read(work: _Work, classroom: Classroom, read: Sequence[Read], refused: Sequence[Rejected]) -> Lessons:
+    return classroom.lessons(read, refused)
+
+
+def _listed(work: _Work, classroom: Classroom, read: Sequence[Read], refused: Sequence[Rejected]) -> Lessons:
+    """What a teacher elsewhere has said, as it said it."""
+    found: list[tuple[Encoded, elsewhere.Told]] = []
+    examples: list[Example] = []
+    refused = list(refused)
+    for one in read:
+        example = one.answered.example
+        told = elsewhere.Told.of(work.notes.answers[ANSWER, one.answered.number])
+        try:
+            found.append((elsewhere.read(work.encoder, example, told, work.config.data.max_length), told))
+            examples.append(example)
+        except DataError as error:
+            refused.append(Rejected(example.source, error.reason))
+    rows = rows_of([(row, example) for (row, _), example in zip(found, examples, strict=True)], refused)
+    return Lessons(rows, elsewhere.listed(found))
 
 
 def study_of(config: Config, base: FrozenBase) -> Studied:
@@ -102,7 +127,15 @@ def study_of(config: Config, base: FrozenBase) -> Studied:
 
 
 def _key(config: Config, base: FrozenBase, encoder: Encoder, context: Context, asked: Asked) -> str:
-    how = (base.fingerprint, encoder.template.name, encoder.template.date, encoder.system, config.data.max_length, config.distil.count)
+    how: tuple[object, ...] = (
+        base.fingerprint,
+        encoder.template.name,
+        encoder.template.date,
+        encoder.system,
+        config.data.max_length,
+        config.distil.count,
+    )
+    how += (config.distil.teacher is not None, config.distil.teacher_model)
     digest = hashlib.sha256(repr((how, context.digest, config.distil.max_new_tokens, config.train.seed)).encode())
     for example in (*asked.train, *asked.held):
         digest.update(turns_text(example).encode())
@@ -164,24 +197,28 @@ def _answers(work: _Work, asked: Sequence[Example], which: Sequence[int]) -> Gen
     yield Studying("answers", 0, len(asked))
     for window in windows(range(len(asked))):
         if any((ANSWER, number) not in work.notes.answers for number in window):
-            for number, text, ended in _said(work, asked, which, window, stops):
+            say = _said if work.config.distil.teacher is None else _said_elsewhere
+            for number, said in say(work, asked, which, window, stops):
                 question = asked[number].messages[-2].content
-                work.notes.add({"contestant": ANSWER, "row": number, "question": question, "text": text, "ended": ended})
+                work.notes.add({"contestant": ANSWER, "row": number, "question": question, **said})
         yield Studying("answers", window[-1] + 1, len(asked))
     found: list[Answered | Rejected] = []
     for number, example in enumerate(asked):
         said = work.notes.answers[ANSWER, number]
         if said["text"].strip():
-            found.append(Answered(example.answered(said["text"]), bool(said["ended"]), which[number]))
+            found.append(Answered(example.answered(said["text"]), bool(said["ended"]), which[number], number))
         else:
             found.append(Rejected(example.source, "the teacher says nothing"))
     return found
 
 
-def _said(
-    work: _Work, asked: Sequence[Example], which: Sequence[int], window: Sequence[int], stops: Sequence[str]
-) -> list[tuple[int, str, bool]]:
-    """(number of the question, the teacher's answer, whether it came to its end), those of a window."""
+Said = list[tuple[int, dict[str, Any]]]  # (number of a question, what a line of study.jsonl says of the answer)
+
+
+def _readings(
+    work: _Work, asked: Sequence[Example], which: Sequence[int], window: Sequence[int]
+) -> tuple[dict[str, list[Reading]], dict[tuple[str, int], int]]:
+    """How the teachers read the questions of a window; the number of each row of theirs."""
     readings: dict[str, list[Reading]] = {}
     numbers: dict[tuple[str, int], int] = {}
     for teacher, contestant in enumerate(work.teachers):
@@ -190,8 +227,28 @@ def _said(
             examples = [[asked[number]] for number in own]
             readings[contestant.name] = [read_rows(contestant, 0, examples, [[work.encoder.encode(one)] for (one,) in examples])]
             numbers |= {(contestant.name, row): number for row, number in enumerate(own)}
+    return readings, numbers
+
+
+def _said(work: _Work, asked: Sequence[Example], which: Sequence[int], window: Sequence[int], stops: Sequence[str]) -> Said:
+    readings, numbers = _readings(work, asked, which, window)
     said = answer(work.base, readings, list(numbers), work.config.distil.max_new_tokens, stops)
-    return [(numbers[one.contestant, one.row], one.text, one.ended) for one in said]
+    return [(numbers[one.contestant, one.row], {"text": one.text, "ended": one.ended}) for one in said]
+
+
+def _said_elsewhere(work: _Work, asked: Sequence[Example], which: Sequence[int], window: Sequence[int], stops: Sequence[str]) -> Said:
+    """By a server, WINDOW of them at once."""
+    readings, numbers = _readings(work, asked, which, window)
+    bos = [] if work.encoder.bos_id is None else [work.encoder.bos_id]
+    ends = work.base.stop_ids | work.encoder.end_ids
+
+    def said(place: tuple[str, int]) -> dict[str, Any]:
+        reading = readings[place[0]][0]
+        told = server.answer([*bos, *reading.context[1], *reading.questions[place[1]]], work.config.distil.max_new_tokens, ends)
+        return {"text": work.base.tokenizer.decode(told.ids, skip_special_tokens=True), **told.as_dict()}
+
+    with elsewhere.server(work.config.distil) as server, ThreadPoolExecutor(WINDOW) as pool:
+        return list(zip(numbers.values(), pool.map(said, numbers), strict=True))
 
 
 def _stops(encoder: Encoder, teacher: Contestant, asked: Sequence[Example]) -> tuple[str, ...]:

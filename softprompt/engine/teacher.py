@@ -6,14 +6,15 @@ Shapes: N supervised tokens, H hidden size.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from softprompt.engine.batch import Batch, batches, collate
 from softprompt.engine.divergence import compared
-from softprompt.engine.loss import Loss, divergence_losses
+from softprompt.engine.loss import Loss, TopTokens, divergence_losses, head_losses
 from softprompt.engine.model import FrozenBase
 from softprompt.engine.prefix import Prefix, assemble
 from softprompt.engine.prompt import Prompt, read_together
@@ -22,6 +23,17 @@ from softprompt.engine.shelf import Shelf
 from softprompt.engine.tokens import Encoded
 
 ROOM = 2**31  # bytes of keys and values of texts that are kept; of several chunks those that were not used for longest leave
+
+
+class Teaching(Protocol):
+    """Who says, at every supervised token of a row, how it goes on."""
+
+    def loss(self, numbers: Sequence[int]) -> Loss:
+        """The loss of a step whose rows have these numbers: the divergence of the teacher's distribution from the student's."""
+
+    def compared(self, base: FrozenBase, own_NH: Tensor, numbers: Sequence[int], known_N: Tensor) -> tuple[Tensor, Tensor]:
+        """(divergence [N] at the supervised tokens `known_N` of these rows, row by row, whether the likeliest tokens are the same [N]);
+        `own_NH`: the student's states before them."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +57,7 @@ class Teacher:
         return continued.hidden_BTH.flatten(0, 1).index_select(0, batch.scored_N)
 
     def loss(self, numbers: Sequence[int]) -> Loss:
-        """The loss of a step whose rows have these numbers: the divergence of the teacher's distribution from the student's."""
+        """See Teaching; over the whole vocabulary."""
 
         def toward(base: FrozenBase, hidden_NH: Tensor, batch: Batch, tolerance: float) -> Tensor:
             teacher_NH = self.states(base, [numbers[row] for row in batch.rows])
@@ -53,13 +65,41 @@ class Teacher:
 
         return toward
 
-    def followed_by(self, other: "Teacher") -> "Teacher":
-        """The rows of both; the contexts must be the same."""
-        return replace(self, rows=(*self.rows, *other.rows), which=(*self.which, *other.which))
+    def compared(self, base: FrozenBase, own_NH: Tensor, numbers: Sequence[int], known_N: Tensor) -> tuple[Tensor, Tensor]:
+        """See Teaching."""
+        return compared(base.head, own_NH, self.states(base, numbers), known_N)
 
     def _prefix(self, base: FrozenBase, number: int) -> Prefix:
         prompt, ids = self.contexts[number]
         return self.shelf.take(prompt, ids, lambda: prompt.prefix(base, ids))
+
+
+@dataclass(frozen=True)
+class Listed:
+    """A teacher elsewhere, which has said its likeliest tokens: `rows[r]`: of the supervised tokens of row r their ids [n, K] and
+    probabilities [n, K], the likeliest first. All other tokens are one class."""
+
+    rows: Sequence[tuple[Tensor, Tensor]]
+
+    def loss(self, numbers: Sequence[int]) -> Loss:
+        """See Teaching."""
+
+        def toward(base: FrozenBase, hidden_NH: Tensor, batch: Batch, tolerance: float) -> Tensor:
+            return head_losses(base, hidden_NH, self._wanted(base, [numbers[row] for row in batch.rows]), tolerance)
+
+        return toward
+
+    def compared(self, base: FrozenBase, own_NH: Tensor, numbers: Sequence[int], known_N: Tensor) -> tuple[Tensor, Tensor]:
+        """See Teaching."""
+        wanted = self._wanted(base, numbers)
+        losses_N, _ = base.head.losses(own_NH, wanted, None)
+        every_N = torch.arange(len(own_NH), device=own_NH.device)
+        _, same_N = base.head.losses_after(own_NH[None], every_N, wanted.ids_NK[:, 0])
+        return losses_N, same_N
+
+    def _wanted(self, base: FrozenBase, numbers: Sequence[int]) -> TopTokens:
+        ids, probabilities = zip(*(self.rows[number] for number in numbers), strict=True)
+        return TopTokens(torch.cat(ids).to(base.device), torch.cat(probabilities).to(base.device))
 
 
 @dataclass(frozen=True)
@@ -83,14 +123,14 @@ class Likeness:
 
 
 @torch.no_grad()
-def likeness(base: FrozenBase, teacher: Teacher, soft: Prompt, rows: Sequence[Encoded], tokens_per_batch: int) -> Likeness:
+def likeness(base: FrozenBase, teacher: Teaching, soft: Prompt, rows: Sequence[Encoded], tokens_per_batch: int) -> Likeness:
     """How like the teacher a prompt is on all its rows; `rows`: as the student reads them."""
     prefix, rest = read_together(base, [soft], rows)
     sums_3R = torch.zeros(3, len(rows), dtype=torch.float64)
     for batch in batches(rest, [0] * len(rest), tokens_per_batch, base.device):
         continued = base.continue_from(prefix, batch.which_B, batch.ids_BT, batch.mask_BT)
         own_NH = continued.hidden_BTH.flatten(0, 1).index_select(0, batch.scored_N)
-        losses_N, same_N = compared(base.head, own_NH, teacher.states(base, batch.rows), batch.targets_N)
+        losses_N, same_N = teacher.compared(base, own_NH, batch.rows, batch.targets_N)
         found_3N = torch.stack([losses_N.double(), same_N.double(), torch.ones_like(losses_N, dtype=torch.float64)]).cpu()
         sums_3R.index_add_(1, torch.tensor(batch.rows)[batch.row_N.cpu()], found_3N)
     return Likeness(*sums_3R)

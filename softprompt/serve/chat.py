@@ -10,7 +10,7 @@ from openai.types.chat.chat_completion_token_logprob import TopLogprob
 
 from softprompt.serve.answers import Answers
 from softprompt.serve.asking import Said, Scored
-from softprompt.serve.choices import Choice, Count, logprob_of
+from softprompt.serve.choices import Choice, Count, logprob_of, shown
 from softprompt.serve.fields import Wish
 
 
@@ -28,7 +28,7 @@ async def whole(wish: Wish, answers: Answers, head: dict[str, Any]) -> ChatCompl
 def _choice(number: int, choice: Choice, wish: Wish) -> chat_completion.Choice:
     thought = {"reasoning_content": choice.thought} if choice.thought else {}
     message = ChatCompletionMessage(role="assistant", content=choice.text, refusal=None, annotations=[], **thought)  # type: ignore[arg-type]
-    scores = None if wish.logprobs is None else chat_completion.ChoiceLogprobs(content=_scores(choice.scores), refusal=None)
+    scores = None if wish.logprobs is None else chat_completion.ChoiceLogprobs(content=_scores(choice.scores, wish.as_ids), refusal=None)
     assert choice.finish is not None
     return chat_completion.Choice(index=number, message=message, finish_reason=choice.finish, logprobs=scores)
 
@@ -39,7 +39,7 @@ async def chunks(wish: Wish, answers: Answers, head: dict[str, Any]) -> AsyncIte
     usage = {"usage": None} if wish.usage else {}
 
     def chunk(number: int, delta: ChoiceDelta, said: Said | None = None, *, ends: bool = False) -> ChatCompletionChunk:
-        scores = None if wish.logprobs is None or said is None else ChoiceLogprobs(content=_scores(said.scores), refusal=None)
+        scores = None if wish.logprobs is None or said is None else ChoiceLogprobs(content=_scores(said.scores, wish.as_ids), refusal=None)
         piece = Piece(index=number, delta=delta, finish_reason=said.finish if said and ends else None, logprobs=None if ends else scores)
         return ChatCompletionChunk(**head, object="chat.completion.chunk", choices=[piece], **usage)  # type: ignore[arg-type]
 
@@ -56,13 +56,13 @@ async def chunks(wish: Wish, answers: Answers, head: dict[str, Any]) -> AsyncIte
         yield ChatCompletionChunk(**head, object="chat.completion.chunk", choices=[], usage=count.usage())
 
 
-def _scores(scores: Sequence[Scored]) -> list[ChatCompletionTokenLogprob]:
+def _scores(scores: Sequence[Scored], as_ids: bool) -> list[ChatCompletionTokenLogprob]:
     return [
         ChatCompletionTokenLogprob(
-            token=score.text,
+            token=shown(score, as_ids),
             bytes=list(score.data),
             logprob=logprob_of(score),
-            top_logprobs=[TopLogprob(token=one.text, bytes=list(one.data), logprob=logprob_of(one)) for one in score.top],
+            top_logprobs=[TopLogprob(token=shown(one, as_ids), bytes=list(one.data), logprob=logprob_of(one)) for one in score.top],
         )
         for score in scores
     ]

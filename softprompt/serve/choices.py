@@ -61,3 +61,8 @@ class Count:
 
 def logprob_of(score: Scored) -> float:
     return UNLIKELY if score.logprob is None else max(score.logprob, UNLIKELY)
+
+
+def shown(score: Scored, as_ids: bool) -> str:
+    """A token as it stands in an answer: its text, or its number as vLLM writes it."""
+    return f"token_id:{score.id}" if as_ids else score.text

@@ -8,7 +8,7 @@ from openai.types.completion_choice import Logprobs
 
 from softprompt.serve.answers import Answers
 from softprompt.serve.asking import Scored
-from softprompt.serve.choices import Choice, Count, logprob_of
+from softprompt.serve.choices import Choice, Count, logprob_of, shown
 from softprompt.serve.fields import Wish
 
 
@@ -58,18 +58,18 @@ def _logprobs(scores: Sequence[Scored], offset: int, wish: Wish) -> Logprobs | N
         offsets.append(offset)
         offset += len(score.text)
     return Logprobs.model_construct(
-        tokens=[score.text for score in scores],
+        tokens=[shown(score, wish.as_ids) for score in scores],
         token_logprobs=[None if score.logprob is None else logprob_of(score) for score in scores],
-        top_logprobs=[_top(score) for score in scores],
+        top_logprobs=[_top(score, wish.as_ids) for score in scores],
         text_offset=offsets,
     )
 
 
-def _top(score: Scored) -> dict[str, float] | None:
+def _top(score: Scored, as_ids: bool) -> dict[str, float] | None:
     """By text, as this form has them; of tokens that look alike, the likeliest. The token itself is always there."""
     if score.logprob is None:
         return None
     found: dict[str, float] = {}
     for one in (*score.top, score):
-        found.setdefault(one.text, logprob_of(one))
+        found.setdefault(shown(one, as_ids), logprob_of(one))
     return found

@@ -83,6 +83,7 @@ class Common(Fields):
     logit_bias: Annotated[dict[Annotated[str, Field(pattern="^[0-9]{1,9}$")], Bias], Field(max_length=1_000)] | None = None
     max_tokens: Count | None = None
     response_format: ResponseFormat | None = None
+    return_tokens_as_token_ids: bool | None = None
     user: Short | None = None
 
 
@@ -123,14 +124,14 @@ REFUSED: dict[str, tuple[Any, ...]] = {  # what each may say beside null: what h
     "web_search_options": (),
 }
 OF_ONE_ROUTE = {"suffix": CompletionFields}  # the others are fields of chats
-OWN = {"top_k": 0, "min_p": 0.0}  # fields that OpenAI does not have
+OWN = {"top_k": 0, "min_p": 0.0, "return_tokens_as_token_ids": False}  # fields that OpenAI does not have
 Model = TypeVar("Model", bound=Common)
 
 
 @dataclass(frozen=True)
 class Wish:
     """A request that can be asked: `num_texts` texts, each to be answered `n` times, text by text. `place`: the field that they stood in;
-    `logprobs`: as in `Ask`."""
+    `logprobs`: as in `Ask`; `as_ids`: tokens are named by their numbers, as vLLM names them, so that none look alike."""
 
     place: Literal["messages", "prompt"]
     asks: tuple[Ask, ...]
@@ -140,6 +141,7 @@ class Wish:
     logprobs: int | None
     echo: bool
     user: str | None
+    as_ids: bool = False
 
     @property
     def model(self) -> str:
@@ -284,4 +286,5 @@ def _wish(
     asks = [Ask(fields.model, text, one, tuple(fields.stop or ()), logprobs, echo, schema) for text in texts for one in seeded]
     usage = fields.stream_options is not None and bool(fields.stream_options.include_usage)
     place: Literal["messages", "prompt"] = "messages" if isinstance(fields, ChatFields) else "prompt"
-    return Wish(place, tuple(asks), len(texts), bool(fields.stream), usage, logprobs, echo, user)
+    as_ids = bool(fields.return_tokens_as_token_ids)
+    return Wish(place, tuple(asks), len(texts), bool(fields.stream), usage, logprobs, echo, user, as_ids)
