@@ -18,6 +18,7 @@ from softprompt.artifact import load_prompt
 from softprompt.checkpoint import load_start
 from softprompt.cli import app
 from softprompt.config import load_config
+from softprompt.distil.asked import Asked
 from softprompt.distil.context import chunks, context_of
 from softprompt.distil.onpolicy import own_answers
 from softprompt.distil.selfstudy import CHINESE, ENGLISH, askings, cleaned, language_of, passages
@@ -286,6 +287,13 @@ def test_the_verb_writes_what_it_says(distilling, tmp_path):
     assert beside["prompt"]["divergence"] < beside["base"]["divergence"]
 
 
+def test_a_template_of_the_rows_own_fields(distilling, bases, tmp_path):
+    rows = tiny.write_rows(tmp_path / "asked.jsonl", [{"what": f"tea {number}", "completion": "-"} for number in range(12)])
+    own = ("data.template=Q {{ what }} A", f"data.train={rows}", f"data.eval={rows}", 'data.columns={prompt = "what"}')
+    study = study_of(distilling(f"distil.text={TEXT}", *own), bases())
+    assert bases().tokenizer.decode(study.lessons.rows.encoded[0].question) == "Q tea 0 A"
+
+
 @pytest.mark.parametrize(
     ("settings", "rows", "error", "message"),
     [
@@ -317,7 +325,7 @@ def test_a_chat_template_tells_the_teacher(tmp_path):
     base = tiny.tiny_base(tmp_path / "base", chat=True)
     encoder = make_encoder(base.tokenizer, "chat")
     config = load_config({"model": {"name": base.name}, "distil": {"text": TEXT}, "data": {"template": "chat"}})
-    (teacher,) = context_of(config, base, encoder, (), ()).teachers(base, encoder)
+    (teacher,) = context_of(config, base, encoder, Asked((), ())).teachers(base, encoder)
     assert teacher.wish == TEXT
 
 

@@ -132,6 +132,18 @@ def test_a_chat_has_logprobs_whole_and_streamed(client, top):
     assert streamed == choice.logprobs.content
 
 
+def test_tokens_are_named_by_their_numbers(client):
+    """As vLLM names them: no two look alike. The parrot's number of a word is its length, of its first alternative 0."""
+    wanted = {"extra_body": {"return_tokens_as_token_ids": True}}
+    (choice,) = client.chat.completions.create(model="base", messages=HELLO, logprobs=True, top_logprobs=1, **wanted).choices
+    assert [one.token for one in choice.logprobs.content] == ["token_id:5", "token_id:3", "token_id:5"]
+    assert [[top.token for top in one.top_logprobs] for one in choice.logprobs.content] == [["token_id:0"]] * 3
+    assert choice.message.content == "hello big world"
+    (text,) = client.completions.create(model="base", prompt="a bc", logprobs=1, **wanted).choices
+    assert text.logprobs.tokens == ["token_id:1", "token_id:2"]
+    assert [list(top) for top in text.logprobs.top_logprobs] == [["token_id:0", "token_id:1"], ["token_id:0", "token_id:2"]]
+
+
 def test_several_answers_come_as_they_are_made(url):
     parrot = Parrot(pause=0.02)
     with running(parrot) as (address, _):

@@ -10,6 +10,7 @@ from softprompt.config import Config
 from softprompt.contestants import Contestant, choose_shots
 from softprompt.data import Example, Message
 from softprompt.data.examples import turns_text
+from softprompt.distil.asked import Asked, unanswered
 from softprompt.encode import Encoder
 from softprompt.engine.model import FrozenBase
 from softprompt.engine.prompt import Prompt, no_prompt
@@ -43,17 +44,16 @@ class Context:
         return [Contestant(f"teacher-{number}", bare, wish=text) for number, text in enumerate(self.texts)]
 
 
-def context_of(config: Config, base: FrozenBase, encoder: Encoder, examples: Sequence[Example], held: Sequence[Example]) -> Context:
-    """What [distil] names. `examples`: training rows, `held`: those held out.
-
-    Raises ConfigError for a file that cannot be read, an empty text, and examples that do not fit.
-    """
+def context_of(config: Config, base: FrozenBase, encoder: Encoder, asked: Asked) -> Context:
+    """What [distil] names. Raises ConfigError for a file that cannot be read, an empty text, a template that cannot tell it, and examples
+    that do not fit."""
     room = None if base.context_length is None else base.context_length - config.data.max_length - SPARE
     if config.distil.examples is not None:
-        return _of_examples(config, encoder, examples, held, room)
+        return _of_examples(config, encoder, asked.known, asked.held, room)
     text = _text(config)
     parts = (text,) if room is None else tuple(chunks(text, encoder, room))
-    _check_told(encoder, parts[0])
+    question = (*asked.train, *asked.held, unanswered((Message("user", "a"),), "a question", {}))[0]
+    _check_told(encoder, parts[0], question)
     return Context(parts, (), hashlib.sha256(text.encode()).hexdigest())
 
 
@@ -80,10 +80,10 @@ def _text(config: Config) -> str:
     return text.strip()
 
 
-def _check_told(encoder: Encoder, text: str) -> None:
+def _check_told(encoder: Encoder, text: str, question: Example) -> None:
     """Raises ConfigError where the template cannot write a text before a question."""
     try:
-        Contestant("teacher", (), wish=text).segments(encoder, Example((Message("user", "a"),), "a question", fields={"prompt": "a"}))
+        Contestant("teacher", (), wish=text).segments(encoder, question)
     except DataError as error:
         raise ConfigError(f"data.template cannot tell the teacher its text: {error.reason}") from None
 

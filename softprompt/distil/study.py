@@ -74,7 +74,7 @@ def studying(config: Config, base: FrozenBase, encoder: Encoder) -> Generator[St
     """
     asked = own_questions(config)
     encoder = encoder.told(shared_system(asked.train)) if asked.train else encoder
-    context = context_of(config, base, encoder, asked.known, asked.held)
+    context = context_of(config, base, encoder, asked)
     teachers = context.teachers(base, encoder)
     notes = Predictions(Path(config.train.out) / STUDY, _key(config, base, encoder, context, asked))
     work = _Work(config, base, encoder, context, teachers, notes)
