@@ -299,21 +299,21 @@ def _conclude(work: _Work, tables: dict[str, Table], predictions: Predictions) -
 
 
 def _lost(results: dict[str, Result], line: Sequence[Contestant]) -> dict[str, tuple[str, ...]]:
-    """Of every prompt the scores that lie outside of the teacher's interval, on the worse side."""
+    """Of every prompt the scores outside of the teacher's interval, on the worse side: of answers and labels, where there are any."""
     teacher = results[TEACHER].scores
+    measured = {name: metric_named(name) for name in teacher}
+    told = {name: one for name, one in measured.items() if one.needs in ("answers", "label_losses")} or measured
 
     def worse(name: str) -> tuple[str, ...]:
         own = results[name].scores
-        shared = [metric for metric in map(metric_named, own) if metric.name in teacher and metric.needs != "divergences"]
-        return tuple(
-            metric.name
-            for metric in shared
-            if (
-                own[metric.name].value < teacher[metric.name].low
-                if metric.higher_is_better
-                else own[metric.name].value > teacher[metric.name].high
-            )
-        )
+        lost = {
+            metric.name: own[metric.name].value < teacher[metric.name].low
+            if metric.higher_is_better
+            else own[metric.name].value > teacher[metric.name].high
+            for metric in told.values()
+            if metric.name in own and metric.needs != "divergences"
+        }
+        return tuple(metric for metric, below in lost.items() if below)
 
     return {one.name: worse(one.name) for one in line if one.trained and one.adapter is None and one.name != CONTROL}
 

@@ -367,11 +367,8 @@ def called(name: str, num_shots: int = 0) -> str:
         "text": "text prompt",
         "prompt": "soft prompt",
         "few-shot": f"{num_shots} examples",
-        "teacher": f"teacher: {num_shots} examples" if num_shots else "teacher: the whole text",
-        "control": "the same as keys and values",
-        "beginning": "the text's first tokens",
-        "fewer": f"{num_shots} of the examples",
-        "summary": "a summary of the text",
+        "beginning": "first tokens",
+        "fewer": f"{num_shots} examples",
     }
     return known.get(name, name)
 

@@ -103,6 +103,8 @@ def _find_rate(config: Config, base: FrozenBase) -> Events:
     if config.prompt.bank or config.prompt.count > 1 or config.optim.lr is not None:
         raise ConfigError('optim.relative_lr = "find" is for one prompt without optim.lr: a bank may name a rate for each of its prompts')
     bank = tuple(Member(name=f"rate-{rate}", optim={"relative_lr": rate}) for rate in RATES)
+    if config.distil.wanted:
+        raise ConfigError('optim.relative_lr = "find" tries rates on rows with answers: leave it out, or name a rate')
     with tempfile.TemporaryDirectory() as folder:
         short = {name: SEARCH_STEPS for name in ("steps", "eval_every", "save_every")}
         endless = {"patience": None, "minutes": None, "trackers": ()}
