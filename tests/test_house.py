@@ -461,8 +461,12 @@ EFFECTS: dict[str, Effect] = {
     "distil.max_new_tokens": ("3", rows_after),
     "distil.on_policy": ("0.7", rows_after),
     "distil.keep_text": ("true", distilled_card),
+    "distil.teacher": ("http://127.0.0.1:9", error_of),
 }
-ELSEWHERE = {"model.revision"}  # a hub has revisions, a local folder none: test_hub.py, test_a_revision_is_asked_for
+ELSEWHERE = {
+    "model.revision",  # a hub has revisions, a local folder none: test_hub.py, test_a_revision_is_asked_for
+    "distil.teacher_model",  # which a server must have: test_distil.py, test_a_server_that_does_not_answer_or_serves_another_model
+}
 
 
 def test_every_field_is_covered():
@@ -533,7 +537,7 @@ def plain_config(key: str, make_config: Callable[..., Config], tmp_path: Path) -
             return make_config("train.steps=3", f"model.name={tiny.tiny_folder(tmp_path / 'sure', initializer_range=1.0)}")
         case "optim.values":
             return make_config("train.steps=3", "prompt.method=prefix")
-        case "distil.questions" | "distil.count" | "distil.max_new_tokens" | "distil.on_policy" | "distil.keep_text":
+        case "distil.questions" | "distil.count" | "distil.max_new_tokens" | "distil.on_policy" | "distil.keep_text" | "distil.teacher":
             return make_config("train.steps=3", "distil.text=Be kind.")
         case "model.trust_remote_code":
             return make_config(f"model.name={strange_base(tmp_path / 'strange')}")
