@@ -5,11 +5,13 @@ Every score has an interval, and every pair of contestants a verdict, from the s
 
 import hashlib
 import json
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from itertools import combinations
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -287,7 +289,9 @@ def _conclude(work: _Work, tables: dict[str, Table], predictions: Predictions) -
             table, unended = replace(table, answers=tuple(one["text"] for one in said)), sum(not one["ended"] for one in said)
         measured = [metric for metric in work.metrics if getattr(table, metric.needs) is not None]
         scores = {metric.name: estimate(metric, table, weights_RN) for metric in measured}
-        results[name] = Result(scores, sum(reading.tokens for reading in work.readings[name]), table, shots[name], unended)
+        tokens = sum(reading.tokens for reading in work.readings[name])
+        milliseconds = None if work.teacher is None else sum(_milliseconds(work.base, reading) for reading in work.readings[name])
+        results[name] = Result(scores, tokens, table, shots[name], unended, milliseconds)
     by = _deciding(work.metrics)
     rivals = [name for name, result in results.items() if by.name in result.scores]
     estimates = {name: results[name].scores[by.name] for name in rivals}
@@ -296,6 +300,18 @@ def _conclude(work: _Work, tables: dict[str, Table], predictions: Predictions) -
     counts = num_rows, work.rows.num_supervised, len(work.rows.rejected)
     evaluation = Evaluation(results, verdicts, by.name, *counts, work.labels, questions)
     return evaluation if work.teacher is None else replace(evaluation, lost=_lost(results, work.line))
+
+
+def _milliseconds(base: FrozenBase, reading: Reading) -> float:
+    """What it takes to read what stands before every row; the median of three times."""
+    soft, ids = reading.context
+
+    def once() -> float:
+        began = time.perf_counter()
+        soft.prefix(base, ids)
+        return 1000 * (time.perf_counter() - began)
+
+    return median(once() for _ in range(3))
 
 
 def _lost(results: dict[str, Result], line: Sequence[Contestant]) -> dict[str, tuple[str, ...]]:

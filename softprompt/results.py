@@ -13,13 +13,15 @@ NUM_SAMPLES = 8  # rows whose answers trackers are shown
 @dataclass(frozen=True)
 class Result:
     """One contestant: its scores by metric, the tokens that each request has more than the bare base's, its table; how many examples
-    it is shown, how many of its answers did not end."""
+    it is shown, how many of its answers did not end. `milliseconds`: beside a teacher, what reading these tokens takes where none of them
+    is kept from an earlier request."""
 
     scores: dict[str, Estimate]
     tokens: float
     table: Table
     num_shots: int = 0
     num_unended: int | None = None
+    milliseconds: float | None = None
 
     def __getitem__(self, metric: str) -> float:
         """A score by its metric's name. Raises KeyError for what was not measured."""
@@ -49,6 +51,7 @@ class Evaluation:
                 name: {"loss": None, "perplexity": None, "accuracy": None}
                 | {metric: one.value for metric, one in result.scores.items()}
                 | {"tokens": result.tokens, "shots": result.num_shots, "unended_answers": result.num_unended}
+                | ({} if result.milliseconds is None else {"milliseconds": result.milliseconds})
                 for name, result in self.contestants.items()
             },
             "intervals": {

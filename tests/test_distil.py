@@ -285,6 +285,7 @@ def test_the_verb_writes_what_it_says(distilling, tmp_path):
     assert beside["control"]["same_first"] == 1
     assert beside["control"]["loss"] == pytest.approx(beside["teacher"]["loss"], abs=1e-4)
     assert beside["prompt"]["divergence"] < beside["base"]["divergence"]
+    assert all(one["milliseconds"] > 0 for one in beside.values())
 
 
 def test_a_template_of_the_rows_own_fields(distilling, bases, tmp_path):

@@ -87,6 +87,9 @@ def draw_evaluation(evaluation: "Evaluation") -> None:
             said = Text(sentence(one, names, [results[side][one.metric] for side in (one.first, one.second)]))
             said.highlight_words([one.outcome], "bold")
             console.print(said)
+    if "teacher" in results:
+        times = (f"{called(name, one.num_shots)} {one.milliseconds:.0f}" for name, one in results.items() if one.milliseconds is not None)
+        console.print(f"milliseconds to read what stands before a request: {', '.join(times)}", markup=False)
     for name, scores in evaluation.lost.items():
         lost = ", ".join(metric.replace("_", " ") for metric in scores)
         found = f"below the teacher's interval: {lost}" if scores else "every score lies within the teacher's interval"
