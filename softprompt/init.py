@@ -17,6 +17,8 @@ from torch import Tensor
 from softprompt.artifact import read_card, stored_rows
 from softprompt.config import PromptConfig
 from softprompt.engine.model import FrozenBase
+from softprompt.engine.prompt import DeepPrompt, as_prompt
+from softprompt.engine.recited import recited
 from softprompt.engine.tokens import Encoded
 from softprompt.errors import ConfigError
 from softprompt.literal import control_tokens
@@ -56,6 +58,8 @@ def initial_rows(material: Material) -> Initial:
     """
     config = material.config
     length = prompt_length(config, material.base.tokenizer, material.labels)
+    if "states" in config.sources:
+        raise ConfigError('prompt.init = "states" stands alone, and needs prompt.method = "prefix"')
     parts: list[Initial] = []
     for name in config.sources:
         room = length - sum(len(part.rows_PH) for part in parts)
@@ -156,6 +160,19 @@ def from_spread(material: Material, room: int) -> Initial:
     count = min(room, len(context))
     ids = [context[index * len(context) // count] for index in range(count)]
     return Initial(_rows(material, ids), f"{count} picked evenly from the teacher's {len(context)} tokens")
+
+
+def from_states(material: Material, position: str, bos_id: int | None, values: float) -> tuple[DeepPrompt, str]:
+    """Keys and values of tokens that the teacher reads, picked evenly, as they are behind the rest of its text; BOS among them where it
+    does not stand before the prompt anyway; and a sentence about that. `values`: as for `deepened`. Raises ModelError as `recited`."""
+    context = _context(material)
+    length = min(prompt_length(material.config, material.base.tokenizer, material.labels), len(context))
+    own_bos = [] if bos_id is None else [bos_id]
+    count = length - (bos_id is not None and position == "start")
+    picked = [*range(len(own_bos)), *(len(own_bos) + index * len(context) // count for index in range(count))]
+    layers = recited(material.base, [*own_bos, *context], picked)
+    note = f"{length} virtual tokens: keys and values of {count} picked evenly from the teacher's {len(context)} tokens"
+    return as_prompt(layers, position, bos_id, values), note
 
 
 Source = Callable[[Material, int], Initial]

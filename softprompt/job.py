@@ -29,7 +29,7 @@ from softprompt.engine.world import World
 from softprompt.errors import ConfigError, DataError, RunError
 from softprompt.evaluation import held_out_loss
 from softprompt.events import Preparing, Studying
-from softprompt.init import SOURCES, Material, Source, initial_rows
+from softprompt.init import SOURCES, Material, Source, from_states, initial_rows
 from softprompt.prepared import check_rejected
 from softprompt.rows import Rows, loading_rows, summarize
 from softprompt.runlog import RunFolder
@@ -214,8 +214,10 @@ def prepare(
 
 
 def _untrained(own: Config, material: Material, encoder: Encoder) -> Untrained:
-    initial = initial_rows(material)
     check_position(own.prompt.position, encoder)
+    if own.prompt.sources == ("states",) and own.prompt.method == "prefix":
+        return Untrained(own, *from_states(material, own.prompt.position, encoder.bos_id, own.optim.values))
+    initial = initial_rows(material)
     if own.prompt.method == "prefix":
         deep = deepened(material.base, initial.rows_PH, own.prompt.position, encoder.bos_id, own.optim.values)
         return Untrained(own, deep, f"{initial.note}; as keys and values of every layer")

@@ -80,6 +80,22 @@ def test_a_prompt_comes_to_answer_as_the_base_does_with_the_text(distilling, bas
     assert generate(base, stored, ["bring tea"], Sampling(max_new_tokens=5))
 
 
+@pytest.mark.parametrize("position", ["start", "after_bos"])
+def test_as_many_states_as_the_text_has_tokens_are_the_text(distilling, bases, position):
+    """A prompt that starts from all that the teacher keeps of its text is the teacher, before it is trained."""
+    base, own = bases(), (f"distil.text={TEXT}", "prompt.method=prefix", "prompt.init=states", f"prompt.position={position}")
+    setup = returned(prepare(distilling(*own, "prompt.length=5000"), base))
+    assert setup.study is not None
+    (one,) = setup.untrained.values()
+    row = Encoded(tuple(base.tokenizer("tea", add_special_tokens=False)["input_ids"]), (False, True, True))
+    ((bare, ids),) = setup.study.classroom.contexts
+    teacher = Teacher(((bare, ids),), [row], [0])
+    assert one.prompt.length == len(ids)
+    if position == "after_bos":
+        assert likeness(base, teacher, one.prompt, [row], 100).divergence < 1e-5
+    assert "keys and values of" in one.note
+
+
 def test_answers_are_the_teachers_and_end_as_it_ends(distilling, bases, tmp_path):
     """Against `generate` with the text as the system turn, which knows nothing of distillation."""
     base = bases()
@@ -303,6 +319,7 @@ def test_a_template_of_the_rows_own_fields(distilling, bases, tmp_path):
         (["distil.examples=3"], False, ConfigError, "distil.examples needs rows to take them from: set data.train"),
         (["distil.examples=23"], True, ConfigError, "distil.examples = 23: of 24 training rows"),
         ([f"distil.text={TEXT}", "distil.questions=gone.jsonl"], True, DataError, "gone.jsonl"),
+        (["prompt.init=states", "distil.text=a"], True, ConfigError, 'prompt.init = "states" stands alone'),
         (["prompt.init=context"], True, ConfigError, 'prompt.init = "context"'),
     ],
 )

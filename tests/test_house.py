@@ -51,7 +51,7 @@ ENGINE = [
     {"prefix", "batch"},
     {"trial", "shelf"},
     {"model"},
-    {"loss", "prompt", "loading", "likelihood", "choose"},
+    {"loss", "prompt", "loading", "likelihood", "choose", "recited"},
     {"reading", "step"},
     {"decode", "dryrun", "teacher"},
 ]

@@ -190,10 +190,10 @@ def deepened(base: FrozenBase, rows_PH: Tensor, position: str, bos_id: int | Non
     return _scaled(flat(layers)[-len(rows_PH) :], shapes_of(layers), position, bos_id, values)
 
 
-def as_prompt(layers: Layers, position: str, bos_id: int | None) -> DeepPrompt:
-    """The keys and values of one prefix as a prompt; a BOS that they begin with, and that stands before the prompt, is left out. Raises
-    ModelError as `deepened`."""
-    return _scaled(flat(layers)[int(bos_id is not None and position == "after_bos") :], shapes_of(layers), position, bos_id)
+def as_prompt(layers: Layers, position: str, bos_id: int | None, values: float = 1.0) -> DeepPrompt:
+    """The keys and values of one prefix as a prompt; a BOS that they begin with, and that stands before the prompt, is left out. `values` and
+    what is raised: as for `deepened`."""
+    return _scaled(flat(layers)[int(bos_id is not None and position == "after_bos") :], shapes_of(layers), position, bos_id, values)
 
 
 def _scaled(states_PD: Tensor, shapes: tuple[tuple[int, int], ...], position: str, bos_id: int | None, values: float = 1.0) -> DeepPrompt:
