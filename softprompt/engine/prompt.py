@@ -191,8 +191,8 @@ def deepened(base: FrozenBase, rows_PH: Tensor, position: str, bos_id: int | Non
 
 
 def as_prompt(layers: Layers, position: str, bos_id: int | None, values: float = 1.0) -> DeepPrompt:
-    """The keys and values of one prefix as a prompt; a BOS that they begin with, and that stands before the prompt, is left out. `values` and
-    what is raised: as for `deepened`."""
+    """The keys and values of one prefix as a prompt; a BOS that they begin with, and that stands before the prompt, is left out. `values`:
+    as for `deepened`. Raises ModelError as that does."""
     return _scaled(flat(layers)[int(bos_id is not None and position == "after_bos") :], shapes_of(layers), position, bos_id, values)
 
 
