@@ -389,3 +389,10 @@ def sentence(one: Verdict, names: Sequence[str], values: Sequence[float]) -> str
         return f"{first} is {one.outcome} than {second}: {measured}"
     told = "" if one.rows_needed is None else f"; about {one.rows_needed:,} rows would tell"
     return f"{first} against {second}: cannot tell with {one.num_rows} rows: {measured}{told}"
+
+
+def below_teacher(lost: Sequence[str]) -> str:
+    """What a distilled prompt lost, in words."""
+    if not lost:
+        return "every score lies within the teacher's interval"
+    return f"below the teacher's interval: {', '.join(metric.replace('_', ' ') for metric in lost)}"

@@ -121,6 +121,7 @@ class Evaluation(Facts):
     calibration: dict[str, list[tuple[float, float, int]]] | None
     rows: int
     supervised_tokens: int
+    lost: dict[str, list[str]] = {}
     answers: list[Prediction] = []
 
     @model_validator(mode="after")
@@ -128,6 +129,7 @@ class Evaluation(Facts):
         named = {side for one in self.verdicts for side in (one.first, one.second)}
         for by_name in (self.intervals, self.confusion or {}, self.calibration or {}):
             named |= set(by_name)
+        named |= set(self.lost)
         if not named <= set(self.contestants) or not any(self.metric in own for own in self.intervals.values()):
             raise ValueError("there are contestants or a metric without scores")
         tables: list[list[list[int]]] = list((self.confusion or {}).values())

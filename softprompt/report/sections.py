@@ -9,7 +9,7 @@ from typing import Any
 from markupsafe import Markup
 
 from softprompt.config import Config
-from softprompt.metrics import METRICS, UNTRAINED, called, percent, sentence
+from softprompt.metrics import METRICS, UNTRAINED, below_teacher, called, percent, sentence
 from softprompt.report import charts
 from softprompt.report.charts import DASHES, SERIES, Line
 from softprompt.report.reading import Evaluation, Inspection, Prompt, Run
@@ -137,6 +137,7 @@ class Contestant:
     tokens: float
     scores: dict[str, Score | None]
     unended: int
+    trained: bool
 
 
 @dataclass(frozen=True)
@@ -182,11 +183,13 @@ def _contest(run: Run, index: int, facts: Evaluation, widest: dict[str, float]) 
     rows = []
     for name, own in facts.contestants.items():
         scores = {metric: _score(metric, own.get(metric), facts.intervals.get(name, {}).get(metric), widest) for metric in metrics}
-        rows.append(Contestant(names[name], own.get("tokens") or 0.0, scores, int(own.get("unended_answers") or 0)))
+        trained = name not in ("base", *UNTRAINED)
+        rows.append(Contestant(names[name], own.get("tokens") or 0.0, scores, int(own.get("unended_answers") or 0), trained))
     verdicts = []
     for one in (one for one in facts.verdicts if one.first not in UNTRAINED):  # those of prompts
         values = [facts.contestants[side].get(one.metric) for side in (one.first, one.second)]
         verdicts.append(sentence(one, [names[one.first], names[one.second]], [value or 0.0 for value in values]))
+    verdicts += [f"{names[name]}: {below_teacher(lost)}" for name, lost in facts.lost.items()]
     confusions = [Confusion(names[name], _shares(facts.labels, table)) for name, table in (facts.confusion or {}).items()]
     bins = [(names[name], own) for name, own in (facts.calibration or {}).items()]
     series = [Line(name, [one[0] for one in own], [one[1] for one in own], number) for number, (name, own) in enumerate(bins)]

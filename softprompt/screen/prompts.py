@@ -67,7 +67,7 @@ def _left(state: "Answered", first: int, seconds: float) -> str:
 
 def draw_evaluation(evaluation: "Evaluation") -> None:
     """The contestants side by side, then what the differences can tell. The score that decides is shown with its interval."""
-    from softprompt.metrics import UNTRAINED, called, sentence
+    from softprompt.metrics import UNTRAINED, below_teacher, called, sentence
 
     results, decides = evaluation.contestants, evaluation.metric
     names = list(dict.fromkeys(metric for result in results.values() for metric in result.scores))
@@ -91,9 +91,7 @@ def draw_evaluation(evaluation: "Evaluation") -> None:
         times = (f"{called(name, one.num_shots)} {one.milliseconds:.0f}" for name, one in results.items() if one.milliseconds is not None)
         console.print(f"milliseconds to read what stands before a request: {', '.join(times)}", markup=False)
     for name, scores in evaluation.lost.items():
-        lost = ", ".join(metric.replace("_", " ") for metric in scores)
-        found = f"below the teacher's interval: {lost}" if scores else "every score lies within the teacher's interval"
-        console.print(f"{called(name)}: {found}", markup=False)
+        console.print(f"{called(name)}: {below_teacher(scores)}", markup=False)
     for name, result in results.items():
         if result.num_unended:
             console.print(
