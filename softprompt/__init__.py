@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from softprompt.events import Searching as Searching
     from softprompt.events import Started as Started
     from softprompt.events import Step as Step
+    from softprompt.events import Studying as Studying
     from softprompt.events import Warned as Warned
     from softprompt.generation import Ensemble as Ensemble
     from softprompt.generation import generate as generate
@@ -48,6 +49,7 @@ _HOMES = {
     "Searching": "events",
     "Started": "events",
     "Step": "events",
+    "Studying": "events",
     "Warned": "events",
     "encode_file": "rows",
     "evaluate": "evaluation",

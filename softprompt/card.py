@@ -102,6 +102,20 @@ def _around(card: Card) -> str:
     return "".join(said) + (f" Answers end with token {' or '.join(map(str, card.end_ids))}." if card.end_ids else "")
 
 
+def _origin(card: Card) -> tuple[str, str]:
+    """What a prompt was trained on, and what was held out."""
+    made_by = f"softprompt {card.versions['softprompt']}"
+    if not card.data.num_train:
+        return f"Written by {made_by}: {card.init}.", "What it was trained on is not known."
+    if card.distilled is None:
+        origin = f"Trained with {made_by} on {card.data.num_train} rows of {card.data.train};"
+        return origin, f"{card.data.num_eval} rows were held out. Losses are per supervised token, natural logarithm."
+    what = "examples" if card.distilled.kind == "examples" else "a text"
+    origin = f"Distilled with {made_by} from {what} of {card.distilled.tokens:,} tokens (sha256 {card.distilled.sha256[:12]})"
+    held = f"{card.data.num_eval} questions were held out. Losses are KL divergences per answer token, in nats."
+    return f"{origin} on {card.data.num_train} questions, which the base answered with it in its context;", held
+
+
 def model_card(card: Card, repo_id: str | None = None) -> str:
     """The card for people; `repo_id`: where on the hub it lies."""
     place, pulled = ("THIS_FOLDER", "") if repo_id is None else (repo_id, f"softprompt pull {repo_id} --out my-prompt\n")
@@ -111,17 +125,7 @@ def model_card(card: Card, repo_id: str | None = None) -> str:
         front.insert(0, f"base_model: {card.base.name}")
     shown = card.base.name if on_hub else Path(card.base.name).name
     bos = "\nThe first stored row is the BOS token: with PEFT, tokenize without BOS.\n" if card.position == "after_bos" else ""
-    origin = f"Trained with softprompt {card.versions['softprompt']} on {card.data.num_train} rows of {card.data.train};"
-    held = f"{card.data.num_eval} rows were held out. Losses are per supervised token, natural logarithm."
-    if not card.data.num_train:
-        origin, held = f"Written by softprompt {card.versions['softprompt']}: {card.init}.", "What it was trained on is not known."
-    if card.distilled is not None:
-        what = {"text": "a text", "file": "a text", "examples": "examples"}[card.distilled.kind]
-        origin = f"Distilled with softprompt {card.versions['softprompt']} from {what} of {card.distilled.tokens:,} tokens"
-        origin += (
-            f" (sha256 {card.distilled.sha256[:12]}) on {card.data.num_train} questions, which the base answered with it in its context;"
-        )
-        held = f"{card.data.num_eval} questions were held out. Losses are KL divergences per answer token, in nats."
+    origin, held = _origin(card)
     losses = "".join(f"| {name} | {value:.4f} |\n" for name, value in card.metrics.items() if isinstance(value, float))
     return f"""---
 {chr(10).join(front)}

@@ -171,9 +171,8 @@ class PromptConfig(Section):
     init: Annotated[tuple[Source, ...], Field(strict=False)] = ()
     """Rows to start from, one source or several that fill the prompt in turn, e.g. ["labels", "text", "vocab"]. text: the
     embeddings of `text`; labels: of the label words; vocab: of frequent tokens of the data; examples: of training rows; random:
-    noise of the embedding table's mean and spread; file: another prompt; context, spread: of a teacher's text ([distil]) the first
-    tokens, or tokens picked evenly; states, alone and for method = "prefix": the keys and values that these have behind all of the
-    text before them. Left out: file or text where there is one, else vocab."""
+    noise of the embedding table's mean and spread; file: another prompt; context, spread: first or evenly picked tokens of a teacher's
+    text ([distil]); states, alone: their keys and values in it. Left out: file or text where there is one, else vocab."""
     file: str | None = None
     """A prompt, checkpoint or run folder to start from."""
     text: str | None = None
@@ -216,7 +215,7 @@ class OptimConfig(Section):
     values: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
     """For method = "prefix": the rate of values as a multiple of that of keys."""
     frozen: Annotated[int, Field(ge=0)] = 0
-    """Positions at the beginning that stay as they started: 1 leaves alone what attention rests on."""
+    """Positions at the beginning that stay as they started; 1: what attention rests on."""
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Evaluate and save a moving average of the rows that keeps this share of itself at every step, e.g. 0.9."""
 
@@ -266,19 +265,18 @@ class DistilConfig(Section):
     file: str | None = None
     """A text or Markdown file with it. One that is longer than the base's context is read in chunks."""
     examples: Positive | None = None
-    """Instead of a text: so many of the rows of `data.train`, with their answers; the rest of them are questions."""
+    """Instead of a text: so many rows of `data.train`, with their answers; the rest are questions."""
     questions: str | None = None
-    """What the teacher is asked: a .txt file of lines, or rows as `data.train` names them; answers in them play no part. Left out: the
-    rows of `data.train` without their answers; without those, the base asks itself about the text (self-study)."""
+    """What is asked: a .txt file of lines, or rows, without their answers. Left out: `data.train`; else the base asks itself (self-study)."""
     count: Positive | None = None
     """Questions at most. Left out: 256 of self-study, else all."""
     max_new_tokens: Positive = 128
-    """Tokens of an answer of the teacher at most. One that has not ended by then is learned without an end."""
+    """Tokens of an answer of the teacher at most; one that has not ended by then is learned without an end."""
     on_policy: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of the steps, the last ones, in which the prompt answers itself and is held to what the teacher says of that."""
     teacher: str | None = None
-    """Address of a server that teaches instead of the base, e.g. http://localhost:8000: vLLM or `softprompt serve`, over a model with the
-    base's tokenizer, also a larger one. Its 20 likeliest tokens at every place are learned. $OPENAI_API_KEY is its key."""
+    """Address of a server that teaches instead of the base: vLLM or `softprompt serve` over a model with the base's tokenizer, also a
+    larger one, whose 20 likeliest tokens at every place are learned. $OPENAI_API_KEY is its key."""
     teacher_model: str | None = None
     """Its model there. Left out: the first one."""
     keep_text: bool = False

@@ -139,6 +139,10 @@ class Setup:
         count = size if self.config.train.steps else min(size, count_examples(self.config, len(self.rows.encoded)) - step * size)
         return [self.order.rows(step * size, count, one.config.train.seed) for one in self.untrained.values()]
 
+    def rows_of(self, step: int) -> list[list[Encoded]]:
+        """The rows of these numbers."""
+        return [[self.rows.encoded[number] for number in own] for own in self.numbers_of(step)]
+
     def held_out_loss(self, soft: Prompt) -> float:
         """Mean loss of a prompt per supervised token of the held-out rows, which there must be: what its steps lower on the training
         rows."""
@@ -161,10 +165,10 @@ class Job(Setup):
 
     def step_of(self, counters: Counters) -> tuple[list[list[Encoded]], StepSettings]:
         """The rows of the next step for every prompt, and how it is computed; a micro-batch that memory has cut once stays cut."""
-        how, numbers = self.config.train, self.numbers_of(counters.step)
+        how, rows = self.config.train, self.rows_of(counters.step)
         loss: Loss = next_tokens
-        rows = [[self.rows.encoded[number] for number in own] for own in numbers]
         if self.study is not None:
+            numbers = self.numbers_of(counters.step)
             teacher, places = self.study.lessons.teacher, [number for own in numbers for number in own]
             if counters.step >= round(self.num_steps * (1 - self.config.distil.on_policy)):
                 rows, teacher = self._own_answers(self.study, numbers, counters.step)

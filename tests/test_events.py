@@ -25,6 +25,7 @@ from softprompt.events import (
     Searching,
     Started,
     Step,
+    Studying,
     Warned,
     from_line,
     to_line,
@@ -34,6 +35,7 @@ from softprompt.training import train
 
 ONE_OF_EACH = [
     Preparing(2000, None, 0.5),
+    Studying("answers", 64, 256, "self-study: 256 questions"),
     Searching(3, 20),
     Found(0.05, {0.02: 1.5, 0.05: 1.25}),
     Started(Path("runs/茶"), "base", 5, 2, 24, 7, 1, {"seed-0": "6 from 6 tokens"}, 192, 10_000, 0.2),

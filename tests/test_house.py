@@ -151,6 +151,7 @@ def test_public_names_are_pinned():
         "Searching",
         "Started",
         "Step",
+        "Studying",
         "Warned",
         "encode_file",
         "evaluate",

@@ -15,6 +15,7 @@ import tiny
 import torch
 from safetensors.torch import load_file
 
+from softprompt import job as job_module
 from softprompt import training
 from softprompt.checkpoint import latest_checkpoint
 from softprompt.config import load_config
@@ -315,7 +316,7 @@ def test_paths_of_a_run_are_absolute(make_config, tmp_path, monkeypatch):
 
 def test_a_micro_batch_that_memory_cut_stays_cut_and_evaluation_does_not_change(make_config, tmp_path, monkeypatch):
     """The run remembers it: a resumed one is cut alike, to the same bits; held-out rows are read as before."""
-    sizes, evaluated, whole, measure = [], [], step_module.batch_gradients, training.held_out_loss
+    sizes, evaluated, whole, measure = [], [], step_module.batch_gradients, job_module.held_out_loss
 
     def short_of_memory(base, leaf, batch, counts, settings):
         if len(batch.rows) > 2:
@@ -323,7 +324,7 @@ def test_a_micro_batch_that_memory_cut_stays_cut_and_evaluation_does_not_change(
         sizes.append(len(batch.rows))
         return whole(base, leaf, batch, counts, settings)
 
-    monkeypatch.setattr(training, "held_out_loss", lambda *how: evaluated.append(how[-1]) or measure(*how))
+    monkeypatch.setattr(job_module, "held_out_loss", lambda *how: evaluated.append(how[3]) or measure(*how))
     settings = ("train.steps=4", "train.save_every=1", "train.eval_every=1", "train.tokens_per_batch=1000")
     config = make_config(*settings, f"train.out={tmp_path / 'straight'}")
     with monkeypatch.context() as patch:

@@ -131,6 +131,6 @@ def likeness(base: FrozenBase, teacher: Teaching, soft: Prompt, rows: Sequence[E
         continued = base.continue_from(prefix, batch.which_B, batch.ids_BT, batch.mask_BT)
         own_NH = continued.hidden_BTH.flatten(0, 1).index_select(0, batch.scored_N)
         losses_N, same_N = teacher.compared(base, own_NH, batch.rows, batch.targets_N)
-        found_3N = torch.stack([losses_N.double(), same_N.double(), torch.ones_like(losses_N, dtype=torch.float64)]).cpu()
+        found_3N = torch.stack([losses_N, same_N.float(), torch.ones_like(losses_N)]).cpu().double()
         sums_3R.index_add_(1, torch.tensor(batch.rows)[batch.row_N.cpu()], found_3N)
     return Likeness(*sums_3R)
