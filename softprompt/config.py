@@ -267,7 +267,7 @@ class DistilConfig(Section):
     examples: Positive | None = None
     """Instead of a text: so many rows of `data.train`, with their answers; the rest are questions."""
     questions: str | None = None
-    """What is asked: a .txt file of lines, or rows, without their answers. Left out: `data.train`; else the base asks itself (self-study)."""
+    """What is asked: a .txt file of lines, or rows without their answers. Left out: `data.train`; else the base asks itself about it."""
     count: Positive | None = None
     """Questions at most. Left out: 256 of self-study, else all."""
     max_new_tokens: Positive = 128
