@@ -121,7 +121,7 @@ class Encoder:
         """Ids of a question, or of a conversation that ends with one, that waits for its answer, without BOS. `trained`: to go on from the
         template's own pieces; a bare base knows text, which has a blank at the end in one token with the next word (LOG.md)."""
         messages = (Message("user", text),) if isinstance(text, str) else tuple(text)
-        asked = Example(messages, "question", fields=_question_fields(messages[-1].content))
+        asked = Example(messages, "question", fields=question_fields(messages[-1].content))
         *before, last = self.segments(asked)
         last = last if trained else replace(last, text=last.text.rstrip(" ") or last.text)
         found = (self.template.ended(self._ids(segment.text), segment, self.eos_id)[0] for segment in (*before, last))
@@ -230,7 +230,7 @@ def _inside(value: Any, change: Callable[[str], str]) -> Any:
     return type(value)(_inside(one, change) for one in value) if isinstance(value, list | tuple) else value
 
 
-def _question_fields(text: str) -> Mapping[str, str]:
+def question_fields(text: str) -> Mapping[str, str]:
     """A question typed by a user stands for the main field of every shape of row."""
     return {"prompt": text, "instruction": text, "input": "", "text": text}
 

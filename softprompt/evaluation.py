@@ -317,8 +317,8 @@ def _milliseconds(base: FrozenBase, reading: Reading) -> float:
 def _lost(results: dict[str, Result], line: Sequence[Contestant]) -> dict[str, tuple[str, ...]]:
     """Of every prompt the scores outside of the teacher's interval, on the worse side: of answers and labels, where there are any."""
     teacher = results[TEACHER].scores
-    measured = {name: metric_named(name) for name in teacher}
-    told = {name: one for name, one in measured.items() if one.needs in ("answers", "label_losses")} or measured
+    measured = [one for one in map(metric_named, teacher) if one.needs != "divergences"]
+    told = [one for one in measured if one.needs != "losses"] or measured
 
     def worse(name: str) -> tuple[str, ...]:
         own = results[name].scores
@@ -326,8 +326,8 @@ def _lost(results: dict[str, Result], line: Sequence[Contestant]) -> dict[str, t
             metric.name: own[metric.name].value < teacher[metric.name].low
             if metric.higher_is_better
             else own[metric.name].value > teacher[metric.name].high
-            for metric in told.values()
-            if metric.name in own and metric.needs != "divergences"
+            for metric in told
+            if metric.name in own
         }
         return tuple(metric for metric, below in lost.items() if below)
 

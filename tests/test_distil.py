@@ -198,6 +198,7 @@ def test_a_long_text_is_cut_between_paragraphs_and_every_chunk_is_asked_about(di
     assert "\n\n".join(cut).split() == "\n\n".join(paragraphs).split()
     assert all(one.startswith("Paragraph") for one in cut)
     assert chunks("word" * 200, encoder, 100)[0] == "word" * 25
+    assert " ".join(chunks("It says something about tea. " * 9, encoder, 70)) == " ".join(["It says something about tea."] * 9)
     config = distilling(f"distil.text={' '.join(paragraphs)}", "distil.count=64", "data.max_length=150", rows=False)
     study = study_of(config, base)
     assert len(study.context.texts) > 1

@@ -86,11 +86,11 @@ def evaluate(
     for name in metric or []:
         metric_named(name)
     check_trackers(given.trackers)
-    if given.source is None and not given.is_distilled:
-        given.rows()  # which says that there are none, before a base is loaded
+    loaded, train = (None, None) if given.is_distilled else given.rows()
     base = load_base(given.config.model)
     study = given.study(base)
-    loaded, train = given.rows() if study is None else (given.rows_beside(study), None)
+    loaded = given.rows_beside(study) if study is not None else loaded
+    assert loaded is not None, "rows of a file or of the study"
     prompts = [(name, load_prompt(path, base, allow_other_base=allow_other_base)) for name, path in given.prompts.items()]
     context = None if study is None else study.context
     contest = Contest(text, train, ensemble, given.adapters, tuple(metric or ()), answers, max_new_tokens, context)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from softprompt.config import Config
 from softprompt.data import Example, Message, Questions, held_of, load_examples
 from softprompt.data.questions import ANY
+from softprompt.encode import question_fields
 from softprompt.errors import ConfigError, DataError
 
 HELD_OUT = 0.1  # of the questions, where neither data.eval nor data.eval_fraction says
@@ -54,9 +55,7 @@ def split(questions: Sequence[Example], config: Config) -> Asked:
 
 def unanswered(turns: Sequence[Message], place: str, fields: dict[str, object]) -> Example:
     """A question as a row that waits for its answer."""
-    text = turns[-1].content
-    own = {"prompt": text, "instruction": text, "input": "", "text": text}
-    return Example((*turns, Message("assistant", ANY)), place, fields=own | fields)
+    return Example((*turns, Message("assistant", ANY)), place, fields={**question_fields(turns[-1].content), **fields})
 
 
 def _of_file(source: str, config: Config) -> tuple[Example, ...]:

@@ -16,7 +16,13 @@ from softprompt.engine.model import FrozenBase
 from softprompt.engine.prompt import Prompt, no_prompt
 from softprompt.errors import ConfigError, DataError
 
-CUTS = ("\n\n", "\n", r"(?<=[.!?。！？]) *", " ", "")  # where a text may be cut into chunks, the best places first
+CUTS = (
+    "(\n\n)",
+    "(\n)",
+    "(?<=[.!?。！？])( *)",
+    "( )",
+    "()",
+)  # where a text may be cut, best places first; nothing is lost
 SPARE = 32  # tokens of a context that are left free: what a template writes around a text
 
 
@@ -97,7 +103,7 @@ def chunks(text: str, encoder: Encoder, room: int) -> list[str]:
     def cut(piece: str, at: int) -> list[str]:
         if fits(piece):
             return [piece]
-        parts = [part for part in re.split(f"({CUTS[at]})" if at != 2 else CUTS[at], piece) if part] if CUTS[at] else list(piece)
+        parts = [part for part in re.split(CUTS[at], piece) if part]
         return [smaller for part in parts for smaller in cut(part, min(at + 1, len(CUTS) - 1))]
 
     joined: list[str] = []

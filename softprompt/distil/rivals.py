@@ -4,7 +4,8 @@ training."""
 from dataclasses import replace
 
 from softprompt.contestants import Contestant, Reading
-from softprompt.data import Example, Message
+from softprompt.data import Message
+from softprompt.distil.asked import unanswered
 from softprompt.distil.context import Context
 from softprompt.distil.selfstudy import language_of
 from softprompt.encode import Encoder
@@ -16,10 +17,6 @@ from softprompt.engine.tokens import Encoded, num_shared, shared_beginning
 from softprompt.sampling import Sampling
 
 TEACHER, CONTROL = "teacher", "control"
-SUMMARISE = {
-    "Latin": "Summarise all of the above in at most {words} words. Keep every rule, name and number that matters.",
-    "Han": "用最多{words}个字概括以上全部内容，保留重要的规则、名字和数字。",
-}
 
 
 def rivals(base: FrozenBase, encoder: Encoder, context: Context, positions: int) -> list[Contestant]:
@@ -49,10 +46,9 @@ def _fewer(encoder: Encoder, teacher: Contestant, positions: int) -> list[Contes
 def _summary(base: FrozenBase, encoder: Encoder, teacher: Contestant, positions: int) -> str:
     """What the base says when it is asked for a summary of the text, cut at so many tokens."""
     assert teacher.wish is not None, "a teacher with a text"
-    script = "Han" if language_of(teacher.wish) is language_of("字") else "Latin"
-    told = SUMMARISE[script].format(words=positions if script == "Han" else round(positions * 0.7))
-    fields = {"prompt": told, "instruction": told, "input": "", "text": told}
-    example = Example((Message("user", told), Message("assistant", "?")), "summary", fields=fields)
+    language = language_of(teacher.wish)
+    told = language.summarise.format(words=round(positions * language.words_per_token))
+    example = unanswered((Message("user", told),), "summary", {})
     ids = teacher.question(encoder, example, encoder.encode(example))
     question = Question(((no_prompt(base, encoder.bos_id), ()),), (ids,), Sampling(max_new_tokens=positions), stop_ids=encoder.end_ids)
     ((_, said, _),) = decode_whole(base, [question])

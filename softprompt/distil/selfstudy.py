@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from itertools import count
 
 from softprompt.contestants import Contestant
-from softprompt.data import Example, Message
+from softprompt.data import Message
+from softprompt.distil.asked import unanswered
 from softprompt.encode import Encoder
 from softprompt.engine.decode import Question
 from softprompt.sampling import Sampling
@@ -25,11 +26,14 @@ TEMPERATURE, TOP_P = 0.9, 0.95  # with which it is drawn
 @dataclass(frozen=True)
 class Language:
     """How questions are asked for in one language. `manners`: what a base that follows instructions is told, and how the question of one
-    that only goes on with text begins; `passage`: stands around the passage."""
+    that only goes on with text begins; `passage`: stands around the passage. `summarise`: asks for a summary of so many words, of which a
+    token is `words_per_token`, about."""
 
     manners: tuple[tuple[str, str], ...]
     passage: str
     opening: str
+    summarise: str
+    words_per_token: float
 
 
 ENGLISH = Language(
@@ -43,6 +47,8 @@ ENGLISH = Language(
     ),
     "Passage: {passage}\n\n{manner} Reply with the question alone.",
     "Passage: {passage}\nQuestion: {beginning}",
+    "Summarise all of the above in at most {words} words. Keep every rule, name and number that matters.",
+    0.7,
 )
 CHINESE = Language(
     (
@@ -55,6 +61,8 @@ CHINESE = Language(
     ),
     "段落：{passage}\n\n{manner}只回复问题本身。",
     "段落：{passage}\n问题：{beginning}",
+    "用最多{words}个字概括以上全部内容，保留重要的规则、名字和数字。",
+    1.0,
 )
 
 
@@ -104,8 +112,7 @@ def as_question(asking: Asking, contestant: Contestant, encoder: Encoder, follow
     (member,) = contestant.members
     sampling = Sampling(temperature=TEMPERATURE, top_p=TOP_P, max_new_tokens=MOST, seed=seed * 1_000_003 + asking.number)
     if follows:
-        fields = {"prompt": asking.told, "instruction": asking.told, "input": "", "text": asking.told}
-        example = Example((Message("user", asking.told), Message("assistant", "?")), "self-study", fields=fields)
+        example = unanswered((Message("user", asking.told),), "self-study", {})
         ids = contestant.question(encoder, example, encoder.encode(example))
     else:
         ids = tuple(encoder.tokenizer(f"{contestant.wish}\n\n{asking.told}", add_special_tokens=False)["input_ids"])

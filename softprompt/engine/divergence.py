@@ -6,6 +6,7 @@ and q the student's, of logits t and s: KL(p || q) = sum of p (t - s) - logsumex
 Shapes: N tokens, H hidden size, V vocabulary, C columns of one block. The states of both stand in one tensor [2 N, H], the student's first.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -35,27 +36,29 @@ def divergences(
 
     `known_N`: a token that is likely at each place, where the walk begins. `tolerance`: as in Head.losses.
     """
-    parts = []
-    for student, teacher, known in zip(student_NH.split(TOKENS), teacher_NH.split(TOKENS), known_N.split(TOKENS), strict=True):
-        walked = _walk(head, torch.cat([student, teacher]), known, tolerance)
-        grad = None
+    losses, grads = [], []
+    for walked in _walks(head, student_NH, teacher_NH, known_N, tolerance):
+        losses.append(_divergence(walked))
         if walked.rows is not None:
             own, wanted = (walked.rows / walked.sums[:, None]).chunk(2)
-            grad = own - wanted
-        parts.append((_divergence(walked), grad))
-    grads = [grad for _, grad in parts if grad is not None]
-    return torch.cat([losses for losses, _ in parts]), torch.cat(grads) if grads else None
+            grads.append(own - wanted)
+    return torch.cat(losses), torch.cat(grads) if grads else None
 
 
 def compared(head: Head, student_NH: Tensor, teacher_NH: Tensor, known_N: Tensor) -> tuple[Tensor, Tensor]:
     """(KL divergence [N] as above, whether both hold the same token for the likeliest, [N])."""
     losses, same = [], []
-    for student, teacher, known in zip(student_NH.split(TOKENS), teacher_NH.split(TOKENS), known_N.split(TOKENS), strict=True):
-        walked = _walk(head, torch.cat([student, teacher]), known, None)
+    for walked in _walks(head, student_NH, teacher_NH, known_N, None):
         first, other = walked.likeliest.chunk(2)
         losses.append(_divergence(walked).clamp(min=0))  # rounding apart
         same.append(first == other)
     return torch.cat(losses), torch.cat(same)
+
+
+def _walks(head: Head, student_NH: Tensor, teacher_NH: Tensor, known_N: Tensor, tolerance: float | None) -> Iterator[_Walked]:
+    """TOKENS places at a time."""
+    for student, teacher, known in zip(student_NH.split(TOKENS), teacher_NH.split(TOKENS), known_N.split(TOKENS), strict=True):
+        yield _walk(head, torch.cat([student, teacher]), known, tolerance)
 
 
 def _divergence(walked: _Walked) -> Tensor:

@@ -9,6 +9,7 @@ from openai.types.completion_usage import CompletionTokensDetails, PromptTokensD
 
 from softprompt.serve.asking import Begun, Said, Scored
 
+ID = "token_id:"  # before the number of a token that is named by it
 UNLIKELY = -9999.0  # OpenAI's number for what has no logarithm
 
 
@@ -65,4 +66,4 @@ def logprob_of(score: Scored) -> float:
 
 def shown(score: Scored, as_ids: bool) -> str:
     """A token as it stands in an answer: its text, or its number as vLLM writes it."""
-    return f"token_id:{score.id}" if as_ids else score.text
+    return f"{ID}{score.id}" if as_ids else score.text

@@ -26,9 +26,10 @@ from softprompt.errors import ArtifactError, ConfigError, DataError, ModelError,
 from softprompt.export.kv_folder import KeyValueFolder, Placed
 from softprompt.serve import vllm_process
 from softprompt.serve.asking import Ask, Begun, Busy, Conversation, Load, Model, NotServed, Said, Text, is_conversation
+from softprompt.serve.choices import ID
 from softprompt.serve.library import described, encoder_of_base, ids_behind
 from softprompt.serve.spelling import Spelling
-from softprompt.serve.vllm_request import ID, Answer, fields_of, scores_text
+from softprompt.serve.vllm_request import Answer, fields_of, scores_text
 
 KEPT_SECONDS = 60.0  # that the base stays in memory after a prompt was read
 MOST_OPEN = 256  # requests that vLLM is given at once

@@ -4,10 +4,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from softprompt.serve.asking import Ask, Said, Scored
+from softprompt.serve.choices import ID
 from softprompt.serve.spelling import Spelling
 from softprompt.thinking import Thinking, Told
-
-ID = "token_id:"  # what vLLM writes in front of a token's number
 
 
 def fields_of(ask: Ask, model: str, ids: Sequence[int], stop_ids: frozenset[int], room: int) -> dict[str, Any]:
