@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+import softprompt
 from softprompt.engine import unpack
 
 ROOT = Path(__file__).parent.parent
@@ -70,6 +72,8 @@ def test_the_public_names_have_types_for_a_program_beside_the_wheel(built, tmp_p
     shutil.copy(Path(__file__).parent / "typed.py", tmp_path)
     python = next(path for path in (tmp_path / "env/bin/python", tmp_path / "env/Scripts/python.exe") if path.exists())
     outside = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "MYPYPATH")}
+    written = (tmp_path / "typed.py").read_text(encoding="utf-8")
+    assert [name for name in softprompt.__all__ if not re.search(rf"\b{name}\b", written.split('"""', 2)[2])] == []
     asked = [sys.executable, "-m", "mypy", "--config-file", "mypy.ini", "--python-executable", str(python), "typed.py"]
     done = subprocess.run(asked, cwd=tmp_path, env=outside, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -20,6 +20,7 @@ from softprompt import (
     Searching,
     Started,
     Step,
+    Studying,
     Warned,
     encode_file,
     evaluate,
@@ -37,7 +38,7 @@ def loss_of(event: Event) -> float | None:
     match event:
         case Step() | Evaluated():
             return event.loss
-        case Started() | Preparing() | Searching() | Found() | Sampled() | Saved() | Warned() | Finished():
+        case Started() | Preparing() | Studying() | Searching() | Found() | Sampled() | Saved() | Warned() | Finished():
             return None
 
 
