@@ -5,7 +5,7 @@ import torch
 from tiny import FAMILIES, tiny_base
 from torch.nn.functional import kl_div, log_softmax
 
-from softprompt.engine.divergence import compared, divergences
+from softprompt.engine.divergence import compared, divergences, told
 from softprompt.engine.head import Head
 from softprompt.engine.prompt import SoftPrompt, no_prompt
 from softprompt.engine.step import StepSettings, step_gradients
@@ -40,11 +40,11 @@ def test_the_walk_is_torchs_divergence(kind, monkeypatch):
     leaf = student.clone().requires_grad_()
     wanted = reference(head, leaf, teacher)
     (gradient,) = torch.autograd.grad(wanted.sum(), leaf)
-    losses, found = divergences(head, student, teacher, known, 0.0)
+    losses, found = divergences(head, student, told(head, teacher), known, 0.0)
     assert found is not None
     assert losses == pytest.approx(wanted.detach().float(), abs=2e-5)
     assert found.numpy() == pytest.approx(gradient.numpy(), abs=2e-5)
-    again, same = compared(head, student, teacher, known)
+    again, same = compared(head, student, told(head, teacher), known)
     assert again == pytest.approx(losses, abs=1e-5)
     assert same.tolist() == (head.logits(student).argmax(1) == head.logits(teacher).argmax(1)).tolist()
     assert 0 < same.sum() < 12 or kind != "plain"
@@ -54,7 +54,7 @@ def test_what_a_tolerance_leaves_out_is_small():
     head, draw = head_of_kind("plain"), torch.Generator().manual_seed(1)
     student, teacher = 3 * torch.randn(2, 12, 16, generator=draw)
     known = torch.randint(700, (12,), generator=draw)
-    exact, rough = (divergences(head, student, teacher, known, tolerance)[1] for tolerance in (0.0, 2**-8))
+    exact, rough = (divergences(head, student, told(head, teacher), known, tolerance)[1] for tolerance in (0.0, 2**-8))
     assert exact is not None
     assert rough is not None
     away = (rough - exact).norm(dim=1)
@@ -64,7 +64,7 @@ def test_what_a_tolerance_leaves_out_is_small():
 def test_equal_states_are_no_distance_apart():
     head = head_of_kind("all")
     states = torch.randn(3, 16)
-    losses, gradient = divergences(head, states, states.clone(), torch.zeros(3, dtype=torch.long), 0.0)
+    losses, gradient = divergences(head, states, told(head, states.clone()), torch.zeros(3, dtype=torch.long), 0.0)
     assert losses.tolist() == [0, 0, 0]
     assert gradient is not None
     assert not gradient.any()
@@ -129,5 +129,31 @@ def test_a_text_is_read_once(tmp_path, monkeypatch):
     monkeypatch.setattr(type(base), "prefill", lambda self, embeds: read.append([len(one) for one in embeds]) or real(self, embeds))
     teacher = Teacher(((no_prompt(base, 1), TEXT),), ROWS, [0] * len(ROWS))
     for _ in range(3):
-        teacher.states(base, [0, 1])
+        teacher.told(base, [0, 1])
     assert read == [[1 + len(TEXT)]]
+
+
+def test_a_row_is_read_once_and_is_told_the_same_whoever_asks_first(tmp_path, monkeypatch):
+    base, read = tiny_base(tmp_path / "base"), []
+    bare = no_prompt(base, 1)
+    real = type(base).continue_from
+    monkeypatch.setattr(type(base), "continue_from", lambda *given: read.append(len(given[2])) or real(*given))
+    one, other = (Teacher(((bare, TEXT), (bare, TEXT[::-1])), ROWS, [0, 1, 1, 0]) for _ in range(2))
+    first = [one.told(base, [number]) for number in (2, 0, 3, 1, 2)]
+    assert sorted(read) == [2, 2]  # those of one text together
+    whole = other.told(base, range(4)).split([len(answer) for answer in ANSWERS])
+    for said, number in zip(first, (2, 0, 3, 1, 2), strict=True):
+        assert torch.equal(said.mean.rows_NH, whole[number].mean.rows_NH)
+        assert torch.equal(said.mean.log_sum_N, whole[number].mean.log_sum_N)
+    assert torch.cat([said.states_NH for said in whole]).numpy() == pytest.approx(one.states(base, range(4)).numpy(), abs=1e-5)
+
+
+def test_what_would_take_too_much_memory_is_read_at_every_step(tmp_path, monkeypatch):
+    base, read = tiny_base(tmp_path / "base"), []
+    real = type(base).continue_from
+    monkeypatch.setattr(type(base), "continue_from", lambda *given: read.append(len(given[2])) or real(*given))
+    monkeypatch.setattr("softprompt.engine.teacher.SAID", sum(map(len, ANSWERS)) * base.hidden_size * 2 * 4 - 1)
+    teacher = Teacher(((no_prompt(base, 1), TEXT),), ROWS, [0] * len(ROWS))
+    for _ in range(2):
+        teacher.told(base, [0, 1])
+    assert read == [2, 2]

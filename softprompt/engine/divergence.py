@@ -1,18 +1,129 @@
 """How far one next-token distribution is from another over the whole vocabulary, and the gradient of that, without logits [N, V].
 
-Both are walked in the same blocks of the vocabulary, each with its own running log-sum-exp (head.py). With p the teacher's distribution
-and q the student's, of logits t and s: KL(p || q) = sum of p (t - s) - logsumexp(t) + logsumexp(s), and its gradient by s is q - p.
+With p the teacher's distribution and q the student's, of logits t and s: KL(p || q) = sum of p (t - s) - logsumexp(t) + logsumexp(s), and
+its gradient by s is q - p. Where logits are no more than products with the head's rows, the teacher's part of both is one vector, the mean
+of these rows under p: it is found once, and a step walks the vocabulary for the student alone (head.py). Where the head has a cap or a
+bias, both are walked in the same blocks of the vocabulary, each with its own running log-sum-exp.
 
 Shapes: N tokens, H hidden size, V vocabulary, C columns of one block. The states of both stand in one tensor [2 N, H], the student's first.
 """
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from softprompt.engine.head import SAFETY, TOKENS, Head, block_size, weighted
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A teacher's distributions as far as a plain head needs them: the mean of the head's rows under each [N, H], the log-sum-exp of the
+    logits [N], the likeliest token [N]."""
+
+    rows_NH: Tensor
+    log_sum_N: Tensor
+    likeliest_N: Tensor
+
+    def split(self, counts: list[int] | int) -> list["Mean"]:
+        parts = (part.split(counts) for part in (self.rows_NH, self.log_sum_N, self.likeliest_N))
+        return [Mean(*own) for own in zip(*parts, strict=True)]
+
+
+@dataclass(frozen=True)
+class Told:
+    """What a teacher says at N places: the states [N, H] that its distributions come after; `mean` where the head is plain."""
+
+    states_NH: Tensor
+    mean: Mean | None
+
+    def split(self, counts: list[int] | int) -> list["Told"]:
+        """By so many places at a time."""
+        states = self.states_NH.split(counts)
+        means = [None] * len(states) if self.mean is None else self.mean.split(counts)
+        return [Told(*own) for own in zip(states, means, strict=True)]
+
+
+def joined(parts: Sequence[Told]) -> Told:
+    """All of them, in their order."""
+    columns = zip(*((one.mean.rows_NH, one.mean.log_sum_N, one.mean.likeliest_N) for one in parts if one.mean is not None), strict=True)
+    means = [torch.cat(column) for column in columns]
+    return Told(torch.cat([one.states_NH for one in parts]), Mean(*means) if means else None)
+
+
+@torch.no_grad()
+def told(head: Head, states_NH: Tensor) -> Told:
+    """What a teacher says after these states."""
+    if not head.plain:
+        return Told(states_NH, None)
+    parts = []
+    for states in states_NH.split(TOKENS):
+        rows_NH = torch.zeros_like(states, dtype=torch.float32)
+        likeliest_N = torch.zeros(len(states), dtype=torch.long, device=states.device)
+        log_sum_N = head.walk(states.to(head.weight_VH.dtype), _lowest(states), rows_NH, 0.0, likeliest_N)
+        parts.append(Told(states, Mean(rows_NH, log_sum_N, likeliest_N)))
+    return joined(parts)
+
+
+def divergences(head: Head, student_NH: Tensor, teacher: Told, known_N: Tensor, tolerance: float | None) -> tuple[Tensor, Tensor | None]:
+    """(KL divergence [N] of the teacher's distribution from the student's in nats, its gradient by `student_NH` [N, H] or None), float32.
+
+    `known_N`: a token that is likely at each place, where the walk begins. `tolerance`: as in Head.losses.
+    """
+    losses, grads = [], []
+    for student, wanted, known in zip(student_NH.split(TOKENS), teacher.split(TOKENS), known_N.split(TOKENS), strict=True):
+        loss, grad = (
+            _toward_mean(head, student, wanted, known, tolerance) if wanted.mean else _both(head, student, wanted, known, tolerance)
+        )
+        losses.append(loss)
+        grads.append(grad)
+    return torch.cat(losses), None if tolerance is None else torch.cat([grad for grad in grads if grad is not None])
+
+
+def compared(head: Head, student_NH: Tensor, teacher: Told, known_N: Tensor) -> tuple[Tensor, Tensor]:
+    """(KL divergence [N] as above, whether both hold the same token for the likeliest, [N])."""
+    losses, same = [], []
+    for student, wanted, known in zip(student_NH.split(TOKENS), teacher.split(TOKENS), known_N.split(TOKENS), strict=True):
+        if wanted.mean is not None:
+            first = torch.zeros_like(wanted.mean.likeliest_N)
+            losses.append(_apart(student, wanted, head.walk(student.to(head.weight_VH.dtype), _lowest(student), None, 0.0, first)))
+            same.append(first == wanted.mean.likeliest_N)
+        else:
+            walked = _walk(head, torch.cat([student, wanted.states_NH]), known, None)
+            losses.append(_divergence(walked))
+            same.append(torch.eq(*walked.likeliest.chunk(2)))
+    return torch.cat(losses).clamp(min=0), torch.cat(same)  # rounding apart
+
+
+def _lowest(states_NH: Tensor) -> Tensor:
+    return torch.full((len(states_NH),), torch.finfo(torch.float32).min, device=states_NH.device)
+
+
+# ---- a plain head --------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def _toward_mean(head: Head, student_NH: Tensor, teacher: Told, known_N: Tensor, tolerance: float | None) -> tuple[Tensor, Tensor | None]:
+    assert teacher.mean is not None, "of a plain head"
+    student_NH = student_NH.to(head.weight_VH.dtype)
+    start_N = torch.logsumexp(head.block(student_NH, known_N.unique()), dim=1)
+    if tolerance is None:
+        return _apart(student_NH, teacher, head.walk(student_NH, start_N, None, 0.0)), None
+    tolerance = tolerance if student_NH.device.type == "cpu" else 0.0  # choosing columns would make a GPU wait
+    grad_NH = torch.zeros_like(student_NH, dtype=torch.float32)
+    log_sum_N = head.walk(student_NH, start_N, grad_NH, tolerance)
+    return _apart(student_NH, teacher, log_sum_N), grad_NH.sub_(teacher.mean.rows_NH)
+
+
+def _apart(student_NH: Tensor, teacher: Told, log_sum_N: Tensor) -> Tensor:
+    """The divergence; `log_sum_N`: of the student's logits."""
+    assert teacher.mean is not None, "of a plain head"
+    towards_NH = teacher.states_NH.float() - student_NH.float()
+    return torch.linalg.vecdot(teacher.mean.rows_NH, towards_NH) - teacher.mean.log_sum_N + log_sum_N
+
+
+# ---- any head: both are walked -------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -29,36 +140,12 @@ class _Walked:
     likeliest: Tensor
 
 
-def divergences(
-    head: Head, student_NH: Tensor, teacher_NH: Tensor, known_N: Tensor, tolerance: float | None
-) -> tuple[Tensor, Tensor | None]:
-    """(KL divergence [N] of the teacher's distribution from the student's in nats, its gradient by `student_NH` [N, H] or None), float32.
-
-    `known_N`: a token that is likely at each place, where the walk begins. `tolerance`: as in Head.losses.
-    """
-    losses, grads = [], []
-    for walked in _walks(head, student_NH, teacher_NH, known_N, tolerance):
-        losses.append(_divergence(walked))
-        if walked.rows is not None:
-            own, wanted = (walked.rows / walked.sums[:, None]).chunk(2)
-            grads.append(own - wanted)
-    return torch.cat(losses), torch.cat(grads) if grads else None
-
-
-def compared(head: Head, student_NH: Tensor, teacher_NH: Tensor, known_N: Tensor) -> tuple[Tensor, Tensor]:
-    """(KL divergence [N] as above, whether both hold the same token for the likeliest, [N])."""
-    losses, same = [], []
-    for walked in _walks(head, student_NH, teacher_NH, known_N, None):
-        first, other = walked.likeliest.chunk(2)
-        losses.append(_divergence(walked).clamp(min=0))  # rounding apart
-        same.append(first == other)
-    return torch.cat(losses), torch.cat(same)
-
-
-def _walks(head: Head, student_NH: Tensor, teacher_NH: Tensor, known_N: Tensor, tolerance: float | None) -> Iterator[_Walked]:
-    """TOKENS places at a time."""
-    for student, teacher, known in zip(student_NH.split(TOKENS), teacher_NH.split(TOKENS), known_N.split(TOKENS), strict=True):
-        yield _walk(head, torch.cat([student, teacher]), known, tolerance)
+def _both(head: Head, student_NH: Tensor, teacher: Told, known_N: Tensor, tolerance: float | None) -> tuple[Tensor, Tensor | None]:
+    walked = _walk(head, torch.cat([student_NH, teacher.states_NH]), known_N, tolerance)
+    if walked.rows is None:
+        return _divergence(walked), None
+    own, wanted = (walked.rows / walked.sums[:, None]).chunk(2)
+    return _divergence(walked), own - wanted
 
 
 def _divergence(walked: _Walked) -> Tensor:

@@ -44,6 +44,11 @@ class Head:
     scale: float = 1.0
     cap: float | None = None
 
+    @property
+    def plain(self) -> bool:
+        """Whether logits are products with the rows of the weight, and no more."""
+        return self.cap is None and self.bias_V is None
+
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., H] -> [..., V]."""
         return self._finish(torch.nn.functional.linear(hidden.to(self.weight_VH.dtype), self.weight_VH, self.bias_V))
@@ -91,7 +96,7 @@ class Head:
         likeliest_M = torch.zeros(states_EMH.shape[-2], dtype=torch.long, device=states_EMH.device)
         start_M = torch.full_like(likeliest_M, torch.finfo(torch.float32).min, dtype=torch.float32)
         parts = zip(states_EMH.split(TOKENS, dim=-2), start_M.split(TOKENS), likeliest_M.split(TOKENS), strict=True)
-        log_sum_M = torch.cat([self._walk(states, start, None, 0.0, first) for states, start, first in parts])
+        log_sum_M = torch.cat([self.walk(states, start, None, 0.0, first) for states, start, first in parts])
         target_logits_N = self._logits_of(states_EMH[..., source_N, :], targets_N)
         target_logits_N = target_logits_N if target_logits_N.dim() == 1 else target_logits_N.mean(dim=0)
         return log_sum_M[source_N] - target_logits_N, likeliest_M[source_N] == targets_N
@@ -101,11 +106,11 @@ class Head:
         logits_NK = self._logits_of(hidden_NH[:, None], ids_NK)
         start_N = logits_NK.amax(dim=1)
         if tolerance is None:
-            return wanted.terms(logits_NK, self._walk(hidden_NH, start_N, None, 0.0))[0], None
+            return wanted.terms(logits_NK, self.walk(hidden_NH, start_N, None, 0.0))[0], None
         tolerance = tolerance if hidden_NH.device.type == "cpu" else 0.0  # choosing columns would make a GPU wait
         start_N = torch.logsumexp(self.block(hidden_NH, ids_NK.unique()), dim=1) if tolerance else start_N
         grad_NH = torch.zeros_like(hidden_NH, dtype=torch.float32)
-        log_sum_N = self._walk(hidden_NH, start_N, grad_NH, tolerance)
+        log_sum_N = self.walk(hidden_NH, start_N, grad_NH, tolerance)
         losses_N, share_N, pull_NK = wanted.terms(logits_NK, log_sum_N)
         slope = self.slope(logits_NK)
         pull = slope if pull_NK is None else pull_NK * slope
@@ -113,7 +118,7 @@ class Head:
         grad_NH -= (self.weight_VH[ids_NK].float() * (pull[..., None] if isinstance(pull, Tensor) else pull)).sum(dim=1)
         return losses_N, grad_NH
 
-    def _walk(
+    def walk(
         self, hidden_NH: Tensor, start_N: Tensor, grad_NH: Tensor | None, tolerance: float, likeliest_N: Tensor | None = None
     ) -> Tensor:
         """Log-sum-exp of the logits [N] (of [E, N, H], of their mean over the E); adds softmax @ weight to `grad_NH`, and writes

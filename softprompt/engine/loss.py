@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from softprompt.engine.batch import Batch
-from softprompt.engine.divergence import divergences
+from softprompt.engine.divergence import Told, divergences
 from softprompt.engine.head import Wanted
 from softprompt.engine.model import FrozenBase
 from softprompt.engine.prefix import Continued
@@ -95,12 +95,12 @@ def head_losses(base: FrozenBase, hidden_NH: Tensor, wanted: Wanted, tolerance: 
     return _HeadLoss.apply(hidden_NH, losses, tolerance)  # type: ignore[no-untyped-call]
 
 
-def divergence_losses(base: FrozenBase, hidden_NH: Tensor, teacher_NH: Tensor, known_N: Tensor, tolerance: float = 0.0) -> Tensor:
-    """[N] losses with gradient, float32, nats: the KL divergence of the distributions after a teacher's states `teacher_NH` [N, H] from
-    those after `hidden_NH` (Hinton et al. 2015, over the whole vocabulary). `known_N`: the tokens that came there."""
+def divergence_losses(base: FrozenBase, hidden_NH: Tensor, teacher: Told, known_N: Tensor, tolerance: float = 0.0) -> Tensor:
+    """[N] losses with gradient, float32, nats: the KL divergence of a teacher's distributions from those after `hidden_NH` [N, H], over the
+    whole vocabulary (Hinton et al. 2015). `known_N`: the tokens that came there."""
 
     def losses(states_NH: Tensor, allowed: float | None) -> tuple[Tensor, Tensor | None]:
-        return divergences(base.head, states_NH, teacher_NH, known_N, allowed)
+        return divergences(base.head, states_NH, teacher, known_N, allowed)
 
     return _HeadLoss.apply(hidden_NH, losses, tolerance)  # type: ignore[no-untyped-call]
 

@@ -1,19 +1,21 @@
 """A teacher: the same base with a text in its context. What a prompt learns from it is its distribution of every supervised token.
 
-The text's keys and values are computed once and kept; a step reads the step's own rows behind them, whatever the text's length.
+The text's keys and values are computed once and kept; rows are read behind them, whatever the text's length. Base and text are frozen, so
+what it says of a row is kept too: later epochs and evaluations do not ask again.
 
 Shapes: N supervised tokens, H hidden size.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from softprompt.engine.batch import Batch, batches, collate
-from softprompt.engine.divergence import compared
+from softprompt.engine.batch import CPU_BATCH_COST, Batch, batches, collate, cut_by_length
+from softprompt.engine.divergence import Told, compared, joined, told
 from softprompt.engine.loss import Loss, TopTokens, divergence_losses, head_losses
 from softprompt.engine.model import FrozenBase
 from softprompt.engine.prefix import Prefix, assemble
@@ -23,6 +25,8 @@ from softprompt.engine.shelf import Shelf
 from softprompt.engine.tokens import Encoded
 
 ROOM = 2**31  # bytes of keys and values of texts that are kept; of several chunks those that were not used for longest leave
+SAID = 2**29  # bytes of what it says of rows that are kept; where all of it would be more, none is
+TOGETHER = 512  # tokens of rows that are read at once to be kept
 
 
 class Teaching(Protocol):
@@ -45,6 +49,29 @@ class Teacher:
     rows: Sequence[Encoded]
     which: Sequence[int]
     shelf: Shelf = field(default_factory=lambda: Shelf(ROOM), repr=False)
+    _kept: dict[int, Told] = field(default_factory=dict, init=False, repr=False)
+
+    def told(self, base: FrozenBase, numbers: Sequence[int]) -> Told:
+        """What it says before the N supervised tokens of these rows, row by row, now or before."""
+        if 2 * 4 * base.hidden_size * sum(row.num_supervised for row in self.rows) > SAID:
+            return told(base.head, self.states(base, numbers))
+        for number in numbers:
+            if number not in self._kept:
+                group = self._groups[number]
+                parts = told(base.head, self.states(base, group)).split([self.rows[member].num_supervised for member in group])
+                self._kept.update(zip(group, parts, strict=True))
+        return joined([self._kept[number] for number in numbers])
+
+    @cached_property
+    def _groups(self) -> dict[int, list[int]]:
+        """Which rows each row is read together with: always the same, so that it gives the same bits whoever asks first."""
+        found: dict[int, list[int]] = {}
+        for context in set(self.which):
+            own = [number for number, one in enumerate(self.which) if one == context]
+            for group in cut_by_length([len(self.rows[number]) for number in own], TOGETHER, CPU_BATCH_COST):
+                members = [own[index] for index in group]
+                found |= dict.fromkeys(members, members)
+        return found
 
     @torch.no_grad()
     def states(self, base: FrozenBase, numbers: Sequence[int]) -> Tensor:
@@ -60,14 +87,14 @@ class Teacher:
         """See Teaching; over the whole vocabulary."""
 
         def toward(base: FrozenBase, hidden_NH: Tensor, batch: Batch, tolerance: float) -> Tensor:
-            teacher_NH = self.states(base, [numbers[row] for row in batch.rows])
-            return divergence_losses(base, hidden_NH, teacher_NH, batch.targets_N, tolerance)
+            teacher = self.told(base, [numbers[row] for row in batch.rows])
+            return divergence_losses(base, hidden_NH, teacher, batch.targets_N, tolerance)
 
         return toward
 
     def compared(self, base: FrozenBase, own_NH: Tensor, numbers: Sequence[int], known_N: Tensor) -> tuple[Tensor, Tensor]:
         """See Teaching."""
-        return compared(base.head, own_NH, self.states(base, numbers), known_N)
+        return compared(base.head, own_NH, self.told(base, numbers), known_N)
 
     def _prefix(self, base: FrozenBase, number: int) -> Prefix:
         prompt, ids = self.contexts[number]
