@@ -15,9 +15,10 @@ from softprompt.formats import EVALUATION, newer
 class Predictions:
     """Answers by contestant and row number. Without a path they are kept in memory alone."""
 
-    def __init__(self, path: Path | None, key: str) -> None:
-        """Raises RunError when the file holds another evaluation or cannot be written."""
-        self.path = path
+    def __init__(self, path: Path | None, key: str, of: str = "evaluation", out: str = "--out") -> None:
+        """`of`, `out`: what the file belongs to, and what names its folder. Raises RunError when the file is another's or cannot be
+        written."""
+        self.path, self._other = path, f"{path} is not of this {of}: remove it, or choose another {out}"
         self.answers: dict[tuple[str, int], dict[str, Any]] = {}
         if path is None:
             return
@@ -38,7 +39,7 @@ class Predictions:
         if refusal := newer(path, named, EVALUATION):
             raise RunError(refusal)
         if not isinstance(named, dict) or named.get("evaluation") != key:
-            raise RunError(f"{path} is not of this evaluation: remove it, or choose another --out")
+            raise RunError(self._other)
         whole = lines[:-1]
         for line in whole:
             answer = json.loads(line)

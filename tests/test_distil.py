@@ -245,6 +245,15 @@ def test_kill_9_during_the_study_changes_no_bit(distilling, bases, tmp_path):
     assert resumed.result["distilled"] == straight.result["distilled"]
 
 
+def test_a_study_of_another_distillation_is_not_gone_on_with(distilling, bases):
+    config = distilling(f"distil.text={TEXT}")
+    study = Path(config.train.out) / STUDY
+    study.parent.mkdir()
+    study.write_text('{"format": 1, "evaluation": "another"}\n', encoding="utf-8")
+    with pytest.raises(RunError, match=r"study.jsonl is not of this distillation: remove it, or choose another train.out"):
+        study_of(config, bases())
+
+
 def test_a_bank_is_its_prompts_alone(distilling, bases, tmp_path):
     own = f"distil.text={TEXT}"
     *_, bank = train(distilling(own, "prompt.count=2"), base=bases())

@@ -76,7 +76,8 @@ def studying(config: Config, base: FrozenBase, encoder: Encoder) -> Generator[St
     encoder = encoder.told(shared_system(asked.train)) if asked.train else encoder
     context = context_of(config, base, encoder, asked)
     teachers = context.teachers(base, encoder)
-    notes = Predictions(Path(config.train.out) / STUDY, _key(config, base, encoder, context, asked))
+    key = _key(config, base, encoder, context, asked)
+    notes = Predictions(Path(config.train.out) / STUDY, key, "distillation", "train.out")
     work = _Work(config, base, encoder, context, teachers, notes)
     if len(teachers) > 1 and (asked.train or asked.held):
         raise ConfigError(
