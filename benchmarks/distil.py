@@ -2,13 +2,15 @@
 
     python -m benchmarks.distil demo --base FOLDER --results FILE [--seeds 3] [--set section.key=value ...]
     python -m benchmarks.distil system --base FOLDER --results FILE ...
+    python -m benchmarks.distil starts --base FOLDER --results FILE [--lengths 32 64] ...
     python -m benchmarks.distil articles --base FOLDER --file xquad.json --results FILE [--count 8] ...
     python -m benchmarks.distil cost --base FOLDER --results FILE
 
 Every finished run becomes a line of the file at once, and one that the file holds already is not repeated. `demo`: the demo's 15 examples
-into 59 positions, the training messages without their answers. `system`: the rules of system_prompt.md into 32 positions. `articles`: texts
-in SQuAD's format, self-study alone; their own questions only measure. `cost`: seconds of the teacher's part of a step by the text's length,
-beside reading the text again with every row, as PEFT's example does.
+into 59 positions, the training messages without their answers. `system`: the rules of system_prompt.md into 32 positions. `starts`: the
+same rules with the same steps from every start of keys and values: the divergence on held-out questions before, half-way and after.
+`articles`: texts in SQuAD's format, self-study alone; their own questions only measure. `cost`: seconds of the teacher's part of a step by
+the text's length, beside reading the text again with every row, as PEFT's example does.
 """
 
 import argparse
@@ -35,8 +37,9 @@ from softprompt.engine.prompt import no_prompt
 from softprompt.engine.teacher import Teacher
 from softprompt.engine.tokens import Encoded
 from softprompt.evaluation import Contest, evaluate
-from softprompt.events import Finished
+from softprompt.events import Evaluated, Finished
 from softprompt.results import Evaluation
+from softprompt.runlog import RunFolder
 from softprompt.training import train
 
 ASKED, MEASURED = 240, 60  # customers' questions to learn from, and to measure on
@@ -51,6 +54,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--file", type=Path, help="articles in SQuAD's format")
     parser.add_argument("--count", type=int, default=8, help="articles")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[32], help="positions, in starts")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--runs", type=Path, default=Path("runs/distil"), help="where run folders are kept")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting; repeatable")
@@ -115,16 +119,21 @@ def scores(evaluation: Evaluation) -> dict[str, dict[str, list[float]]]:
 # ---- a system prompt -----------------------------------------------------------------------------------------------
 
 
-def system(base: FrozenBase, given: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    asked = customers(ASKED + MEASURED, 0)
+def of_system(given: argparse.Namespace, asked: Sequence[tuple[str, str]]) -> list[str]:
+    """The settings of a run on the system prompt."""
     given.runs.mkdir(parents=True, exist_ok=True)
     questions = given.runs / "customers.txt"
     questions.write_text("".join(question + "\n" for _, question in asked[MEASURED:]), encoding="utf-8")
-    own = [
+    return [
         f"distil.file={SYSTEM}", f"distil.questions={questions}", "distil.max_new_tokens=96", "data.template=chat", "data.max_length=192",
         "prompt.method=prefix", "prompt.init=context", "prompt.length=32", "train.steps=120", "train.examples_per_step=8",
         "train.eval_every=60",
     ]  # fmt: skip
+
+
+def system(base: FrozenBase, given: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    asked = customers(ASKED + MEASURED, 0)
+    own = of_system(given, asked)
     rows = tuple(Example((Message("user", text), Message("assistant", "-")), text) for _, text in asked[:MEASURED])
     kinds = [kind for kind, _ in asked[:MEASURED]]
     for seed in range(given.seeds):
@@ -138,6 +147,24 @@ def system(base: FrozenBase, given: argparse.Namespace) -> Iterator[dict[str, An
         share = {name: fmean(passed[number] for number in teacher) for name, passed in kept.items()}
         whole = {name: fmean(passed) for name, passed in kept.items()}
         yield {"key": key, "seed": seed, **facts, "of_the_teachers": share, "checks": whole, "num_checks": len(kept["teacher"])}
+
+
+STARTS = ("context", "spread", "states", "matching")
+
+
+def starts(base: FrozenBase, given: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """All starts of a seed are one bank: the same questions, answers, rows and steps."""
+    own = of_system(given, customers(ASKED + MEASURED, 0))
+    each = [(f"{start}-{length}", start, length) for length in given.lengths for start in STARTS]
+    members = (f'{{name = "{name}", prompt = {{init = "{start}", length = {length}}}}}' for name, start, length in each)
+    bank = f"prompt.bank=[{', '.join(members)}]"
+    for seed in range(given.seeds):
+        key = key_of(given, *given.lengths, seed)
+        if not known(given, key):
+            config, _, facts = distilled(base, given, key, [*own, bank, f"train.seed={seed}"])
+            measured = [event for event in RunFolder.reopen(Path(config.train.out)).stream() if isinstance(event, Evaluated)]
+            curves = {name: {event.step: event.losses[index] for event in measured} for index, (name, _, _) in enumerate(each)}
+            yield {"key": key, "seed": seed, **facts, "kl": curves}
 
 
 # ---- articles ------------------------------------------------------------------------------------------------------
@@ -207,7 +234,7 @@ def seconds(base: FrozenBase, teacher: Teacher, batches: Sequence[Sequence[int]]
     return time.perf_counter() - began
 
 
-WORK = {"demo": demo, "system": system, "articles": of_articles, "cost": cost}
+WORK = {"demo": demo, "system": system, "starts": starts, "articles": of_articles, "cost": cost}
 
 if __name__ == "__main__":
     main()

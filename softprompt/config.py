@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from softprompt.errors import ConfigError
 
 RANGE = re.compile(r"^(?P<source>.*?)\[(?P<start>\d*):(?P<stop>\d*)\]$")  # behind the name of a data source
-Source = Literal["text", "labels", "vocab", "examples", "random", "file", "context", "spread", "states"]
+Source = Literal["text", "labels", "vocab", "examples", "random", "file", "context", "spread", "states", "matching"]
 Positive = Annotated[int, Field(ge=1)]
 
 
@@ -172,7 +172,8 @@ class PromptConfig(Section):
     """Rows to start from, one source or several that fill the prompt in turn, e.g. ["labels", "text", "vocab"]. text: the
     embeddings of `text`; labels: of the label words; vocab: of frequent tokens of the data; examples: of training rows; random:
     noise of the embedding table's mean and spread; file: another prompt; context, spread: first or evenly picked tokens of a teacher's
-    text ([distil]); states, alone: their keys and values in it. Left out: file or text where there is one, else vocab."""
+    text ([distil]); alone, for method = "prefix": states, their keys and values in it; matching, the keys that questions look at most, with
+    values that make attention what it is behind the text. Left out: file or text where there is one, else vocab."""
     file: str | None = None
     """A prompt, checkpoint or run folder to start from."""
     text: str | None = None

@@ -16,9 +16,11 @@ from torch import Tensor
 
 from softprompt.artifact import read_card, stored_rows
 from softprompt.config import PromptConfig
+from softprompt.engine.matching import matched
 from softprompt.engine.model import FrozenBase
 from softprompt.engine.prompt import DeepPrompt, as_prompt
 from softprompt.engine.recited import recited
+from softprompt.engine.teacher import Teacher
 from softprompt.engine.tokens import Encoded
 from softprompt.errors import ConfigError
 from softprompt.literal import control_tokens
@@ -30,9 +32,19 @@ LOOKED_AT = 20_000  # training rows, where there are more
 
 
 @dataclass(frozen=True)
+class Taught:
+    """`context`: the ids that the base reads as a teacher before every question; `teacher`: it, with the questions' rows; `rows`: the same
+    rows as students read them."""
+
+    context: Sequence[int]
+    teacher: Teacher
+    rows: Sequence[Encoded]
+
+
+@dataclass(frozen=True)
 class Material:
     """What a prompt may be made from: the base, the training rows, the label words of the data; `sources`: what names in `prompt.init`
-    mean; `context`: the ids that a teacher reads before every question, where there is one."""
+    mean; `taught`: where there is a teacher."""
 
     config: PromptConfig
     base: FrozenBase
@@ -40,7 +52,7 @@ class Material:
     labels: Sequence[str]
     seed: int
     sources: Mapping[str, "Source"]
-    context: Sequence[int] = ()
+    taught: Taught | None = None
 
 
 @dataclass(frozen=True)
@@ -58,8 +70,9 @@ def initial_rows(material: Material) -> Initial:
     """
     config = material.config
     length = prompt_length(config, material.base.tokenizer, material.labels)
-    if "states" in config.sources:
-        raise ConfigError('prompt.init = "states" stands alone, and needs prompt.method = "prefix"')
+    for name in config.sources:
+        if name in DEEP:
+            raise ConfigError(f'prompt.init = "{name}" stands alone, and needs prompt.method = "prefix"')
     parts: list[Initial] = []
     for name in config.sources:
         room = length - sum(len(part.rows_PH) for part in parts)
@@ -150,13 +163,14 @@ def from_file(material: Material, room: int) -> Initial:
 
 def from_context(material: Material, room: int) -> Initial:
     """Embeddings of the first tokens that the teacher reads."""
-    ids = _context(material)[:room]
-    return Initial(_rows(material, ids), f"{len(ids)} from the first of the teacher's {len(material.context)} tokens")
+    context = _taught(material).context
+    ids = context[:room]
+    return Initial(_rows(material, ids), f"{len(ids)} from the first of the teacher's {len(context)} tokens")
 
 
 def from_spread(material: Material, room: int) -> Initial:
     """Embeddings of tokens that the teacher reads, picked evenly."""
-    context = _context(material)
+    context = _taught(material).context
     count = min(room, len(context))
     ids = [context[index * len(context) // count] for index in range(count)]
     return Initial(_rows(material, ids), f"{count} picked evenly from the teacher's {len(context)} tokens")
@@ -165,7 +179,7 @@ def from_spread(material: Material, room: int) -> Initial:
 def from_states(material: Material, position: str, bos_id: int | None, values: float) -> tuple[DeepPrompt, str]:
     """Keys and values of tokens that the teacher reads, picked evenly, as they are behind the rest of its text; BOS among them where it
     does not stand before the prompt anyway; and a sentence about that. `values`: as for `deepened`. Raises ModelError as `recited`."""
-    context = _context(material)
+    context = _taught(material).context
     length = min(prompt_length(material.config, material.base.tokenizer, material.labels), len(context))
     own_bos = [] if bos_id is None else [bos_id]
     count = length - (bos_id is not None and position == "start")
@@ -173,6 +187,17 @@ def from_states(material: Material, position: str, bos_id: int | None, values: f
     layers = recited(material.base, [*own_bos, *context], picked)
     note = f"{length} virtual tokens: keys and values of {count} picked evenly from the teacher's {len(context)} tokens"
     return as_prompt(layers, position, bos_id, values), note
+
+
+def from_matching(material: Material, position: str, bos_id: int | None, values: float) -> tuple[DeepPrompt, str]:
+    """Keys of the text that its questions look at most, with values that make attention what it is behind the text; and a sentence about
+    that. `values`: as for `deepened`. Raises ModelError as `matched`."""
+    taught = _taught(material)
+    length = prompt_length(material.config, material.base.tokenizer, material.labels)
+    found = matched(material.base, taught.teacher, taught.rows, length, position, bos_id, material.seed)
+    prompt = as_prompt(found.layers, position, bos_id, values)
+    note = f"{prompt.length} virtual tokens: keys picked from the teacher's {len(taught.context)} tokens in every head, with values that "
+    return prompt, note + f"match the attention of {found.num_queries} tokens of questions and answers but for {100 * found.error:.0f}%"
 
 
 Source = Callable[[Material, int], Initial]
@@ -186,6 +211,8 @@ SOURCES: dict[str, Source] = {
     "context": from_context,
     "spread": from_spread,
 }
+DEEP = {"states": from_states, "matching": from_matching}  # to keys and values, not to rows
+TAUGHT = ("context", "spread", *DEEP)
 
 
 def _looked_at(material: Material) -> Sequence[Encoded]:
@@ -210,12 +237,11 @@ def _text_ids(config: PromptConfig, tokenizer: object) -> list[int]:
     return ids
 
 
-def _context(material: Material) -> Sequence[int]:
-    if not material.context:
-        raise ConfigError(
-            'prompt.init = "context" and "spread" start from what a teacher reads: set distil.text, distil.file or distil.examples'
-        )
-    return material.context
+def _taught(material: Material) -> Taught:
+    if material.taught is None:
+        (name, *_) = [name for name in material.config.sources if name in TAUGHT]
+        raise ConfigError(f'prompt.init = "{name}" starts from what a teacher reads: set distil.text, distil.file or distil.examples')
+    return material.taught
 
 
 def _labels(labels: Sequence[str]) -> Sequence[str]:

@@ -29,7 +29,7 @@ from softprompt.engine.world import World
 from softprompt.errors import ConfigError, DataError, RunError
 from softprompt.evaluation import held_out_loss
 from softprompt.events import Preparing, Studying
-from softprompt.init import SOURCES, Material, Source, from_states, initial_rows
+from softprompt.init import DEEP, SOURCES, Material, Source, Taught, initial_rows
 from softprompt.prepared import check_rejected
 from softprompt.rows import Rows, loading_rows, summarize
 from softprompt.runlog import RunFolder
@@ -205,9 +205,9 @@ def prepare(
     else:
         encoder, rows, held = yield from loading_rows(config, plain)
     _check_rows(config, rows, held)
-    context = study.context_ids if study is not None else ()
+    taught = _taught(study) if study is not None else None
     materials = {
-        name: Material(own.prompt, base, rows.encoded, rows.labels, own.train.seed, sources, context) for name, own in alone.items()
+        name: Material(own.prompt, base, rows.encoded, rows.labels, own.train.seed, sources, taught) for name, own in alone.items()
     }
     untrained = {name: _untrained(alone[name], material, encoder) for name, material in materials.items()}
     check_context(base.context_length, max(one.prompt.length for one in untrained.values()), config.data.max_length)
@@ -217,10 +217,15 @@ def prepare(
     return Setup(config.model_copy(update={"train": how, "data": data}), base, encoder, rows, held, untrained, study)
 
 
+def _taught(study: Studied) -> Taught:
+    return Taught(study.context_ids, study.classroom.teacher(study.read), [one.own for one in study.read])
+
+
 def _untrained(own: Config, material: Material, encoder: Encoder) -> Untrained:
     check_position(own.prompt.position, encoder)
-    if own.prompt.sources == ("states",) and own.prompt.method == "prefix":
-        return Untrained(own, *from_states(material, own.prompt.position, encoder.bos_id, own.optim.values))
+    source, *others = own.prompt.sources
+    if source in DEEP and not others and own.prompt.method == "prefix":
+        return Untrained(own, *DEEP[source](material, own.prompt.position, encoder.bos_id, own.optim.values))
     initial = initial_rows(material)
     if own.prompt.method == "prefix":
         deep = deepened(material.base, initial.rows_PH, own.prompt.position, encoder.bos_id, own.optim.values)

@@ -113,7 +113,7 @@ def test_answers_are_the_teachers_and_end_as_it_ends(distilling, bases, tmp_path
 def test_an_answer_that_was_cut_off_is_learned_without_an_end(distilling, bases):
     study = study_of(distilling(f"distil.text={TEXT}"), bases())
     ends = [row.ids[-1] == 2 for row in study.lessons.rows.encoded]
-    assert ends == [one.ended for one in study.taught]
+    assert ends == [one.answered.ended for one in study.read]
     assert not all(ends)
 
 
@@ -373,7 +373,7 @@ def test_a_server_teaches_what_the_base_would(distilling, bases, server, tmp_pat
     *_, finished = train(config, base=base)
     study = study_of(config, base)
     local = study_of(distilling("distil.text=" + TEXT, f"train.out={tmp_path / 'local'}"), base)
-    assert [one.example.response.strip() for one in study.taught] == [one.example.response for one in local.taught]
+    assert [one.answered.example.response.strip() for one in study.read] == [one.answered.example.response for one in local.read]
     rows, whole = study.lessons.rows.encoded, []
     for row, example in zip(rows, study.lessons.rows.examples, strict=True):
         ids = base.tokenizer(f"{TEXT}\n\nHuman: {example.messages[0].content}\n\nAssistant:")["input_ids"]

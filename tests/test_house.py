@@ -54,6 +54,7 @@ ENGINE = [
     {"loss", "prompt", "loading", "likelihood", "choose", "recited"},
     {"reading", "step"},
     {"decode", "dryrun", "teacher"},
+    {"matching"},
 ]
 
 

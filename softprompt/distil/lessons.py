@@ -76,13 +76,13 @@ class Classroom:
     def lessons(self, read: Sequence[Read], refused: Sequence[Rejected] = ()) -> Lessons:
         """Raises DataError where nothing is left."""
         rows = rows_of([(one.own, one.answered.example) for one in read], refused)
+        return Lessons(rows, self.teacher(read))
+
+    def teacher(self, read: Sequence[Read]) -> Teacher:
+        """The base with its texts, which reads these rows behind them."""
         which = tuple(one.answered.teacher for one in read)
         theirs = tuple(one.theirs.after(len(self.contexts[one.answered.teacher][1])) for one in read)
-        return Lessons(rows, self.teacher(theirs, which))
-
-    def teacher(self, rows: Sequence[Encoded], which: Sequence[int]) -> Teacher:
-        """The base with its texts, which reads these rows behind them."""
-        return Teacher(self.contexts, rows, which, self._shelf)
+        return Teacher(self.contexts, theirs, which, self._shelf)
 
     def _read(self, one: Answered) -> Read:
         own = _as_said(self.encoder.encode(one.example, self.max_length), one)

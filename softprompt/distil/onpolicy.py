@@ -20,7 +20,7 @@ def own_answers(base: FrozenBase, study: Studied, soft: Prompt, numbers: Sequenc
     answered = []
     for index, number in enumerate(numbers):
         text, ended = said[index]
-        given = study.taught[number]
+        given = study.read[number].answered
         own = Answered(given.example.answered(text), ended, given.teacher)
         answered.append(own if text.strip() else given)
     return study.classroom.read(answered)[0]

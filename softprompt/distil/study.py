@@ -40,7 +40,7 @@ QUESTION, ANSWER = "question", "answer"  # what lines of it hold
 
 @dataclass(frozen=True)
 class Studied:
-    """What a distillation works with: what is taught, what is measured on, and of what it is distilled. `taught`: the questions of the
+    """What a distillation works with: what is taught, what is measured on, and of what it is distilled. `read`: the questions of the
     lessons with the teacher's answers."""
 
     encoder: Encoder
@@ -48,7 +48,7 @@ class Studied:
     held: Lessons
     context: Context
     classroom: Classroom
-    taught: tuple[Answered, ...]
+    read: tuple[Read, ...]
 
     @property
     def context_ids(self) -> tuple[int, ...]:
@@ -96,7 +96,7 @@ def studying(config: Config, base: FrozenBase, encoder: Encoder) -> Generator[St
     classroom.begin([*train, *held])
     part = _listed if config.distil.teacher is not None else _read
     taught, measured = part(work, classroom, train, refused), part(work, classroom, held, refused_held)
-    return Studied(encoder, taught, measured, context, classroom, tuple(one.answered for one in train))
+    return Studied(encoder, taught, measured, context, classroom, tuple(train))
 
 
 def _read(work: _Work, classroom: Classroom, read: Sequence[Read], refused: Sequence[Rejected]) -> Lessons:

@@ -105,9 +105,9 @@ class FrozenBase:
         generator = torch.Generator().manual_seed(seed)
         return self.embed_ids(torch.randint(self.num_tokens, (count,), generator=generator).tolist())
 
-    def prefill(self, embeds: Sequence[Tensor]) -> Prefix:
-        """The prefixes of K sequences of embeddings, each [S, H]."""
-        return prefill(self.backbone, embeds, self.sharing.exact) if self.shares_prefix else embedded(embeds)
+    def prefill(self, embeds: Sequence[Tensor], first: int = 0) -> Prefix:
+        """The prefixes of K sequences of embeddings, each [S, H]; `first`: see prefix.prefill."""
+        return prefill(self.backbone, embeds, self.sharing.exact, first) if self.shares_prefix else embedded(embeds)
 
     def continue_from(self, prefix: Prefix, which_B: Tensor, ids_BT: Tensor, mask_BT: Tensor, *, keep: bool = False) -> Continued:
         """Hidden states of texts that continue from prefixes; row b continues from prefix number `which_B[b]`.

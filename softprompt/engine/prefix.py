@@ -88,14 +88,15 @@ class Continued:
 # ---- prefixes ------------------------------------------------------------------------------------------------------
 
 
-def prefill(backbone: Any, embeds: Sequence[Tensor], exact: bool = True) -> Prefix:
+def prefill(backbone: Any, embeds: Sequence[Tensor], exact: bool = True, first: int = 0) -> Prefix:
     """The prefixes of K sequences of embeddings [S, H], those of one length in one forward. Computed in float32 whatever
-    the base's precision: it is short, runs once a step, and every example depends on it. `exact` = False: in the base's."""
+    the base's precision: it is short, runs once a step, and every example depends on it. `exact` = False: in the base's.
+    `first`: the position of the first, also a negative one for bases that turn keys by their position."""
     lengths = [len(embeds_SH) for embeds_SH in embeds]
     parts = {index: Prefix((), (0,)) for index in range(len(embeds))}
     for length in sorted(set(lengths) - {0}):
         same = [index for index, other in enumerate(lengths) if other == length]
-        layers = _prefill_same(backbone, torch.stack([embeds[index] for index in same]), exact)
+        layers = _prefill_same(backbone, torch.stack([embeds[index] for index in same]), exact, first)
         parts |= zip(same, Prefix(layers, (length,) * len(same)).separate(), strict=True)
     return assemble([parts[index] for index in range(len(embeds))])
 
@@ -138,9 +139,9 @@ def _taken(part: Tensor, index_BS: Tensor) -> Tensor:
     return part.gather(-2, index.to(part.device).expand(*part.shape[:-2], index_BS.shape[1], part.shape[-1]))
 
 
-def _prefill_same(backbone: Any, embeds_KSH: Tensor, exact: bool) -> Layers:
+def _prefill_same(backbone: Any, embeds_KSH: Tensor, exact: bool, first: int) -> Layers:
     cache = empty_cache(backbone.config)
-    positions = torch.arange(embeds_KSH.shape[1], device=embeds_KSH.device).expand(embeds_KSH.shape[:2])
+    positions = torch.arange(first, first + embeds_KSH.shape[1], device=embeds_KSH.device).expand(embeds_KSH.shape[:2])
     with float32_products() if exact else nullcontext():
         run(backbone, embeds_KSH.to(torch.float32 if exact else backbone.dtype), torch.ones_like(positions), positions, cache)
     return tuple(layer.changed(Tensor.float, Tensor.float) for layer in layers_of(cache))

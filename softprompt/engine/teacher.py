@@ -80,7 +80,7 @@ class Teacher:
         used = sorted({self.which[number] for number in numbers})
         which = [used.index(self.which[number]) for number in numbers]
         batch = collate(rows, range(len(rows)), which, base.device)
-        continued = base.continue_from(assemble([self._prefix(base, one) for one in used]), batch.which_B, batch.ids_BT, batch.mask_BT)
+        continued = base.continue_from(assemble([self.prefix(base, one) for one in used]), batch.which_B, batch.ids_BT, batch.mask_BT)
         return continued.hidden_BTH.flatten(0, 1).index_select(0, batch.scored_N)
 
     def loss(self, numbers: Sequence[int]) -> Loss:
@@ -96,7 +96,8 @@ class Teacher:
         """See Teaching."""
         return compared(base.head, own_NH, self.told(base, numbers), known_N)
 
-    def _prefix(self, base: FrozenBase, number: int) -> Prefix:
+    def prefix(self, base: FrozenBase, number: int) -> Prefix:
+        """What rows behind context number `number` continue from."""
         prompt, ids = self.contexts[number]
         return self.shelf.take(prompt, ids, lambda: prompt.prefix(base, ids))
 
