@@ -29,7 +29,7 @@ def built(tmp_path_factory):
         shutil.copy(ROOT / name, tree)
     for name in ("softprompt", "tests", "benchmarks"):
         shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
-    done = subprocess.run([sys.executable, "-c", BUILD], cwd=tree, capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", BUILD], cwd=tree, stdout=subprocess.PIPE, text=True, check=True)
     wheel, sdist = (name for name in done.stdout.splitlines() if name.endswith((".whl", ".tar.gz")))
     return tree / "dist" / wheel, tree / "dist" / sdist
 
@@ -55,7 +55,7 @@ def test_the_sdist_holds_what_builds_the_wheel_and_no_tests(built, tmp_path):
     found = {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()}
     assert {"LICENSE", "README.md", "pyproject.toml", *package_files()} <= found
     assert not [name for name in found if name.startswith(("tests", "benchmarks", "docs"))]
-    subprocess.run([sys.executable, "-c", BUILD], cwd=folder, capture_output=True, text=True, check=True)
+    subprocess.run([sys.executable, "-c", BUILD], cwd=folder, stdout=subprocess.PIPE, text=True, check=True)
     (again,) = (folder / "dist").glob("*.whl")
     with zipfile.ZipFile(built[0]) as one, zipfile.ZipFile(again) as other:
         assert sorted(one.namelist()) == sorted(other.namelist())

@@ -125,7 +125,7 @@ def test_a_child_process_computes_in_the_precision_of_the_tests(make_config, tmp
     file = tmp_path / "run.toml"
     file.write_text(make_config().to_toml(), encoding="utf-8")
     code = (
-        "import sys, torch; torch.cpu.get_capabilities = lambda: {'avx512_bf16': True}\n"
+        "import sys, torch; torch.cpu._is_avx512_bf16_supported = lambda: True\n"
         "from softprompt import load_base, load_config\n"
         "print(load_base(load_config(sys.argv[1]).model).dtype, load_base(load_config(sys.argv[1], ['model.dtype=auto']).model).dtype)"
     )
