@@ -77,6 +77,22 @@ class Contestant:
             supervised[index] = False
         return Encoded(ids, tuple(supervised), plain.source, plain.num_cut)
 
+    def as_text(self, encoder: Encoder, example: Example, plain: Encoded) -> tuple[Encoded, tuple[int, ...]]:
+        """(the row as it is where this contestant goes on from its `question`, supervised where it has the tokens of the plain row's
+        answer, from there to its end; the tokens of that answer before them). A blank at the end of a question is one token with the
+        answer's first word here, and these are others there."""
+        *before, answer = self.segments(encoder, example)
+        *earlier, last = joined(before)
+        kept = last.text.rstrip(" ") or last.text
+        spoken = replace(answer, text=last.text[len(kept) :] + answer.text)
+        whole = encoder.encode_segments([*earlier, replace(last, text=kept), spoken], example.source)
+        ids, said = whole.ids[: len(whole) - plain.num_cut], plain.ids[len(plain.question) :]
+        alike = num_shared([said[::-1], ids[::-1]])
+        if not alike or plain.num_supervised != len(said):  # several answers, of which each has its own beginning
+            return self.full(encoder, example, plain), ()
+        supervised = (*(False,) * (len(ids) - alike), *(True,) * alike)
+        return Encoded(ids, supervised, plain.source, plain.num_cut), said[: len(said) - alike]
+
     def question(self, encoder: Encoder, example: Example, plain: Encoded) -> tuple[int, ...]:
         """What this contestant goes on from when it answers.
 

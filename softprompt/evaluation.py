@@ -147,7 +147,10 @@ def evaluating(
     if contest.context is not None:
         (taught,) = (one for one in work.line if one.name == TEACHER)
         work.readings[TEACHER] = _read(work, taught)
-        work.teacher = teacher_of(work.readings[TEACHER][0])
+        encoder = taught.members[0].encoder
+        plain = zip(work.rows.examples, work.read(encoder), strict=True)
+        sure = [taught.as_text(encoder, example, row)[1] for example, (row, *_) in plain]
+        work.teacher = teacher_of(work.readings[TEACHER][0], sure)
     for contestant in work.line:
         yield Advanced("scoring", len(tables), len(work.line))
         with competing(base, contestant) as own:

@@ -17,14 +17,17 @@ from safetensors.torch import load_file
 from softprompt.artifact import load_prompt
 from softprompt.checkpoint import load_start
 from softprompt.cli import app
-from softprompt.config import load_config
+from softprompt.config import ModelConfig, load_config
+from softprompt.contestants import Contestant
+from softprompt.data import Example, Message
 from softprompt.distil.asked import Asked
-from softprompt.distil.context import chunks, context_of
+from softprompt.distil.context import Bare, chunks, context_of
 from softprompt.distil.onpolicy import own_answers
 from softprompt.distil.selfstudy import CHINESE, ENGLISH, askings, cleaned, language_of, passages
 from softprompt.distil.study import STUDY, study_of
 from softprompt.doctor import diagnose
 from softprompt.encode import make_encoder
+from softprompt.engine.loading import load_base
 from softprompt.engine.prompt import no_prompt
 from softprompt.engine.teacher import Teacher, likeness
 from softprompt.engine.tokens import Encoded
@@ -78,6 +81,29 @@ def test_a_prompt_comes_to_answer_as_the_base_does_with_the_text(distilling, bas
     after = likeness(base, study.held.teacher, stored.soft, study.held.rows.encoded, 1000)
     assert (before.divergence, after.divergence) == pytest.approx((found["kl_before"], found["kl_after"]), rel=1e-3)
     assert generate(base, stored, ["bring tea"], Sampling(max_new_tokens=5))
+
+
+def test_a_teacher_that_knows_text_judges_no_blank(distilling, tmp_path):
+    """Where a word has its token with the blank before it, the blank at the end of a question stands in no text: the teacher is to judge
+    the answer as it has said it, and the student is taught its first token as certain."""
+    folder = tiny.tiny_folder(tmp_path / "words", vocab_size=400)
+    tokenizer = tiny.tiny_tokenizer()
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    backend["model"]["vocab"] |= {"Ġt": 300, "Ġte": 301}
+    backend["model"]["merges"] = [["Ġ", "t"], ["Ġt", "e"]]
+    (folder / "tokenizer.json").write_text(json.dumps(backend), encoding="utf-8")
+    base = load_base(ModelConfig(name=str(folder), device="cpu"))
+    encoder = make_encoder(base.tokenizer, "human-assistant")
+    asked = Example((Message("user", "tea?"), Message("assistant", "tea")), "a row")
+    teacher = Contestant("teacher", (Bare(no_prompt(base, 1), encoder),), wish="Say tea.")
+    plain = encoder.encode(asked)
+    whole, sure = teacher.as_text(encoder, asked, plain)
+    said = [token for token, on in zip(whole.ids, whole.supervised, strict=True) if on]
+    assert base.tokenizer.decode(sure) == "te"
+    assert [*sure, *said] == list(plain.ids[len(plain.question) :])
+    first = whole.supervised.index(True)
+    assert whole.ids[first - 1] == 301  # " te", which it says itself
+    assert whole.ids[: first - 1] == teacher.question(encoder, asked, plain)
 
 
 @pytest.mark.parametrize("position", ["start", "after_bos"])

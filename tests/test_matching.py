@@ -7,12 +7,11 @@ import torch
 from tiny import BOS, FAMILIES, tiny_base
 
 from softprompt.engine.batch import collate
-from softprompt.engine.matching import ROW, TOKENS, matched, watched
+from softprompt.engine.matching import matched, watched
 from softprompt.engine.prompt import as_prompt, no_prompt
 from softprompt.engine.recited import recited
 from softprompt.engine.teacher import Teacher, likeness
 from softprompt.engine.tokens import Encoded
-from softprompt.errors import ModelError
 
 WATCHED = [family for family in FAMILIES if family != "bloom"]
 

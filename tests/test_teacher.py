@@ -21,6 +21,9 @@ HEADS = {
 }
 
 
+OPEN = torch.full((12,), -1)  # places of which nothing is sure
+
+
 def head_of_kind(kind: str) -> Head:
     return Head(torch.randn(700, 16, generator=torch.Generator().manual_seed(0)), **HEADS[kind])
 
@@ -40,21 +43,44 @@ def test_the_walk_is_torchs_divergence(kind, monkeypatch):
     leaf = student.clone().requires_grad_()
     wanted = reference(head, leaf, teacher)
     (gradient,) = torch.autograd.grad(wanted.sum(), leaf)
-    losses, found = divergences(head, student, told(head, teacher), known, 0.0)
+    losses, found = divergences(head, student, told(head, teacher, OPEN[:12]), known, 0.0)
     assert found is not None
     assert losses == pytest.approx(wanted.detach().float(), abs=2e-5)
     assert found.numpy() == pytest.approx(gradient.numpy(), abs=2e-5)
-    again, same = compared(head, student, told(head, teacher), known)
+    again, same = compared(head, student, told(head, teacher, OPEN[:12]), known)
     assert again == pytest.approx(losses, abs=1e-5)
     assert same.tolist() == (head.logits(student).argmax(1) == head.logits(teacher).argmax(1)).tolist()
     assert 0 < same.sum() < 12 or kind != "plain"
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_what_is_sure_is_a_token_to_predict(kind, monkeypatch):
+    monkeypatch.setattr("softprompt.engine.head.BLOCK_NUMBERS", {"cpu": 1})
+    head, draw = head_of_kind(kind), torch.Generator().manual_seed(1)
+    student, teacher = torch.randn(2, 12, 16, generator=draw)
+    known, sure = torch.randint(700, (12,), generator=draw), OPEN.clone()
+    sure[[0, 5, 11]] = torch.tensor([3, 300, 699])
+    teacher[sure >= 0] = 0.0
+    leaf = student.clone().requires_grad_()
+    certain = torch.nn.functional.cross_entropy(head.logits(leaf), sure.clamp(min=0), reduction="none")
+    wanted = torch.where(sure < 0, reference(head, leaf, teacher).float(), certain)
+    (gradient,) = torch.autograd.grad(wanted.sum(), leaf)
+    said = told(head, teacher, sure)
+    losses, found = divergences(head, student, said, known, 0.0)
+    assert found is not None
+    assert losses == pytest.approx(wanted.detach(), abs=2e-5)
+    assert found.numpy() == pytest.approx(gradient.numpy(), abs=2e-5)
+    again, same = compared(head, student, said, known)
+    assert again == pytest.approx(losses, abs=1e-5)
+    likeliest = torch.where(sure < 0, head.logits(teacher).argmax(1), sure)
+    assert same.tolist() == (head.logits(student).argmax(1) == likeliest).tolist()
 
 
 def test_what_a_tolerance_leaves_out_is_small():
     head, draw = head_of_kind("plain"), torch.Generator().manual_seed(1)
     student, teacher = 3 * torch.randn(2, 12, 16, generator=draw)
     known = torch.randint(700, (12,), generator=draw)
-    exact, rough = (divergences(head, student, told(head, teacher), known, tolerance)[1] for tolerance in (0.0, 2**-8))
+    exact, rough = (divergences(head, student, told(head, teacher, OPEN[:12]), known, tolerance)[1] for tolerance in (0.0, 2**-8))
     assert exact is not None
     assert rough is not None
     away = (rough - exact).norm(dim=1)
@@ -64,7 +90,7 @@ def test_what_a_tolerance_leaves_out_is_small():
 def test_equal_states_are_no_distance_apart():
     head = head_of_kind("all")
     states = torch.randn(3, 16)
-    losses, gradient = divergences(head, states, told(head, states.clone()), torch.zeros(3, dtype=torch.long), 0.0)
+    losses, gradient = divergences(head, states, told(head, states.clone(), OPEN[:3]), torch.zeros(3, dtype=torch.long), 0.0)
     assert losses.tolist() == [0, 0, 0]
     assert gradient is not None
     assert not gradient.any()

@@ -7,7 +7,7 @@ It gets the ids that the base itself would read with the text in its context, so
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -95,14 +95,27 @@ def listed(rows: Sequence[tuple[Encoded, Told]]) -> Listed:
     return Listed([(torch.tensor(told.top_ids), torch.tensor(told.top_logprobs).exp()) for _, told in rows])
 
 
-def read(encoder: Encoder, example: Example, told: Told, max_length: int) -> Encoded:
-    """The row as the student reads it: the question in its template, and the teacher's own tokens. Raises DataError for one that is too
-    long: its places must be those that the teacher has said something of."""
+def read(encoder: Encoder, example: Example, told: Told, max_length: int) -> tuple[Encoded, Told]:
+    """The row as the student reads it, with the teacher's own tokens, and what the teacher has said at their places. Where the question
+    ends with a blank, which the teacher never reads (contestants.py) and says itself with its first word, that word's own tokens are
+    certain. Raises DataError for a row that is too long: its places must be those that the teacher has said something of."""
     question = encoder.encode(example).question
+    first = encoder.tokenizer.decode(told.ids[:1])
+    if first.startswith(" ") and encoder.tokenizer.decode(question).endswith(" "):
+        sure = encoder.tokenizer(first.lstrip(" "), add_special_tokens=False)["input_ids"]
+        certain = [_certain(token, told.top_ids[0]) for token in sure]
+        top_ids, top_logprobs = zip(*certain, *zip(told.top_ids[1:], told.top_logprobs[1:], strict=True), strict=True)
+        told = replace(told, ids=(*sure, *told.ids[1:]), top_ids=top_ids, top_logprobs=top_logprobs)
     row = Encoded((*question, *told.ids), (*(False,) * len(question), *(True,) * len(told.ids)), example.source)
     if len(row) + (encoder.bos_id is not None) > max_length:
         raise DataError(f"{len(row)} tokens are more than data.max_length = {max_length}", example.source)
-    return row
+    return row, told
+
+
+def _certain(token: int, likely: Sequence[int]) -> tuple[tuple[int, ...], tuple[float, ...]]:
+    """This token, and as many as are `likely`, or one less, that are not said."""
+    others = tuple(other for other in likely if other != token)[: len(likely) - 1]
+    return (token, *others), (0.0, *(NEVER,) * len(others))
 
 
 def _number(token: str) -> int:
@@ -119,7 +132,6 @@ def _ended(ids: tuple[int, ...], tops: Sequence[tuple[tuple[int, ...], tuple[flo
     """With the end of an answer that has come to it: vLLM says that token, others leave it out, and then nothing but its place is known."""
     if stopped and ids[-1] not in end_ids:
         end = min(end_ids)
-        others = tuple(token for token in tops[-1][0] if token != end)[: TOP - 1]
-        ids, tops = (*ids, end), [*tops, ((end, *others), (0.0, *(NEVER,) * len(others)))]
+        ids, tops = (*ids, end), [*tops, _certain(end, tops[-1][0])]
     width = min(len(top) for top, _ in tops)
     return Told(ids, tuple(top[:width] for top, _ in tops), tuple(values[:width] for _, values in tops), stopped)

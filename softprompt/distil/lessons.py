@@ -30,11 +30,12 @@ class Answered:
 
 @dataclass(frozen=True)
 class Read:
-    """An answered question as the student reads it, and as the teacher does, its text included."""
+    """An answered question as the student reads it, and as the teacher does, its text included; `sure`: see Teacher."""
 
     answered: Answered
     own: Encoded
     theirs: Encoded
+    sure: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -82,15 +83,15 @@ class Classroom:
         """The base with its texts, which reads these rows behind them."""
         which = tuple(one.answered.teacher for one in read)
         theirs = tuple(one.theirs.after(len(self.contexts[one.answered.teacher][1])) for one in read)
-        return Teacher(self.contexts, theirs, which, self._shelf)
+        return Teacher(self.contexts, theirs, which, tuple(one.sure for one in read), self._shelf)
 
     def _read(self, one: Answered) -> Read:
         own = _as_said(self.encoder.encode(one.example, self.max_length), one)
-        theirs = self.teachers[one.teacher].full(self.encoder, one.example, own)
+        theirs, sure = self.teachers[one.teacher].as_text(self.encoder, one.example, own)
         longest = self.base.context_length
         if longest is not None and len(theirs) >= longest:
             raise DataError(f"{len(theirs)} tokens with the text, the base's context is {longest}", one.example.source)
-        return Read(one, own, theirs)
+        return Read(one, own, theirs, sure)
 
 
 def rows_of(read: Sequence[tuple[Encoded, Example]], refused: Sequence[Rejected]) -> Rows:

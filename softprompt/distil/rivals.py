@@ -1,6 +1,7 @@
 """Who competes with a distilled prompt: its teacher, the teacher's own keys and values, and what is as short as the prompt and needs no
 training."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from softprompt.contestants import Contestant, Reading
@@ -55,11 +56,19 @@ def _summary(base: FrozenBase, encoder: Encoder, teacher: Contestant, positions:
     return str(base.tokenizer.decode(said, skip_special_tokens=True))
 
 
-def teacher_of(reading: Reading) -> Teacher:
-    """What the other contestants are compared with, on the rows as the teacher reads them."""
+def teacher_of(reading: Reading, sure: Sequence[tuple[int, ...]]) -> Teacher:
+    """What the other contestants are compared with, on the rows as the teacher reads them, but for the first tokens of their answers that
+    it has never to say: `sure`, see Teacher."""
     rows = [own[0] for own in reading.rows]
     shared = shared_beginning(rows)
-    return Teacher(((reading.soft, shared),), tuple(row.after(len(shared)) for row in rows), (0,) * len(rows))
+    judged = [_without(row.after(len(shared)), len(ids)) for row, ids in zip(rows, sure, strict=True)]
+    return Teacher(((reading.soft, shared),), judged, (0,) * len(rows), sure)
+
+
+def _without(row: Encoded, count: int) -> Encoded:
+    """The row with its first supervised tokens unsupervised."""
+    first = [index for index, on in enumerate(row.supervised) if on][:count]
+    return replace(row, supervised=tuple(on and index not in first for index, on in enumerate(row.supervised)))
 
 
 def controlled(base: FrozenBase, reading: Reading) -> Reading:

@@ -112,7 +112,7 @@ def _listed(work: _Work, classroom: Classroom, read: Sequence[Read], refused: Se
         example = one.answered.example
         told = elsewhere.Told.of(work.notes.answers[ANSWER, one.answered.number])
         try:
-            found.append((elsewhere.read(work.encoder, example, told, work.config.data.max_length), told))
+            found.append(elsewhere.read(work.encoder, example, told, work.config.data.max_length))
             examples.append(example)
         except DataError as error:
             refused.append(Rejected(example.source, error.reason))

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from softprompt.engine.head import SAFETY, TOKENS, Head, block_size, weighted
 
+NEVER = -1e4  # a logit whose exponential is 0 in float32
+
 
 @dataclass(frozen=True)
 class Mean:
@@ -33,36 +35,41 @@ class Mean:
 
 @dataclass(frozen=True)
 class Told:
-    """What a teacher says at N places: the states [N, H] that its distributions come after; `mean` where the head is plain."""
+    """What a teacher says at N places: the states [N, H] that its distributions come after, or where `sure_N` is not -1 that token, with
+    certainty; `mean` where the head is plain."""
 
     states_NH: Tensor
+    sure_N: Tensor
     mean: Mean | None
 
     def split(self, counts: list[int] | int) -> list["Told"]:
         """By so many places at a time."""
         states = self.states_NH.split(counts)
         means = [None] * len(states) if self.mean is None else self.mean.split(counts)
-        return [Told(*own) for own in zip(states, means, strict=True)]
+        return [Told(*own) for own in zip(states, self.sure_N.split(counts), means, strict=True)]
 
 
 def joined(parts: Sequence[Told]) -> Told:
     """All of them, in their order."""
     columns = zip(*((one.mean.rows_NH, one.mean.log_sum_N, one.mean.likeliest_N) for one in parts if one.mean is not None), strict=True)
     means = [torch.cat(column) for column in columns]
-    return Told(torch.cat([one.states_NH for one in parts]), Mean(*means) if means else None)
+    states_NH, sure_N = torch.cat([one.states_NH for one in parts]), torch.cat([one.sure_N for one in parts])
+    return Told(states_NH, sure_N, Mean(*means) if means else None)
 
 
 @torch.no_grad()
-def told(head: Head, states_NH: Tensor) -> Told:
-    """What a teacher says after these states."""
+def told(head: Head, states_NH: Tensor, sure_N: Tensor) -> Told:
+    """What a teacher says after these states, which are 0 where `sure_N`, [N], has a token that it says with certainty, and not -1."""
     if not head.plain:
-        return Told(states_NH, None)
+        return Told(states_NH, sure_N, None)
     parts = []
-    for states in states_NH.split(TOKENS):
+    for states, sure in zip(states_NH.split(TOKENS), sure_N.split(TOKENS), strict=True):
         rows_NH = torch.zeros_like(states, dtype=torch.float32)
-        likeliest_N = torch.zeros(len(states), dtype=torch.long, device=states.device)
+        likeliest_N = torch.zeros_like(sure)
         log_sum_N = head.walk(states.to(head.weight_VH.dtype), _lowest(states), rows_NH, 0.0, likeliest_N)
-        parts.append(Told(states, Mean(rows_NH, log_sum_N, likeliest_N)))
+        (known,) = (sure >= 0).nonzero(as_tuple=True)
+        rows_NH[known] = head.weight_VH[sure[known]].float() * head.scale  # and as all that it says, no logarithm of a sum
+        parts.append(Told(states, sure, Mean(rows_NH, log_sum_N.index_fill(0, known, 0.0), torch.where(sure < 0, likeliest_N, sure))))
     return joined(parts)
 
 
@@ -90,7 +97,7 @@ def compared(head: Head, student_NH: Tensor, teacher: Told, known_N: Tensor) -> 
             losses.append(_apart(student, wanted, head.walk(student.to(head.weight_VH.dtype), _lowest(student), None, 0.0, first)))
             same.append(first == wanted.mean.likeliest_N)
         else:
-            walked = _walk(head, torch.cat([student, wanted.states_NH]), known, None)
+            walked = _walk(head, student, wanted, known, None)
             losses.append(_divergence(walked))
             same.append(torch.eq(*walked.likeliest.chunk(2)))
     return torch.cat(losses).clamp(min=0), torch.cat(same)  # rounding apart
@@ -141,7 +148,7 @@ class _Walked:
 
 
 def _both(head: Head, student_NH: Tensor, teacher: Told, known_N: Tensor, tolerance: float | None) -> tuple[Tensor, Tensor | None]:
-    walked = _walk(head, torch.cat([student_NH, teacher.states_NH]), known_N, tolerance)
+    walked = _walk(head, student_NH, teacher, known_N, tolerance)
     if walked.rows is None:
         return _divergence(walked), None
     own, wanted = (walked.rows / walked.sums[:, None]).chunk(2)
@@ -154,10 +161,11 @@ def _divergence(walked: _Walked) -> Tensor:
 
 
 @torch.no_grad()
-def _walk(head: Head, both_2NH: Tensor, known_N: Tensor, tolerance: float | None) -> _Walked:
-    both_2NH = both_2NH.to(head.weight_VH.dtype)
+def _walk(head: Head, student_NH: Tensor, told: Told, known_N: Tensor, tolerance: float | None) -> _Walked:
+    both_2NH = torch.cat([student_NH, told.states_NH]).to(head.weight_VH.dtype)
     tolerance = tolerance if both_2NH.device.type == "cpu" or tolerance is None else 0.0  # choosing columns would make a GPU wait
     level = torch.logsumexp(head.block(both_2NH, known_N.unique()), dim=1)
+    level[len(known_N) :][told.sure_N >= 0] = 0.0
     nothing = torch.zeros_like(level)
     rows = None if tolerance is None else torch.zeros_like(both_2NH, dtype=torch.float32)
     least = torch.full_like(level, -torch.inf)
@@ -165,13 +173,29 @@ def _walk(head: Head, both_2NH: Tensor, known_N: Tensor, tolerance: float | None
     size, vocabulary = block_size(both_2NH), len(head.weight_VH)
     for first in range(0, vocabulary, size):
         may_leave = None if tolerance is None else tolerance * min(1.0, (first + size) / vocabulary) - walked.left_out
-        _add_block(head, both_2NH, slice(first, first + size), walked, tolerance, may_leave)
+        _add_block(head, both_2NH, told.sure_N, slice(first, first + size), walked, tolerance, may_leave)
     return walked
 
 
-def _add_block(head: Head, both_2NH: Tensor, columns: slice, walked: _Walked, tolerance: float | None, may_leave_2N: Tensor | None) -> None:
+def _make_sure(teacher_NC: Tensor, sure_N: Tensor, columns: slice) -> None:
+    """Logits of 0 for what is said with certainty, and of next to nothing for all else there."""
+    teacher_NC[sure_N >= 0] = NEVER
+    here = ((sure_N >= columns.start) & (sure_N < columns.stop)).nonzero()[:, 0]
+    teacher_NC[here, sure_N[here] - columns.start] = 0.0
+
+
+def _add_block(
+    head: Head,
+    both_2NH: Tensor,
+    sure_N: Tensor,
+    columns: slice,
+    walked: _Walked,
+    tolerance: float | None,
+    may_leave_2N: Tensor | None,
+) -> None:
     logits = head.block(both_2NH, columns)
     student, teacher = logits.chunk(2)
+    _make_sure(teacher, sure_N, columns)
     block, likeliest = logits.max(dim=1)
     walked.likeliest = torch.where(block > walked.largest, likeliest + columns.start, walked.likeliest)
     walked.largest = torch.maximum(walked.largest, block)

@@ -39,28 +39,52 @@ class Teaching(Protocol):
         """(divergence [N] at the supervised tokens `known_N` of these rows, row by row, whether the likeliest tokens are the same [N]);
         `own_NH`: the student's states before them."""
 
+    def judges(self, numbers: Sequence[int]) -> Sequence[bool]:
+        """[N]: at which of these tokens it has a distribution of its own."""
+
 
 @dataclass(frozen=True)
 class Teacher:
-    """`rows[r]`: row r as the teacher reads it, behind `contexts[which[r]]`; its supervised tokens are those of the row as students read
-    it, in the same order. A context is the base's own prompt, of no rows, and the ids of a text."""
+    """`rows[r]`: row r as the teacher reads it, behind `contexts[which[r]]`; its supervised tokens are the last of those of the row as
+    students read it, and `sure[r]` the ids of the first ones: tokens that the teacher has never to say, since it reads its question
+    otherwise, and that the student is to say with certainty. A context is the base's own prompt, of no rows, and the ids of a text."""
 
     contexts: tuple[Context, ...]
     rows: Sequence[Encoded]
     which: Sequence[int]
+    sure: Sequence[tuple[int, ...]] = ()
     shelf: Shelf = field(default_factory=lambda: Shelf(ROOM), repr=False)
     _kept: dict[int, Told] = field(default_factory=dict, init=False, repr=False)
 
     def told(self, base: FrozenBase, numbers: Sequence[int]) -> Told:
-        """What it says before the N supervised tokens of these rows, row by row, now or before."""
-        if 2 * 4 * base.hidden_size * sum(row.num_supervised for row in self.rows) > SAID:
-            return told(base.head, self.states(base, numbers))
+        """What it says before the N supervised tokens of these rows as students read them, row by row, now or before."""
+        if 2 * 4 * base.hidden_size * sum(self._counts) > SAID:
+            return told(base.head, *self._places(base, numbers))
         for number in numbers:
             if number not in self._kept:
                 group = self._groups[number]
-                parts = told(base.head, self.states(base, group)).split([self.rows[member].num_supervised for member in group])
+                parts = told(base.head, *self._places(base, group)).split([self._counts[member] for member in group])
                 self._kept.update(zip(group, parts, strict=True))
         return joined([self._kept[number] for number in numbers])
+
+    def _places(self, base: FrozenBase, numbers: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """(states [N, H] before what it says itself, 0 before what is sure; the ids of that [N], -1 elsewhere)."""
+        states = self.states(base, numbers).split([self.rows[number].num_supervised for number in numbers])
+        parts_NH: list[Tensor] = []
+        sure_N: list[int] = []
+        for number, own_NH in zip(numbers, states, strict=True):
+            ids = self._sure(number)
+            parts_NH += [own_NH.new_zeros(len(ids), own_NH.shape[1]), own_NH]
+            sure_N += [*ids, *(-1,) * len(own_NH)]
+        return torch.cat(parts_NH), torch.tensor(sure_N, device=base.device)
+
+    def _sure(self, number: int) -> tuple[int, ...]:
+        return self.sure[number] if self.sure else ()
+
+    @cached_property
+    def _counts(self) -> list[int]:
+        """Supervised tokens of every row as students read it."""
+        return [len(self._sure(number)) + row.num_supervised for number, row in enumerate(self.rows)]
 
     @cached_property
     def _groups(self) -> dict[int, list[int]]:
@@ -96,6 +120,11 @@ class Teacher:
         """See Teaching."""
         return compared(base.head, own_NH, self.told(base, numbers), known_N)
 
+    def judges(self, numbers: Sequence[int]) -> Sequence[bool]:
+        """See Teaching."""
+        counts = [(len(self._sure(number)), self.rows[number].num_supervised) for number in numbers]
+        return [own for sure, said in counts for own in (*(False,) * sure, *(True,) * said)]
+
     def prefix(self, base: FrozenBase, number: int) -> Prefix:
         """What rows behind context number `number` continue from."""
         prompt, ids = self.contexts[number]
@@ -125,6 +154,10 @@ class Listed:
         _, same_N = base.head.losses_after(own_NH[None], every_N, wanted.ids_NK[:, 0])
         return losses_N, same_N
 
+    def judges(self, numbers: Sequence[int]) -> Sequence[bool]:
+        """See Teaching: of what it is certain, it has said so itself."""
+        return [True] * sum(len(self.rows[number][0]) for number in numbers)
+
     def _wanted(self, base: FrozenBase, numbers: Sequence[int]) -> TopTokens:
         ids, probabilities = zip(*(self.rows[number] for number in numbers), strict=True)
         return TopTokens(torch.cat(ids).to(base.device), torch.cat(probabilities).to(base.device))
@@ -132,8 +165,8 @@ class Listed:
 
 @dataclass(frozen=True)
 class Likeness:
-    """How like its teacher a student is on rows: KL divergence in nats [R], summed over a row's supervised tokens, how many of these both
-    hold the same token for the likeliest [R], and how many there are [R]; float64 on the CPU."""
+    """How like its teacher a student is on rows: KL divergence in nats [R], summed over the tokens of a row that the teacher judges, how
+    many of these both hold for the likeliest [R], and how many there are [R]; float64 on the CPU."""
 
     divergences_R: Tensor
     same_first_R: Tensor
@@ -159,6 +192,7 @@ def likeness(base: FrozenBase, teacher: Teaching, soft: Prompt, rows: Sequence[E
         continued = base.continue_from(prefix, batch.which_B, batch.ids_BT, batch.mask_BT)
         own_NH = continued.hidden_BTH.flatten(0, 1).index_select(0, batch.scored_N)
         losses_N, same_N = teacher.compared(base, own_NH, batch.rows, batch.targets_N)
-        found_3N = torch.stack([losses_N, same_N.float(), torch.ones_like(losses_N)]).cpu().double()
+        judged_N = torch.tensor(teacher.judges(batch.rows), device=losses_N.device)
+        found_3N = (torch.stack([losses_N, same_N.float(), torch.ones_like(losses_N)]) * judged_N).cpu().double()
         sums_3R.index_add_(1, torch.tensor(batch.rows)[batch.row_N.cpu()], found_3N)
     return Likeness(*sums_3R)
