@@ -13,7 +13,7 @@ import tiny
 import torch
 
 import softprompt
-from benchmarks import contestants, eval_speed, long_run, quality, recipes, tasks, train_speed, workloads
+from benchmarks import contestants, distil, eval_speed, long_run, quality, recipes, tasks, train_speed, workloads
 from softprompt import init
 from softprompt.encode import make_encoder
 from softprompt.engine.prompt import no_prompt
@@ -319,3 +319,18 @@ def test_a_stopped_training_goes_on(contest, tmp_path, monkeypatch):
     (done,) = contest("--task", "sentiment")
     assert done["training"]["steps"] == 4
     assert log.read_text(encoding="utf-8").startswith(before), "its first steps are not taken again"
+
+
+def test_the_starts_of_a_distillation_are_compared(tmp_path, monkeypatch, capsys):
+    model, results = tiny.tiny_folder(tmp_path / "model", chat=True, max_position_embeddings=4096), tmp_path / "results.jsonl"
+    for name, count in (("ASKED", 16), ("MEASURED", 4)):
+        monkeypatch.setattr(distil, name, count)
+    short = ("distil.max_new_tokens=6", "data.max_length=160", "train.steps=4", "train.eval_every=2", "train.examples_per_step=2")
+    how = ["--seeds", "1", "--lengths", "4", "6", "--runs", str(tmp_path / "runs"), *(word for one in short for word in ("--set", one))]
+    monkeypatch.setattr(sys, "argv", ["distil.py", "starts", "--base", str(model), "--results", str(results), *how])
+    distil.main()
+    distil.main()
+    (line,) = [json.loads(one) for one in results.read_text(encoding="utf-8").splitlines()]
+    assert set(line["kl"]) == {f"{start}-{length}" for start in ("context", "spread", "states", "matching") for length in (4, 6)}
+    assert all(set(curve) == {"0", "2", "4"} for curve in line["kl"].values())
+    assert line["kl"]["matching-6"]["0"] < min(line["kl"][f"{start}-6"]["0"] for start in ("context", "spread", "states"))

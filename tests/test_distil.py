@@ -122,6 +122,24 @@ def test_as_many_states_as_the_text_has_tokens_are_the_text(distilling, bases, p
     assert "keys and values of" in one.note
 
 
+@pytest.mark.parametrize("of", [f"distil.text={TEXT}", "distil.examples=3"])
+def test_a_prompt_starts_near_its_teacher(distilling, bases, tmp_path, of):
+    """Of as many positions as there are tokens, it is its teacher; a few of them are nearer than as many states, and can be trained."""
+    base, own = bases(), (of, "prompt.method=prefix", "prompt.position=after_bos")
+    found = {}
+    for length, init in ((5000, "matching"), (6, "matching"), (6, "states")):
+        setup = returned(prepare(distilling(*own, f"prompt.init={init}", f"prompt.length={length}"), base))
+        assert setup.study is not None
+        (one,) = setup.untrained.values()
+        found[length, init] = setup.held_out_loss(one.prompt)
+        assert "keys picked from the teacher's" in one.note or init == "states"
+    assert found[5000, "matching"] < 1e-5
+    assert found[6, "matching"] < 0.8 * found[6, "states"]
+    how = ("prompt.init=matching", "prompt.length=6", "train.steps=25", "train.eval_every=25", f"train.out={tmp_path / 'trained'}")
+    *_, finished = train(distilling(*own, *how), base=base)
+    assert finished.result["distilled"]["kl_after"] < 0.9 * found[6, "matching"]
+
+
 def test_answers_are_the_teachers_and_end_as_it_ends(distilling, bases, tmp_path):
     """Against `generate` with the text as the system turn, which knows nothing of distillation."""
     base = bases()
@@ -357,6 +375,8 @@ def test_a_template_of_the_rows_own_fields(distilling, bases, tmp_path):
         ([f"distil.text={TEXT}", "distil.questions=gone.jsonl"], True, DataError, "gone.jsonl"),
         (["prompt.init=states", "distil.text=a"], True, ConfigError, 'prompt.init = "states" stands alone'),
         (["prompt.init=context"], True, ConfigError, 'prompt.init = "context"'),
+        (['prompt.init=["matching", "vocab"]', "prompt.method=prefix", "distil.text=a"], True, ConfigError, '"matching" stands alone'),
+        (["prompt.init=matching", "prompt.method=prefix"], True, ConfigError, '"matching" starts from what a teacher reads'),
     ],
 )
 def test_what_does_not_fit_is_said(distilling, bases, settings, rows, error, message):

@@ -32,7 +32,7 @@ from softprompt.errors import ModelError
 
 WATCHED = "softprompt-watched"  # what transformers knows our attention by
 TOKENS, ROW = 2048, 256  # of the rows that are matched, padding included, and of each of them, at most
-RIDGE = 1e-3  # how firmly values are held to the tokens' own, as a share of a key's mean square weight: measured (LOG.md)
+RIDGE = 1e-4  # how firmly values are held to the tokens' own, as a share of a key's mean square weight: measured (LOG.md)
 
 Watch = Callable[[int, Tensor, Tensor], Tensor]
 """(number of a layer, what its attention gives [B, T, A, D], its weights [B, A, T, S]) -> what the layer goes on with."""
