@@ -16,6 +16,7 @@ from softprompt.engine.loading import load_base
 from softprompt.engine.model import FrozenBase
 from softprompt.engine.prompt import Prompt
 from softprompt.engine.tokens import Encoded
+from softprompt.engine.world import World
 from softprompt.errors import ArtifactError, ConfigError, DataError
 from softprompt.locations import relocated
 from softprompt.rows import encode_rows, encoder_of, load_splits
@@ -58,11 +59,11 @@ class Arguments:
     def is_distilled(self) -> bool:
         return self.of_run is not None and self.of_run.distil.wanted
 
-    def study(self, base: FrozenBase) -> Studied | None:
+    def study(self, base: FrozenBase, world: World = World()) -> Studied | None:
         """What the run's prompt was distilled of, and on what; None for one that was trained on answers."""
         if self.of_run is None or not self.is_distilled:
             return None
-        return study_of(self.of_run.model_copy(update={"model": self.config.model}), base)
+        return study_of(self.of_run.model_copy(update={"model": self.config.model}), base, world)
 
     def rows_beside(self, study: Studied) -> Loaded:
         """Held-out rows to compare a distilled prompt with its teacher on: with answers of their own where they have some, else with the

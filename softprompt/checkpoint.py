@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field, replace
 from itertools import chain, repeat
 from pathlib import Path
 from types import TracebackType
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -23,6 +23,7 @@ from softprompt.atomic import new_folder, remove_folder
 from softprompt.card import Card
 from softprompt.engine.model import FrozenBase
 from softprompt.engine.prompt import Prompt
+from softprompt.engine.world import World
 from softprompt.errors import RunError
 from softprompt.events import Saved
 from softprompt.runlog import RunFolder
@@ -186,10 +187,25 @@ def latest_checkpoint(folder: Path) -> Checkpoint | None:
     if not there:
         return None
     last = there[max(there)]
-    values = json.loads((last / "progress.json").read_text(encoding="utf-8"))
+    return _checkpoint(json.loads((last / "progress.json").read_text(encoding="utf-8")), load_file(last / "state.safetensors"))
+
+
+def _checkpoint(values: dict[str, Any], tensors: Mapping[str, Tensor]) -> Checkpoint:
     counters = Counters(**{**values, "scores": {name: Scores(**scores) for name, scores in values["scores"].items()}})
-    states = _by_name(load_file(last / "state.safetensors"))
+    states = _by_name(tensors)
     return Checkpoint(counters, {name: states.get(name, {}) for name in counters.scores})
+
+
+def told(world: World, read: Callable[[], Checkpoint | None]) -> Checkpoint | None:
+    """What the first process reads, at every process: the others need not see the run folder."""
+    found = read() if world.first else None
+    values = world.told(lambda: asdict(found.counters) if found else None)
+    if values is None or world.size == 1:
+        return found
+    states = found.states if found else {}
+    return _checkpoint(
+        values, world.tensors(lambda: {key: one for name, state in states.items() for key, one in _under(name, state).items()})
+    )
 
 
 def _checkpoints(folder: Path) -> dict[int, Path]:

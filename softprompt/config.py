@@ -171,9 +171,8 @@ class PromptConfig(Section):
     init: Annotated[tuple[Source, ...], Field(strict=False)] = ()
     """Rows to start from, one source or several that fill the prompt in turn, e.g. ["labels", "text", "vocab"]. text: the
     embeddings of `text`; labels: of the label words; vocab: of frequent tokens of the data; examples: of training rows; random:
-    noise of the embedding table's mean and spread; file: another prompt; context, spread: first or evenly picked tokens of a teacher's
-    text ([distil]); alone, for method = "prefix": states, their keys and values in it; matching, the keys that questions look at most, with
-    values that make attention what it is behind the text. Left out: file or text where there is one, else vocab."""
+    noise of the table's mean and spread; file: another prompt; context, spread: first or evenly picked tokens of a teacher's text; alone,
+    for "prefix": states, their keys and values; matching, keys most looked at. Left out: file or text where there is one, else vocab."""
     file: str | None = None
     """A prompt, checkpoint or run folder to start from."""
     text: str | None = None

@@ -6,9 +6,9 @@ Every score has an interval, and every pair of contestants a verdict, from the s
 import hashlib
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import combinations
 from pathlib import Path
 from statistics import median
@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from softprompt.answers import answer, limit_of, reference, stops_of
+from softprompt.answers import Answer, answer, limit_of, reference, stops_of
 from softprompt.artifact import StoredPrompt
 from softprompt.atomic import write_text
 from softprompt.contestants import SHOT_TOKENS, Contestant, Reading, all_contestants, choose_shots, competing, read_rows
@@ -32,6 +32,7 @@ from softprompt.engine.prefix import Prefix
 from softprompt.engine.prompt import Prompt, no_prompt, read_together
 from softprompt.engine.teacher import Teacher, Teaching, likeness
 from softprompt.engine.tokens import Encoded
+from softprompt.engine.world import World
 from softprompt.errors import ConfigError, DataError
 from softprompt.formats import EVALUATION
 from softprompt.metrics import (
@@ -46,6 +47,8 @@ from softprompt.metrics import (
 from softprompt.predictions import Predictions
 from softprompt.results import Evaluation, Result
 from softprompt.rows import Rows, encode_rows
+
+TOGETHER = 256  # answers of a process that are kept at once, where several share them: what a kill may cost
 
 
 @dataclass(frozen=True)
@@ -106,6 +109,7 @@ class _Work:
     readings: dict[str, list[Reading]] = field(default_factory=dict)
     plain: dict[tuple[str | None, ...], list[list[Encoded]]] = field(default_factory=dict)  # by template, date and system turn
     teacher: Teacher | None = None
+    world: World = field(default_factory=World)
 
     @cached_property
     def examples(self) -> list[list[Example]]:
@@ -131,18 +135,19 @@ def evaluating(
     *,
     out: Path | None = None,
     tokens_per_batch: int | None = None,
+    world: World = World(),
 ) -> Iterator[Advanced | Evaluation]:
     """Like `evaluate`, with its progress. `out`: where the evaluation gets a folder of its own, with predictions.jsonl and
-    evaluation.json; the same evaluation goes on with what lies there.
+    evaluation.json; the same evaluation goes on with what lies there. The processes of `world` share the rows; the first one writes.
 
     Raises DataError when no row can be used, ConfigError for a metric that does not fit, ArtifactError for an adapter that does
     not, RunError when `out` cannot be written.
     """
     named = [("prompt", prompts)] if isinstance(prompts, StoredPrompt) else list(prompts)
-    work = _prepare(base, named, loaded, contest, tokens_per_batch)
+    work = replace(_prepare(base, named, loaded, contest, min(world.gathered(base.budget(tokens_per_batch, world.beside)))), world=world)
     key = _key(work, named)
     folder = out / key[:8] if out else None
-    predictions = Predictions(folder / "predictions.jsonl" if folder and work.limit else None, key)
+    predictions = Predictions(folder / "predictions.jsonl" if folder and work.limit else None, key, world)
     tables: dict[str, Table] = {}
     if contest.context is not None:
         (taught,) = (one for one in work.line if one.name == TEACHER)
@@ -161,16 +166,14 @@ def evaluating(
     if work.limit:
         yield from _answers(work, base, [one.name for one in work.line if one.adapter is None], predictions)
     evaluation = replace(_conclude(work, tables, predictions), folder=folder)
-    if folder:
+    if folder and world.first:
         folder.mkdir(parents=True, exist_ok=True)
         stored = {"format": EVALUATION, **evaluation.as_dict()}
         write_text(folder / "evaluation.json", json.dumps(stored, indent=2, ensure_ascii=False) + "\n")
     yield evaluation
 
 
-def _prepare(
-    base: FrozenBase, named: Sequence[tuple[str, StoredPrompt]], loaded: Loaded, contest: Contest, tokens_per_batch: int | None
-) -> _Work:
+def _prepare(base: FrozenBase, named: Sequence[tuple[str, StoredPrompt]], loaded: Loaded, contest: Contest, tokens_per_batch: int) -> _Work:
     first = named[0][1]
     rows = encode_rows(first.encoder, loaded, first.card.max_length)
     if not rows.encoded:
@@ -199,9 +202,8 @@ def _prepare(
         line[1:1] = rivals(base, first.encoder, contest.context, first.soft.length)
     if len({one.name for one in line}) < len(line):
         raise ConfigError("two contestants have the same name: rename a folder")
-    budget = base.budget(tokens_per_batch)
     stops = stops_of([prompt.encoder for _, prompt in named], rows.examples)
-    return _Work(base, line, rows, references, labels, metrics, budget, first.card.max_length, limit, stops)
+    return _Work(base, line, rows, references, labels, metrics, tokens_per_batch, first.card.max_length, limit, stops)
 
 
 def _key(work: _Work, named: Sequence[tuple[str, StoredPrompt]]) -> str:
@@ -236,7 +238,7 @@ def _likelihoods(work: _Work, base: FrozenBase, name: str) -> Table:
     """The losses of a contestant; an ensemble's are of what its members agree on."""
     readings = work.readings[name]
     members = [_member(base, reading) for reading in readings]
-    losses_RC = ensemble_losses(base, members, work.budget).numpy()
+    losses_RC = ensemble_losses(base, members, work.budget, work.world).numpy()
     rows = [own[0] for own in readings[0].rows]
     num_bytes = np.array([_num_bytes(base.tokenizer, row) for row in rows], float)
     tokens = np.array([row.num_supervised for row in rows], float)
@@ -252,7 +254,7 @@ def _beside_teacher(work: _Work, base: FrozenBase, contestant: Contestant, table
     if work.teacher is None or len(contestant.members) > 1 or contestant.adapter is not None:
         return table
     (reading,) = work.readings[contestant.name]
-    found = likeness(base, work.teacher, reading.soft, [own[0] for own in reading.rows], work.budget)
+    found = likeness(base, work.teacher, reading.soft, [own[0] for own in reading.rows], work.budget, work.world)
     return replace(table, divergences=found.divergences_R.numpy(), same_first=found.same_first_R.numpy())
 
 
@@ -273,11 +275,31 @@ def _answers(work: _Work, base: FrozenBase, names: Sequence[str], predictions: P
     missing = [pair for pair in wanted if pair not in predictions.answers]
     yield Advanced("answering", len(wanted) - len(missing), len(wanted))
     assert work.limit is not None
-    for done, said in enumerate(answer(base, work.readings, missing, work.limit, work.stops), 1):
-        example = work.rows.examples[said.row]
+    for done, said in enumerate(_said(work, base, missing), 1):
+        example, row = work.rows.examples[said["row"]], said["row"]
         question = example.messages[-2].content
-        predictions.add({**asdict(said), "source": example.source, "question": question, "reference": work.references[said.row]})
+        predictions.add({**said, "source": example.source, "question": question, "reference": work.references[row]})
         yield Advanced("answering", len(wanted) - len(missing) + done, len(wanted))
+
+
+def _said(work: _Work, base: FrozenBase, missing: Sequence[tuple[str, int]]) -> Iterator[dict[str, Any]]:
+    """The answers to (contestant, row), as they come; of several processes, TOGETHER of each at a time."""
+    assert work.limit is not None
+    size = work.world.size
+    said = partial(answer, base, work.readings, limit=work.limit, stops=work.stops)
+    if size == 1:
+        yield from map(asdict, said(missing))
+        return
+    for start in range(0, len(missing), TOGETHER * size):
+        parts = [missing[start : start + TOGETHER * size][rank::size] for rank in range(size)]
+        for own in work.world.each(size, partial(_all, said, parts)):
+            yield from own
+
+
+def _all(
+    said: Callable[[Sequence[tuple[str, int]]], Iterator[Answer]], parts: Sequence[Sequence[tuple[str, int]]], rank: int
+) -> list[dict[str, Any]]:
+    return [asdict(one) for one in said(parts[rank])]
 
 
 def _conclude(work: _Work, tables: dict[str, Table], predictions: Predictions) -> Evaluation:
@@ -347,11 +369,14 @@ def _deciding(metrics: Sequence[Metric]) -> Metric:
 
 
 @torch.no_grad()
-def held_out_loss(base: FrozenBase, soft: Prompt, rows: Rows, tokens_per_batch: int, teacher: Teaching | None = None) -> float:
-    """Mean loss per supervised token over all rows: the cross-entropy, or the divergence from a teacher that reads the same rows."""
+def held_out_loss(
+    base: FrozenBase, soft: Prompt, rows: Rows, tokens_per_batch: int, teacher: Teaching | None = None, world: World = World()
+) -> float:
+    """Mean loss per supervised token over all rows, which the processes share: the cross-entropy, or the divergence from a teacher that
+    reads the same rows."""
     if teacher is not None:
-        return likeness(base, teacher, soft, rows.encoded, tokens_per_batch).divergence
-    return _mean(base, soft, rows.encoded, tokens_per_batch)
+        return likeness(base, teacher, soft, rows.encoded, tokens_per_batch, world).divergence
+    return _mean(base, soft, rows.encoded, tokens_per_batch, world)
 
 
 @torch.no_grad()
@@ -362,6 +387,6 @@ def text_loss(base: FrozenBase, encoder: Encoder, rows: Rows, text: str, tokens_
     return _mean(base, no_prompt(base, encoder.bos_id), encoded, tokens_per_batch)
 
 
-def _mean(base: FrozenBase, soft: Prompt, rows: Sequence[Encoded], tokens_per_batch: int) -> float:
-    sums = row_losses(base, *read_together(base, [soft], rows), tokens_per_batch)
+def _mean(base: FrozenBase, soft: Prompt, rows: Sequence[Encoded], tokens_per_batch: int, world: World = World()) -> float:
+    sums = row_losses(base, *read_together(base, [soft], rows), tokens_per_batch, world=world)
     return sums.sum().item() / sum(row.num_supervised for row in rows)

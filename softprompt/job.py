@@ -1,5 +1,6 @@
 """What a run works with, put together and checked before its first step."""
 
+import math
 from collections.abc import Generator, Mapping
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
@@ -10,10 +11,10 @@ import numpy as np
 from torch import Tensor
 
 from softprompt.card import DataCard
-from softprompt.checkpoint import BEST, Checkpoint, Counters, Scores, latest_checkpoint
+from softprompt.checkpoint import BEST, Checkpoint, Counters, Scores, latest_checkpoint, told
 from softprompt.config import Config
 from softprompt.data import Rejected
-from softprompt.distil.onpolicy import own_answers
+from softprompt.distil.onpolicy import own_answers, replies
 from softprompt.distil.study import Studied, studying
 from softprompt.encode import Encoder, check_position, make_encoder
 from softprompt.engine.batch import Order
@@ -112,6 +113,7 @@ class Setup:
     held: Rows | None
     untrained: dict[str, Untrained]
     study: Studied | None
+    world: World
 
     @property
     def rejected(self) -> tuple[Rejected, ...]:
@@ -147,7 +149,8 @@ class Setup:
         """Mean loss of a prompt per supervised token of the held-out rows, which there must be: what its steps lower on the training
         rows."""
         assert self.held is not None, "asked for where rows are held out"
-        return held_out_loss(self.base, soft, self.held, self.budget, None if self.study is None else self.study.held.teacher)
+        teacher = None if self.study is None else self.study.held.teacher
+        return held_out_loss(self.base, soft, self.held, self.budget, teacher, self.world)
 
     @cached_property
     def order(self) -> Order:
@@ -161,7 +164,6 @@ class Job(Setup):
 
     run: RunFolder
     trainees: tuple[Trainee, ...]
-    world: World
 
     def step_of(self, counters: Counters) -> tuple[list[list[Encoded]], StepSettings]:
         """The rows of the next step for every prompt, and how it is computed; a micro-batch that memory has cut once stays cut."""
@@ -179,28 +181,31 @@ class Job(Setup):
     def _own_answers(self, study: Studied, numbers: list[list[int]], step: int) -> tuple[list[list[Encoded]], Teaching]:
         """The rows of a step with what its prompts answer themselves, and the teacher that reads them all."""
         limit = self.config.distil.max_new_tokens
-        read = [
-            own_answers(self.base, study, one.shown, own, limit, one.config.train.seed * 1_000_003 + step)
-            for one, own in zip(self.trainees, numbers, strict=True)
-        ]
+
+        def of_one(index: int) -> list[tuple[str, bool]]:
+            one = self.trainees[index]
+            return replies(self.base, study, one.shown, numbers[index], limit, one.config.train.seed * 1_000_003 + step)
+
+        answers = self.world.each(len(numbers), of_one)
+        read = [own_answers(study, own, texts) for own, texts in zip(numbers, answers, strict=True)]
         lessons = study.classroom.lessons([one for own in read for one in own])
         return [[one.own for one in own] for own in read], lessons.teacher
 
 
 def prepare(
-    config: Config, base: FrozenBase | None, sources: Mapping[str, Source] = SOURCES
+    config: Config, base: FrozenBase | None, sources: Mapping[str, Source] = SOURCES, world: World = World()
 ) -> Generator[Preparing | Studying, None, Setup]:
     """Loads and checks all that a configuration names. `sources`: what the names in `prompt.init` mean. Yields how far it is.
 
-    Raises an Error of errors.py when something is wrong with it.
+    Raises an Error of errors.py when something is wrong with it, or not the same for all processes.
     """
     alone = config.members()
-    base = base or load_base(config.model)
+    base = base or load_base(world.placed(config.model))
     plain = make_encoder(base.tokenizer, config.data.template, date=config.data.date, num_tokens=base.num_tokens)
     study: Studied | None = None
     held: Rows | None
     if config.distil.wanted:
-        study = yield from studying(config, base, plain)
+        study = yield from studying(config, base, plain, world)
         encoder, rows, held = study.encoder, study.lessons.rows, study.held.rows
     else:
         encoder, rows, held = yield from loading_rows(config, plain)
@@ -212,9 +217,10 @@ def prepare(
     untrained = {name: _untrained(alone[name], material, encoder) for name, material in materials.items()}
     check_context(base.context_length, max(one.prompt.length for one in untrained.values()), config.data.max_length)
     # the budget that was found and the day become part of the run: resumed on another day, it has the same texts and micro-batches
-    how = config.train.model_copy(update={"tokens_per_batch": base.budget(config.train.tokens_per_batch)})
+    how = config.train.model_copy(update={"tokens_per_batch": _budget(config, base, rows, world)})
     data = config.data.model_copy(update={"date": encoder.template.date or config.data.date})
-    return Setup(config.model_copy(update={"train": how, "data": data}), base, encoder, rows, held, untrained, study)
+    _agree(config, base, rows, held, world)
+    return Setup(config.model_copy(update={"train": how, "data": data}), base, encoder, rows, held, untrained, study, world)
 
 
 def _taught(study: Studied) -> Taught:
@@ -233,34 +239,42 @@ def _untrained(own: Config, material: Material, encoder: Encoder) -> Untrained:
     return Untrained(own, SoftPrompt(initial.rows_PH, own.prompt.position, encoder.bos_id), initial.note)
 
 
-def start_job(setup: Setup, run: RunFolder) -> tuple[Job, Counters]:
-    """The job, and the counters to go on from: those of the last checkpoint, if any. The run folder must be locked.
+def start_job(setup: Setup, run: RunFolder, world: World = World()) -> tuple[Job, Counters]:
+    """The job, and the counters to go on from: those of the last checkpoint, if any. The first process has locked the run folder, and is
+    the only one that looks there.
 
     Raises RunError when rows or base have changed since the run started.
     """
-    checkpoint, counters = _where_it_stands(run, setup)
+    checkpoint, counters = _where_it_stands(run, setup, world)
     trainees = tuple(_trainee(name, one, setup, checkpoint) for name, one in setup.untrained.items())
     parts = {part.name: getattr(setup, part.name) for part in fields(setup)}
-    return Job(**parts, run=run, trainees=trainees, world=World()), counters
+    return Job(**parts, run=run, trainees=trainees), counters
 
 
-def _where_it_stands(run: RunFolder, setup: Setup) -> tuple[Checkpoint | None, Counters]:
-    base, rows = setup.base, setup.rows
+def _where_it_stands(run: RunFolder, setup: Setup, world: World) -> tuple[Checkpoint | None, Counters]:
     fresh = Counters(
-        data_fingerprint=rows.fingerprint, base_fingerprint=base.fingerprint, scores={name: Scores() for name in setup.untrained}
+        data_fingerprint=setup.rows.fingerprint,
+        base_fingerprint=setup.base.fingerprint,
+        scores={name: Scores() for name in setup.untrained},
     )
-    checkpoint = latest_checkpoint(run.checkpoints)
-    counters = checkpoint.counters if checkpoint else fresh
-    if counters.data_fingerprint != fresh.data_fingerprint:
+    checkpoint = told(world, lambda: _last(run, setup))
+    return checkpoint, checkpoint.counters if checkpoint else fresh
+
+
+def _last(run: RunFolder, setup: Setup) -> Checkpoint | None:
+    """The checkpoint to go on from, if any, of a run that still has its rows and its base; what came after it is forgotten."""
+    base, checkpoint = setup.base, latest_checkpoint(run.checkpoints)
+    if checkpoint and checkpoint.counters.data_fingerprint != setup.rows.fingerprint:
         raise RunError(f"the training rows have changed since {run.path} started: they must be the same to resume")
     began_with = run.read("run.json") or {}
-    if {counters.base_fingerprint, began_with.get("base_fingerprint", base.fingerprint)} != {base.fingerprint}:
+    of_checkpoint = checkpoint.counters.base_fingerprint if checkpoint else base.fingerprint
+    if {of_checkpoint, began_with.get("base_fingerprint", base.fingerprint)} != {base.fingerprint}:
         raise RunError(f"{base.name} has other weights than when {run.path} started: they must be the same to resume")
     if began_with.get("tokenizer_fingerprint", base.tokenizer_fingerprint) != base.tokenizer_fingerprint:
         raise RunError(f"{base.name} has another tokenizer than when {run.path} started: it must be the same to resume")
     run.patiently(lambda: run.note_place(setup.config.model))
-    run.patiently(lambda: run.forget_after(counters.step if checkpoint else -1))
-    return checkpoint, counters
+    run.patiently(lambda: run.forget_after(checkpoint.counters.step if checkpoint else -1))
+    return checkpoint
 
 
 def _trainee(name: str, one: Untrained, setup: Setup, checkpoint: Checkpoint | None) -> Trainee:
@@ -283,6 +297,29 @@ def count_examples(config: Config, num_rows: int) -> int:
     """Examples of an epoch-counted run."""
     usual = round(USUAL_STEPS * config.train.examples_per_step / num_rows)
     return num_rows * (config.train.epochs or min(max(1, usual), MOST_EPOCHS))
+
+
+def _budget(config: Config, base: FrozenBase, rows: Rows, world: World) -> int:
+    """Tokens of a micro-batch at most, as they are set, or found: what all processes have room for, and on GPUs, where that may be more
+    than a step has, a share for each."""
+    found = min(world.gathered(base.budget(config.train.tokens_per_batch, world.beside)))
+    if config.train.tokens_per_batch is not None or world.size == 1 or base.device.type == "cpu":
+        return found
+    num_tokens = rows.column("length").mean() * config.train.examples_per_step * len(config.members())
+    return shared_budget(found, float(num_tokens), world.size)
+
+
+def shared_budget(found: int, num_tokens: float, size: int) -> int:
+    """Of what was found, so much that a step of so many tokens has a micro-batch for each of `size` processes."""
+    return min(found, math.ceil(num_tokens / size))
+
+
+def _agree(config: Config, base: FrozenBase, rows: Rows, held: Rows | None, world: World) -> None:
+    """Sees that all processes train the same. Raises RunError."""
+    counts = [None if split is None else (split.fingerprint, len(split.encoded), split.num_supervised) for split in (rows, held)]
+    places = {"prompt": {"file"}, "train": {"out"}, "distil": {"file", "questions"}}  # which may be others on every machine
+    settings = config.model_dump(mode="json", include={"prompt", "optim", "train", "distil"}, exclude=places)
+    world.agree({"the rows": counts, "the weights of the base": base.fingerprint, "the settings": settings})
 
 
 def _check_rows(config: Config, rows: Rows, held: Rows | None) -> None:

@@ -8,26 +8,32 @@ from pathlib import Path
 from typing import Any
 
 from softprompt.atomic import write_text
+from softprompt.engine.world import World
 from softprompt.errors import RunError
 from softprompt.formats import EVALUATION, newer
 
 
 class Predictions:
-    """Answers by contestant and row number. Without a path they are kept in memory alone."""
+    """Answers by contestant and row number. Without a path they are kept in memory alone; of several processes the first one alone reads
+    and writes the file."""
 
-    def __init__(self, path: Path | None, key: str, of: str = "evaluation", out: str = "--out") -> None:
+    def __init__(self, path: Path | None, key: str, world: World = World(), of: str = "evaluation", out: str = "--out") -> None:
         """`of`, `out`: what the file belongs to, and what names its folder. Raises RunError when the file is another's or cannot be
         written."""
-        self.path, self._other = path, f"{path} is not of this {of}: remove it, or choose another {out}"
-        self.answers: dict[tuple[str, int], dict[str, Any]] = {}
-        if path is None:
-            return
+        self.path = path if world.first else None
+        self._other = f"{path} is not of this {of}: remove it, or choose another {out}"
+        kept = world.told(lambda: [] if path is None else self._begun(path, key))
+        self.answers: dict[tuple[str, int], dict[str, Any]] = {(one["contestant"], one["row"]): one for one in map(json.loads, kept)}
+
+    def _begun(self, path: Path, key: str) -> list[str]:
+        """The lines of an earlier try, which alone are left in the file."""
         try:
             whole = self._read(path, key) if path.exists() else []
             path.parent.mkdir(parents=True, exist_ok=True)
             write_text(path, "".join(line + "\n" for line in [json.dumps({"format": EVALUATION, "evaluation": key}), *whole]))
         except OSError as error:
             raise RunError(f"{path}: cannot be written: {error.strerror}") from None
+        return whole
 
     def _read(self, path: Path, key: str) -> list[str]:
         """The whole lines of an earlier try; a last one that was cut off by a kill is dropped."""
@@ -40,11 +46,7 @@ class Predictions:
             raise RunError(refusal)
         if not isinstance(named, dict) or named.get("evaluation") != key:
             raise RunError(self._other)
-        whole = lines[:-1]
-        for line in whole:
-            answer = json.loads(line)
-            self.answers[answer["contestant"], answer["row"]] = answer
-        return whole
+        return lines[:-1]
 
     def add(self, answer: dict[str, Any]) -> None:
         """Keeps and writes one answer."""

@@ -5,12 +5,11 @@ engine/step.py's, what a run works with is put together in job.py; here are step
 """
 
 import math
-import signal
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -24,15 +23,17 @@ from softprompt.answers import limit_of
 from softprompt.artifact import StoredPrompt, load_prompt, make_card, write_prompt
 from softprompt.atomic import new_folder
 from softprompt.card import Card
-from softprompt.checkpoint import Counters, Snapshot, Writer, drop_checkpoints, prompt_folder, save_checkpoint, save_start
+from softprompt.checkpoint import Counters, Scores, Snapshot, Writer, drop_checkpoints, prompt_folder, save_checkpoint, save_start
 from softprompt.config import Config, Member
 from softprompt.distil.outcome import distilled_card, outcome
 from softprompt.doctor import Case, History, case_of, examine, history_of, warnings
 from softprompt.engine.decode import Question, decode_whole
 from softprompt.engine.loading import load_base
 from softprompt.engine.model import FrozenBase
+from softprompt.engine.processes import joined
 from softprompt.engine.prompt import Prompt
 from softprompt.engine.step import step_gradients
+from softprompt.engine.world import World
 from softprompt.errors import ConfigError, RunError
 from softprompt.events import Evaluated, Event, Finished, Found, Sampled, Saved, Searching, Started, Step, Warned
 from softprompt.init import SOURCES, Source
@@ -41,6 +42,7 @@ from softprompt.job import Job, Measured, Setup, Trainee, data_card, data_facts,
 from softprompt.locations import with_absolute_paths
 from softprompt.runlog import RunFolder
 from softprompt.sampling import Sampling
+from softprompt.stopping import stop_after_step
 from softprompt.thinking import spoken
 from softprompt.trackers import check_trackers, tracked
 
@@ -56,28 +58,42 @@ def train(
     """Trains the prompt, or the bank of prompts, of a configuration into the run folder `config.train.out`, yielding events.
 
     With `resume`, goes on from the run's last checkpoint. `base` spares loading one that is loaded already. `sources`: what the names
-    in `prompt.init` mean (init.py). Ctrl-C finishes the step, writes a checkpoint and raises KeyboardInterrupt; a second one stops at
-    once. Raises an Error of errors.py before anything is written when the set-up is wrong, and RunError when the run's folder cannot be
-    written to any more.
+    in `prompt.init` mean (init.py). Ctrl-C and SIGTERM finish the step, write a checkpoint and raise KeyboardInterrupt; a second Ctrl-C
+    stops at once. Processes that a launcher has started share the work: all of them call this, and the first one alone touches the folder.
+
+    Raises an Error of errors.py before anything is written when the set-up is wrong, and RunError when the run's folder cannot be
+    written to any more, or another process has ended.
     """
+    with joined() as world, closing(_train(config, resume, base, sources, world)) as events:
+        for event in events:
+            if isinstance(event, Finished):
+                world.end()
+            yield event
+
+
+def _train(config: Config, resume: bool, base: FrozenBase | None, sources: Mapping[str, Source], world: World) -> Events:
     folder = Path(config.train.out)
     early: list[Event] = []
     if resume:
-        finished = RunFolder.reopen(folder).result()
+        finished = world.told(lambda: RunFolder.reopen(folder).result())
         if finished is not None:
             yield Finished(finished)
             return
     else:
-        RunFolder.check_free(folder)
+        world.told(lambda: RunFolder.check_free(folder))
         config = with_absolute_paths(config)
     check_trackers(config.train.trackers)
     if config.optim.relative_lr == "find":
-        base = base or load_base(config.model)
-        for event in _find_rate(config, base):
+        base = base or load_base(world.placed(config.model))
+        for event in _find_rate(config, base, world):
             early.append(event)
             yield event
         assert isinstance(event, Found), "a search ends with what it found"
         config = config.model_copy(update={"optim": config.optim.model_copy(update={"relative_lr": event.relative_lr})})
+    if not world.first:
+        job, counters = start_job((yield from prepare(config, base, sources, world)), RunFolder(folder), world)
+        yield from _run(job, counters, History(len(job.trainees)))
+        return
     if config.distil.wanted and not resume:
         with RunFolder.creating(config):  # which keeps what its teacher is asked and answers
             pass
@@ -85,7 +101,7 @@ def train(
         begun = folder.exists()
         if begun:
             held.enter_context(RunFolder.reopen(folder).locked())
-        setup = yield from prepare(config, base, sources)
+        setup = yield from prepare(config, base, sources, world)
         if not begun:
             with RunFolder.creating(setup.config) as draft:
                 _write_setup(draft, setup, early)
@@ -93,12 +109,12 @@ def train(
         run = RunFolder.reopen(folder)
         if run.read("data.json") is None:
             _write_setup(run, setup, early)
-        job, counters = start_job(setup, run)
+        job, counters = start_job(setup, run, world)
         history = history_of(run, len(job.trainees))
         yield from tracked(_logged(run, history, _run(job, counters, history)), setup.config)
 
 
-def _find_rate(config: Config, base: FrozenBase) -> Events:
+def _find_rate(config: Config, base: FrozenBase, world: World) -> Events:
     """Trains the prompt for a few steps at all of RATES, as one bank, and says which was the best of them."""
     if config.prompt.bank or config.prompt.count > 1 or config.optim.lr is not None:
         raise ConfigError('optim.relative_lr = "find" is for one prompt without optim.lr: a bank may name a rate for each of its prompts')
@@ -113,7 +129,7 @@ def _find_rate(config: Config, base: FrozenBase) -> Events:
             "optim": config.optim.model_copy(update={"relative_lr": RATES[0]}),  # each of the bank has its own
             "train": config.train.model_copy(update={**short, **endless, "out": f"{folder}/search"}),
         }
-        for event in train(config.model_copy(update=of_all), base=base):
+        for event in _train(config.model_copy(update=of_all), False, base, SOURCES, world):
             if isinstance(event, Step):
                 yield Searching(event.step, SEARCH_STEPS)
     assert isinstance(event, Finished), "a run ends with its result"
@@ -146,12 +162,13 @@ def _logged(run: RunFolder, history: History, events: Events) -> Events:
 
 
 def _run(job: Job, counters: Counters, history: History) -> Events:
-    with _interrupt_after_step() as interrupted, Writer(job.run) as writer:
+    first = job.world.first
+    with stop_after_step() as asked, Writer(job.run) as writer:
         yield _started(job, counters)
         if job.held and counters.step == 0 and all(scores.eval_loss_before is None for scores in counters.scores.values()):
             evaluated, counters = _evaluate(job, counters)
             yield evaluated
-        if counters.step == 0:
+        if counters.step == 0 and first:
             yield from _warnings(job, counters, history)
         while not _ended(job, counters):
             try:
@@ -162,20 +179,19 @@ def _run(job: Job, counters: Counters, history: History) -> Events:
             if job.held and (_ended(job, counters) or counters.step % job.eval_every == 0):
                 evaluated, counters = _evaluate(job, counters)
                 yield evaluated
-            ended, stopped = _ended(job, counters), job.world.any(interrupted())
-            if not ended and counters.step % job.eval_every == 0:
+            ended, stopped = _ended(job, counters), any(job.world.gathered(asked()))
+            if first and not ended and counters.step % job.eval_every == 0:
                 yield from _warnings(job, counters, history)
-            if ended or counters.step % job.config.train.save_every == 0 or stopped:
+            if first and (ended or counters.step % job.config.train.save_every == 0 or stopped):
                 writer.begin(Saved(counters.step, job.run.checkpoint(counters.step)), _checkpoint(job, counters))
             if ended or stopped:
                 yield from writer.wait()
             if stopped and not ended:
+                job.world.end()
                 raise KeyboardInterrupt
-        places = job.run.patiently(lambda: _write_prompts(job, counters))
-        inspected = {one.name: _inspected(job, one, counters) for one in job.trainees}
-        job.run.patiently(lambda: job.run.write("inspection.json", inspected))
-        result = _result(job, counters, history, places)
-        if job.held and job.config.train.trackers:
+        distilled = _distilled(job, counters)
+        result = job.world.told(lambda: _left(job, counters, history, distilled))
+        if first and job.held and job.config.train.trackers:
             yield _sampled(job, result["prompt"], counters.step)
         yield Finished(result)
 
@@ -185,7 +201,7 @@ def _ended(job: Job, counters: Counters) -> str | None:
     limits = job.config.train
     if counters.step >= job.num_steps:
         return "steps"
-    if limits.minutes is not None and job.world.any(counters.seconds >= 60 * limits.minutes):
+    if limits.minutes is not None and counters.seconds >= 60 * limits.minutes:
         return "minutes"
     if limits.patience is not None and all(scores.num_worse >= limits.patience for scores in counters.scores.values()):
         return "patience"
@@ -206,7 +222,8 @@ def _step(job: Job, counters: Counters) -> tuple[Step, Counters]:
                 "the last checkpoint is kept"
             )
     norms, rates = zip(*(one.optimizer.step(counters.step) for one in job.trainees), strict=True)
-    seconds = time.perf_counter() - began
+    slowest = job.world.gathered((allowed, time.perf_counter() - began))
+    allowed, seconds = min(told[0] for told in slowest), max(told[1] for told in slowest)
     supervised = [sum(row.num_supervised for row in own) for own in rows]
     scores = {
         one.name: counters.scores[one.name].trained(loss, number)
@@ -312,7 +329,28 @@ def _inspected(job: Job, one: Trainee, counters: Counters) -> dict[str, Any]:
     return inspect(job.base, StoredPrompt(best.prompt, _card(job, one, best, counters), job.encoder), start=one.start).as_dict()
 
 
-def _result(job: Job, counters: Counters, history: History, places: dict[str, Path]) -> dict[str, Any]:
+def _left(job: Job, counters: Counters, history: History, distilled: dict[str, Any]) -> dict[str, Any]:
+    """Writes the finished prompts, and what their rows are. Returns the run in numbers."""
+    places = job.run.patiently(lambda: _write_prompts(job, counters))
+    inspected = {one.name: _inspected(job, one, counters) for one in job.trainees}
+    job.run.patiently(lambda: job.run.write("inspection.json", inspected))
+    return _result(job, counters, history, places, distilled)
+
+
+def _distilled(job: Job, counters: Counters) -> dict[str, Any]:
+    """How like its teacher the best prompt is, where there is one."""
+    if job.study is None:
+        return {}
+    best = min(job.trainees, key=lambda one: _compared(counters.scores[one.name]))
+    return {"distilled": outcome(job.base, job.study, best.best(counters).prompt, job.budget, job.world)}
+
+
+def _compared(scores: Scores) -> float:
+    """What prompts of a bank are compared by."""
+    return scores.train_loss if scores.best_loss is None else scores.best_loss
+
+
+def _result(job: Job, counters: Counters, history: History, places: dict[str, Path], distilled: dict[str, Any]) -> dict[str, Any]:
     """The run in numbers; the losses are those of `prompt`, the best of a bank on the held-out rows, else in training."""
     prompts: dict[str, dict[str, Any]] = {
         one.name: {
@@ -326,11 +364,7 @@ def _result(job: Job, counters: Counters, history: History, places: dict[str, Pa
         }
         for index, one in enumerate(job.trainees)
     }
-    best = min(prompts, key=lambda name: _of(prompts[name]))
-    distilled = {}
-    if job.study is not None:
-        (chosen,) = (one.best(counters).prompt for one in job.trainees if one.name == best)
-        distilled = {"distilled": outcome(job.base, job.study, chosen, job.budget)}
+    best = min(prompts, key=lambda name: _compared(counters.scores[name]))
     return {
         "steps": counters.step,
         "ended": _ended(job, counters),
@@ -343,11 +377,6 @@ def _result(job: Job, counters: Counters, history: History, places: dict[str, Pa
     }
 
 
-def _of(found: dict[str, Any]) -> float:
-    """What prompts of a bank are compared by."""
-    return float(found["train_loss"] if found["eval_loss_after"] is None else found["eval_loss_after"])
-
-
 def _sampled(job: Job, best: str, step: int) -> Sampled:
     assert job.held is not None
     rows, examples = job.held.encoded[:NUM_SAMPLES], job.held.examples[:NUM_SAMPLES]
@@ -357,28 +386,6 @@ def _sampled(job: Job, best: str, step: int) -> Sampled:
     texts = [job.base.tokenizer.decode(said[row], skip_special_tokens=True) for row in range(len(rows))]
     answers = [spoken(text, job.encoder.thinking) for text in texts]
     return Sampled(step, tuple((row.messages[-2].content, row.response, answer) for row, answer in zip(examples, answers, strict=True)))
-
-
-@contextmanager
-def _interrupt_after_step() -> Iterator[Callable[[], bool]]:
-    """Yields a function that tells whether Ctrl-C was pressed; a second Ctrl-C stops at once."""
-    pressed = False
-
-    def remember(signum: int, frame: Any) -> None:
-        nonlocal pressed
-        if pressed:
-            raise KeyboardInterrupt
-        pressed = True
-
-    try:
-        before = signal.signal(signal.SIGINT, remember)
-    except ValueError:  # not in the main thread: Ctrl-C does not arrive here
-        yield lambda: False
-        return
-    try:
-        yield lambda: pressed
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def peak_bytes(device: torch.device) -> int:

@@ -22,7 +22,7 @@ from softprompt.contestants import Contestant
 from softprompt.data import Example, Message
 from softprompt.distil.asked import Asked
 from softprompt.distil.context import Bare, chunks, context_of
-from softprompt.distil.onpolicy import own_answers
+from softprompt.distil.onpolicy import own_answers, replies
 from softprompt.distil.selfstudy import CHINESE, ENGLISH, askings, cleaned, language_of, passages
 from softprompt.distil.study import STUDY, study_of
 from softprompt.doctor import diagnose
@@ -312,11 +312,12 @@ def test_on_policy_steps_learn_from_what_the_prompt_says(distilling, bases):
     assert setup.study is not None
     (untrained,) = setup.untrained.values()
     numbers = setup.numbers_of(7)[0]
-    read = own_answers(bases(), setup.study, untrained.prompt, numbers, 10, 3)
+    said = replies(bases(), setup.study, untrained.prompt, numbers, 10, 3)
+    read = own_answers(setup.study, numbers, said)
     answers = [one.answered.example.response for one in read]
     assert [one.own.question for one in read] == [setup.rows.encoded[number].question for number in numbers]
     assert answers != [setup.rows.examples[number].response for number in numbers]
-    assert own_answers(bases(), setup.study, untrained.prompt, numbers, 10, 3) == read
+    assert replies(bases(), setup.study, untrained.prompt, numbers, 10, 3) == said
 
 
 def test_only_the_frozen_positions_stay(distilling, bases):

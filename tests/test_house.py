@@ -24,7 +24,7 @@ PACKAGE = ROOT / "softprompt"
 # A module imports only from layers below its own; a folder is one module.
 LAYERS = [
     {"errors"},
-    {"config", "extras", "hub", "atomic", "formats", "scripts", "thinking", "literal", "events", "sampling"},
+    {"config", "extras", "hub", "atomic", "formats", "scripts", "thinking", "literal", "events", "sampling", "stopping"},
     {"engine", "metrics"},
     {"data", "predictions", "trackers", "peft_here", "locations"},
     {"results"},
@@ -46,8 +46,8 @@ LAYERS = [
 ]
 ENGINE_MAY_IMPORT = {"errors", "config", "extras", "hub", "atomic", "sampling"}
 ENGINE = [
-    {"tokens", "world", "precise", "head", "memory", "unpack", "family", "quantized", "optim", "layers", "tried"},
-    {"offload", "places", "slots", "divergence"},
+    {"tokens", "launched", "watch", "world", "precise", "head", "memory", "unpack", "family", "quantized", "optim", "layers", "tried"},
+    {"processes", "offload", "places", "slots", "divergence"},
     {"prefix", "batch"},
     {"trial", "shelf"},
     {"model"},

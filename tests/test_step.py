@@ -21,7 +21,6 @@ from softprompt.engine.memory import CPU_TOKENS, activation_bytes, token_budget
 from softprompt.engine.precise import float32_products
 from softprompt.engine.prefix import checkpointed
 from softprompt.engine.step import StepSettings, step_gradients
-from softprompt.engine.world import World
 from softprompt.errors import ModelError, RunError
 
 VOCABULARY, HIDDEN, TOKENS = 1000, 16, 37
@@ -184,20 +183,6 @@ def test_prompts_together_get_the_gradients_of_each_alone(bases, family, alike):
         alone, gradient = loss_and_gradient(base, prompt, own, 40)
         assert loss == pytest.approx(alone, rel=1e-5)
         torch.testing.assert_close(leaf.rows_PH.grad, gradient, rtol=1e-3, atol=1e-4 * gradient.abs().max().item())
-
-
-def test_processes_share_the_micro_batches_of_a_step(bases):
-    """Each computes its own; their gradients add up to that of one process."""
-    base, rows, soft = bases(), encoded_rows(), some_prompt(bases())
-    loss, gradient = loss_and_gradient(base, soft, rows, 20)
-    parts = []
-    for rank in range(2):
-        rows_PH = soft.rows_PH.clone().requires_grad_()
-        losses, _ = step_gradients(base, [replace(soft, rows_PH=rows_PH)], [rows], StepSettings(20), World(rank, 2))
-        parts.append((losses.item(), rows_PH.grad))
-    assert min(own for own, _ in parts) > 0
-    assert sum(own for own, _ in parts) == pytest.approx(loss, rel=1e-5)
-    torch.testing.assert_close(parts[0][1] + parts[1][1], gradient, rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize("when", ["forward", "backward"])

@@ -6,6 +6,7 @@ import sys
 
 from softprompt.cli import carrying, chat, data, distilling, importing, prompts, serving, training  # noqa: F401 - each brings its verbs
 from softprompt.cli.options import app, arrange
+from softprompt.engine.launched import launched
 from softprompt.errors import Error
 
 GROUPS = {  # the verbs of --help, in the order of work
@@ -24,10 +25,15 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):  # what a console cannot show is escaped, and ends nothing
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    rank = launched().rank
+    if rank:  # of several processes the first one talks
+        from softprompt.screen.console import beside, console
+
+        console.quiet = beside.quiet = True
     try:
         app()
     except Error as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"{f'process {rank}: ' if rank else ''}error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

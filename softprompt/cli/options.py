@@ -11,6 +11,7 @@ from typer.models import CommandInfo
 
 from softprompt import __version__
 from softprompt.cli import completion
+from softprompt.engine.launched import launched
 from softprompt.errors import ConfigError
 
 
@@ -110,7 +111,7 @@ def config_of(settings: list[str] | None) -> Any:
 
 
 def write_json(file: Path | None, result: dict[str, Any]) -> None:
-    if file is not None:
+    if file is not None and not launched().rank:  # of several processes the first one writes
         write_result("--json", file, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
 
 

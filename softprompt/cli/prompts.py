@@ -4,7 +4,7 @@ import hashlib
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
@@ -77,31 +77,41 @@ def evaluate(
     from softprompt.arguments import read_arguments
 
     given = read_arguments(prompt, other or [], data, shots, overrides or [])
-    from softprompt import Contest, load_base, load_prompt
-    from softprompt.evaluation import evaluating
+    from softprompt import Contest
+    from softprompt.engine.processes import joined
     from softprompt.metrics import metric_named
-    from softprompt.screen.prompts import draw_evaluation, follow_evaluation
+    from softprompt.screen.prompts import draw_evaluation
     from softprompt.trackers import check_trackers, tracking
 
     for name in metric or []:
         metric_named(name)
     check_trackers(given.trackers)
+    contest = Contest(text, None, ensemble, given.adapters, tuple(metric or ()), answers, max_new_tokens)
+    with joined() as world:
+        result = _evaluated(given, contest, out or given.results, allow_other_base, world)
+    draw_evaluation(result)
+    write_json(json_file, {"prompt": str(prompt), "data": given.source, **result.as_dict()})
+    place, trackers = given.run.path if given.run else prompt, given.trackers if world.first else ()
+    with tracking(trackers, given.of_run or given.config, place, f"{place.name} eval") as track:
+        for sheet in result.sheets():
+            track.table(sheet, 0)
+
+
+def _evaluated(given: Any, contest: Any, out: Path | None, allow_other_base: bool, world: Any) -> Any:
+    """What comes of the contest; its rows to take examples from, and what the prompts were distilled of, are those of the arguments."""
+    from softprompt import load_base, load_prompt
+    from softprompt.evaluation import evaluating
+    from softprompt.screen.prompts import follow_evaluation
+
     loaded, train = (None, None) if given.is_distilled else given.rows()
-    base = load_base(given.config.model)
-    study = given.study(base)
+    base = load_base(world.placed(given.config.model))
+    study = given.study(base, world)
     loaded = given.rows_beside(study) if study is not None else loaded
     assert loaded is not None, "rows of a file or of the study"
     prompts = [(name, load_prompt(path, base, allow_other_base=allow_other_base)) for name, path in given.prompts.items()]
-    context = None if study is None else study.context
-    contest = Contest(text, train, ensemble, given.adapters, tuple(metric or ()), answers, max_new_tokens, context)
+    contest = replace(contest, train=train, context=None if study is None else study.context)
     budget = given.config.train.tokens_per_batch
-    result = follow_evaluation(evaluating(base, prompts, loaded, contest, out=out or given.results, tokens_per_batch=budget))
-    draw_evaluation(result)
-    write_json(json_file, {"prompt": str(prompt), "data": given.source, **result.as_dict()})
-    place = given.run.path if given.run else prompt
-    with tracking(given.trackers, given.of_run or given.config, place, f"{place.name} eval") as track:
-        for sheet in result.sheets():
-            track.table(sheet, 0)
+    return follow_evaluation(evaluating(base, prompts, loaded, contest, out=out, tokens_per_batch=budget, world=world))
 
 
 @app.command()

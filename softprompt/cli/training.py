@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from softprompt.cli.options import Json, Overrides, Settings, app, config_of, write_json
+from softprompt.engine.launched import launched
 from softprompt.errors import ConfigError
 
 
@@ -90,16 +91,17 @@ def followed(config: Any, **how: Any) -> dict[str, Any]:
         draw_run(remembered(), config.train.log_every)
     except KeyboardInterrupt:
         kept = (Path(config.train.out) / "config.toml").is_file()
-        print(
-            f"stopped; go on with: softprompt train --resume {config.train.out}" if kept else "stopped before the run began",
-            file=sys.stderr,
-        )
+        told = f"stopped; go on with: softprompt train --resume {config.train.out}" if kept else "stopped before the run began"
+        if not launched().rank:
+            print(told, file=sys.stderr)
         raise typer.Exit(130) from None
     return result
 
 
 def resumed(run: Path, settings: list[str] | None) -> Any:
-    """A run goes on as it began, wherever its base lies now."""
+    """A run goes on as it began, wherever its base lies now. Of several processes the first one reads its folder."""
+    from softprompt.config import load_config
+    from softprompt.engine.processes import joined
     from softprompt.locations import PLACE, relocated, with_absolute_paths
     from softprompt.runlog import RunFolder
 
@@ -107,5 +109,6 @@ def resumed(run: Path, settings: list[str] | None) -> Any:
     for setting in settings or ():
         if not setting.startswith(may):
             raise ConfigError(f"--resume takes its settings from {run}, but for {', '.join(key[:-1] for key in may)}: leave out {setting}")
-    config = RunFolder.reopen(run).config()
+    with joined() as world:
+        config = load_config(world.told(lambda: RunFolder.reopen(run).config().model_dump(mode="json", exclude_none=True)))
     return with_absolute_paths(config.model_copy(update={"model": relocated(config.model, settings or ())}))

@@ -8,6 +8,7 @@ from softprompt.distil.study import Studied
 from softprompt.engine.model import FrozenBase
 from softprompt.engine.prompt import Prompt, no_prompt
 from softprompt.engine.teacher import likeness
+from softprompt.engine.world import World
 
 
 def distilled_card(config: DistilConfig, study: Studied) -> DistilledCard:
@@ -17,11 +18,11 @@ def distilled_card(config: DistilConfig, study: Studied) -> DistilledCard:
     return DistilledCard(kind=kind, tokens=len(study.context_ids), sha256=study.context.digest, text=text)
 
 
-def outcome(base: FrozenBase, study: Studied, soft: Prompt, tokens_per_batch: int) -> dict[str, Any]:
+def outcome(base: FrozenBase, study: Studied, soft: Prompt, tokens_per_batch: int, world: World = World()) -> dict[str, Any]:
     """How like its teacher the base is on the held-out questions, with the prompt and without: KL divergence in nats per answer token, and
     the share of these where both hold the same token for the likeliest."""
     rows, teacher = study.held.rows.encoded, study.held.teacher
-    before, after = (likeness(base, teacher, one, rows, tokens_per_batch) for one in (no_prompt(base, study.encoder.bos_id), soft))
+    before, after = (likeness(base, teacher, one, rows, tokens_per_batch, world) for one in (no_prompt(base, study.encoder.bos_id), soft))
     return {
         "kl_before": before.divergence,
         "kl_after": after.divergence,

@@ -6,10 +6,12 @@ often it is made.
 """
 
 import hashlib
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, islice
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,11 +24,12 @@ from softprompt.distil import elsewhere
 from softprompt.distil.asked import Asked, own_questions, split, unanswered
 from softprompt.distil.context import Context, context_of
 from softprompt.distil.lessons import Answered, Classroom, Lessons, Read, rows_of
-from softprompt.distil.selfstudy import MOST, TRIES, as_question, askings, cleaned
+from softprompt.distil.selfstudy import MOST, TRIES, Asking, as_question, askings, cleaned
 from softprompt.encode import Encoder, make_encoder, shared_system
 from softprompt.engine.decode import decode_whole
 from softprompt.engine.model import FrozenBase
 from softprompt.engine.tokens import Encoded
+from softprompt.engine.world import World
 from softprompt.errors import ConfigError, DataError
 from softprompt.events import Studying, returned
 from softprompt.predictions import Predictions
@@ -36,6 +39,9 @@ WINDOW = 64  # questions of a batch: what a kill may cost
 USUAL_COUNT = 256  # questions of self-study
 STUDY = "study.jsonl"
 QUESTION, ANSWER = "question", "answer"  # what lines of it hold
+
+
+Said = list[tuple[int, dict[str, Any]]]  # (number of a question, what a line of study.jsonl says of it)
 
 
 @dataclass(frozen=True)
@@ -64,11 +70,23 @@ class _Work:
     context: Context
     teachers: list[Contestant]
     notes: Predictions
+    world: World
+
+    def turns(self, items: Iterable[Item]) -> Iterator[list[list[Item]]]:
+        """Windows of items, at every turn one for each process."""
+        return groups(groups(items, WINDOW), self.world.size)
+
+    def note(self, kind: str, turn: Sequence[Sequence[Item]], number: Callable[[Item], int], say: Callable[[Sequence[Item]], Said]) -> None:
+        """Keeps what is said of the windows of a turn, where it is not kept yet."""
+        missing = [window for window in turn if any((kind, number(one)) not in self.notes.answers for one in window)]
+        for said in self.world.each(len(missing), lambda index: say(missing[index])):
+            for of, line in said:
+                self.notes.add({"contestant": kind, "row": of, **line})
 
 
-def studying(config: Config, base: FrozenBase, encoder: Encoder) -> Generator[Studying, None, Studied]:
-    """Questions, answers and lessons of a configuration, as far as they do not lie in the run folder `train.out` yet. Yields how far it
-    is.
+def studying(config: Config, base: FrozenBase, encoder: Encoder, world: World = World()) -> Generator[Studying, None, Studied]:
+    """Questions, answers and lessons of a configuration, as far as they do not lie in the run folder `train.out` yet; the processes take
+    windows in turn. Yields how far it is.
 
     Raises ConfigError where [distil] does not fit, DataError where no question can be used.
     """
@@ -77,8 +95,8 @@ def studying(config: Config, base: FrozenBase, encoder: Encoder) -> Generator[St
     context = context_of(config, base, encoder, asked)
     teachers = context.teachers(base, encoder)
     key = _key(config, base, encoder, context, asked)
-    notes = Predictions(Path(config.train.out) / STUDY, key, "distillation", "train.out")
-    work = _Work(config, base, encoder, context, teachers, notes)
+    notes = Predictions(Path(config.train.out) / STUDY, key, world, "distillation", "train.out")
+    work = _Work(config, base, encoder, context, teachers, notes, world)
     if len(teachers) > 1 and (asked.train or asked.held):
         raise ConfigError(
             f"the text is longer than the base's context and is read in {len(teachers)} chunks: leave out distil.questions, data.train and "
@@ -120,11 +138,10 @@ def _listed(work: _Work, classroom: Classroom, read: Sequence[Read], refused: Se
     return Lessons(rows, elsewhere.listed(found))
 
 
-def study_of(config: Config, base: FrozenBase) -> Studied:
+def study_of(config: Config, base: FrozenBase, world: World = World()) -> Studied:
     """What a run in the folder `train.out` was taught. Raises what `studying` raises."""
-    return returned(
-        studying(config, base, make_encoder(base.tokenizer, config.data.template, date=config.data.date, num_tokens=base.num_tokens))
-    )
+    encoder = make_encoder(base.tokenizer, config.data.template, date=config.data.date, num_tokens=base.num_tokens)
+    return returned(studying(config, base, encoder, world))
 
 
 def _key(config: Config, base: FrozenBase, encoder: Encoder, context: Context, asked: Asked) -> str:
@@ -151,14 +168,9 @@ def _self_study(work: _Work, held: tuple[Example, ...]) -> Generator[Studying, N
     wanted, follows = work.config.distil.count or USUAL_COUNT, work.encoder.template.name == "chat"
     found: dict[str, int] = {}
     yield Studying("questions", 0, wanted, _cost(work, wanted))
-    for window in windows(islice(askings(work.context.texts, follows), TRIES * wanted)):
-        if any((QUESTION, one.number) not in work.notes.answers for one in window):
-            seed = work.config.train.seed
-            questions = [as_question(one, work.teachers[one.teacher], work.encoder, follows, seed) for one in window]
-            for index, ids, _ in list(decode_whole(work.base, questions)):
-                said = work.base.tokenizer.decode(ids, skip_special_tokens=True)
-                work.notes.add({"contestant": QUESTION, "row": window[index].number, "text": said})
-        for one in window:
+    for turn in work.turns(islice(askings(work.context.texts, follows), TRIES * wanted)):
+        work.note(QUESTION, turn, attrgetter("number"), partial(_questions, work, follows))
+        for one in chain.from_iterable(turn):
             question = cleaned(one, work.notes.answers[QUESTION, one.number]["text"])
             if question is not None and len(found) < wanted:
                 found.setdefault(question, one.teacher)
@@ -173,10 +185,18 @@ def _self_study(work: _Work, held: tuple[Example, ...]) -> Generator[Studying, N
     return asked, [teacher_of.get(one.source, 0) for one in (*asked.train, *asked.held)]
 
 
-def windows(items: Iterable[Item]) -> Iterator[list[Item]]:
+def _questions(work: _Work, follows: bool, window: Sequence[Asking]) -> Said:
+    """What the base asks when it is told to as a window says."""
+    seed = work.config.train.seed
+    questions = [as_question(one, work.teachers[one.teacher], work.encoder, follows, seed) for one in window]
+    found = list(decode_whole(work.base, questions))
+    return [(window[row].number, {"text": work.base.tokenizer.decode(ids, skip_special_tokens=True)}) for row, ids, _ in found]
+
+
+def groups(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
     rest = iter(items)
-    while window := list(islice(rest, WINDOW)):
-        yield window
+    while group := list(islice(rest, size)):
+        yield group
 
 
 def _cost(work: _Work, wanted: int) -> str:
@@ -196,13 +216,10 @@ def _answers(work: _Work, asked: Sequence[Example], which: Sequence[int]) -> Gen
     """The teacher's answer to every question, or why there is none."""
     stops = _stops(work.encoder, work.teachers[0], asked)
     yield Studying("answers", 0, len(asked))
-    for window in windows(range(len(asked))):
-        if any((ANSWER, number) not in work.notes.answers for number in window):
-            say = _said if work.config.distil.teacher is None else _said_elsewhere
-            for number, said in say(work, asked, which, window, stops):
-                question = asked[number].messages[-2].content
-                work.notes.add({"contestant": ANSWER, "row": number, "question": question, **said})
-        yield Studying("answers", window[-1] + 1, len(asked))
+    say = _said if work.config.distil.teacher is None else _said_elsewhere
+    for turn in work.turns(range(len(asked))):
+        work.note(ANSWER, turn, int, partial(say, work, asked, which, stops))
+        yield Studying("answers", turn[-1][-1] + 1, len(asked))
     found: list[Answered | Rejected] = []
     for number, example in enumerate(asked):
         said = work.notes.answers[ANSWER, number]
@@ -211,9 +228,6 @@ def _answers(work: _Work, asked: Sequence[Example], which: Sequence[int]) -> Gen
         else:
             found.append(Rejected(example.source, "the teacher says nothing"))
     return found
-
-
-Said = list[tuple[int, dict[str, Any]]]  # (number of a question, what a line of study.jsonl says of the answer)
 
 
 def _readings(
@@ -231,13 +245,14 @@ def _readings(
     return readings, numbers
 
 
-def _said(work: _Work, asked: Sequence[Example], which: Sequence[int], window: Sequence[int], stops: Sequence[str]) -> Said:
+def _said(work: _Work, asked: Sequence[Example], which: Sequence[int], stops: Sequence[str], window: Sequence[int]) -> Said:
     readings, numbers = _readings(work, asked, which, window)
     said = answer(work.base, readings, list(numbers), work.config.distil.max_new_tokens, stops)
-    return [(numbers[one.contestant, one.row], {"text": one.text, "ended": one.ended}) for one in said]
+    found = [(numbers[one.contestant, one.row], one) for one in said]
+    return [(number, {**_question(asked[number]), "text": one.text, "ended": one.ended}) for number, one in found]
 
 
-def _said_elsewhere(work: _Work, asked: Sequence[Example], which: Sequence[int], window: Sequence[int], stops: Sequence[str]) -> Said:
+def _said_elsewhere(work: _Work, asked: Sequence[Example], which: Sequence[int], stops: Sequence[str], window: Sequence[int]) -> Said:
     """By a server, WINDOW of them at once."""
     readings, numbers = _readings(work, asked, which, window)
     bos = [] if work.encoder.bos_id is None else [work.encoder.bos_id]
@@ -246,10 +261,15 @@ def _said_elsewhere(work: _Work, asked: Sequence[Example], which: Sequence[int],
     def said(place: tuple[str, int]) -> dict[str, Any]:
         reading = readings[place[0]][0]
         told = server.answer([*bos, *reading.context[1], *reading.questions[place[1]]], work.config.distil.max_new_tokens, ends)
-        return {"text": work.base.tokenizer.decode(told.ids, skip_special_tokens=True), **told.as_dict()}
+        text = work.base.tokenizer.decode(told.ids, skip_special_tokens=True)
+        return {**_question(asked[numbers[place]]), "text": text, **told.as_dict()}
 
     with elsewhere.server(work.config.distil) as server, ThreadPoolExecutor(WINDOW) as pool:
         return list(zip(numbers.values(), pool.map(said, numbers), strict=True))
+
+
+def _question(example: Example) -> dict[str, str]:
+    return {"question": example.messages[-2].content}
 
 
 def _stops(encoder: Encoder, teacher: Contestant, asked: Sequence[Example]) -> tuple[str, ...]:

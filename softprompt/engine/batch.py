@@ -152,10 +152,25 @@ def _sent(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
+def cut(rows: Sequence[Encoded], tokens_per_batch: int, device: torch.device) -> list[list[int]]:
+    """The numbers of the rows of every micro-batch, longest first."""
+    return cut_by_length([len(row) for row in rows], tokens_per_batch, _batch_cost(device))
+
+
+def cost(rows: Sequence[Encoded], numbers: Sequence[int], device: torch.device) -> int:
+    """What a micro-batch of these rows takes, in tokens."""
+    return len(numbers) * max(len(rows[number]) for number in numbers) + _batch_cost(device)
+
+
 def batches(
     rows: Sequence[Encoded], which: Sequence[int], tokens_per_batch: int, device: torch.device, world: World = World()
 ) -> Iterator[Batch]:
     """The micro-batches of rows that this process computes, longest first; row i continues from prefix `which[i]`."""
-    batch_cost = CPU_BATCH_COST if device.type == "cpu" else GPU_BATCH_COST
-    for group in world.share(cut_by_length([len(row) for row in rows], tokens_per_batch, batch_cost)):
-        yield collate(rows, group, [which[index] for index in group], device)
+    groups = cut(rows, tokens_per_batch, device)
+    for group, owner in zip(groups, world.owners([cost(rows, group, device) for group in groups]), strict=True):
+        if owner == world.rank:
+            yield collate(rows, group, [which[index] for index in group], device)
+
+
+def _batch_cost(device: torch.device) -> int:
+    return CPU_BATCH_COST if device.type == "cpu" else GPU_BATCH_COST

@@ -16,6 +16,7 @@ from softprompt.engine.batch import Batch, batches
 from softprompt.engine.model import FrozenBase
 from softprompt.engine.prefix import Continued, Prefix, as_prefixes
 from softprompt.engine.tokens import Encoded, num_shared
+from softprompt.engine.world import World
 from softprompt.errors import ConfigError
 
 GROUP = 4096  # tokens of a group of rows, whose states wait for the head together
@@ -23,11 +24,16 @@ Candidates = Sequence[Sequence[Encoded]]  # [R][C]
 
 
 def row_losses(
-    base: FrozenBase, prefix: Prefix, rows: Sequence[Encoded], tokens_per_batch: int, which: Sequence[int] | None = None
+    base: FrozenBase,
+    prefix: Prefix,
+    rows: Sequence[Encoded],
+    tokens_per_batch: int,
+    which: Sequence[int] | None = None,
+    world: World = World(),
 ) -> Tensor:
     """[len(rows)] summed loss of every row's supervised tokens, float64 on the CPU. Row i continues from prefix number `which[i]`,
-    all of them from the first where nothing is said."""
-    return _losses(base, [prefix], [[_branch([row]) for row in rows]], tokens_per_batch, which)[:, 0]
+    all of them from the first where nothing is said. The processes of `world` share the rows."""
+    return _losses(base, [prefix], [[_branch([row]) for row in rows]], tokens_per_batch, which, world)[:, 0]
 
 
 def candidate_losses(base: FrozenBase, prefix: Prefix, rows: Candidates, tokens_per_batch: int) -> Tensor:
@@ -38,16 +44,19 @@ def candidate_losses(base: FrozenBase, prefix: Prefix, rows: Candidates, tokens_
     return ensemble_losses(base, [(prefix, rows)], tokens_per_batch)
 
 
-def ensemble_losses(base: FrozenBase, members: Sequence[tuple[Prefix, Candidates]], tokens_per_batch: int) -> Tensor:
+def ensemble_losses(
+    base: FrozenBase, members: Sequence[tuple[Prefix, Candidates]], tokens_per_batch: int, world: World = World()
+) -> Tensor:
     """Like `candidate_losses`, of members that agree on every token as they do when they answer: by the mean of their
-    log-probabilities, here renormalised. Raises ConfigError for members that do not score the same tokens."""
+    log-probabilities, here renormalised. The processes of `world` share the rows. Raises ConfigError for members that do not score the
+    same tokens."""
     prefixes = [prefix for prefix, _ in members]
     branches = [[_branch(candidates) for candidates in rows] for _, rows in members]
     if all(branch.num_read for own in branches for branch in own):
-        return _losses(base, prefixes, branches, tokens_per_batch)
+        return _losses(base, prefixes, branches, tokens_per_batch, world=world)
     num_candidates = len(members[0][1][0])
     columns = [[[_branch([candidates[c]]) for candidates in rows] for _, rows in members] for c in range(num_candidates)]
-    return torch.cat([_losses(base, prefixes, column, tokens_per_batch) for column in columns], dim=1)
+    return torch.cat([_losses(base, prefixes, column, tokens_per_batch, world=world) for column in columns], dim=1)
 
 
 # ---- rows that branch ----------------------------------------------------------------------------------------------
@@ -110,11 +119,15 @@ def _losses(
     branches: Sequence[Sequence[_Branch]],
     tokens_per_batch: int,
     which: Sequence[int] | None = None,
+    world: World = World(),
 ) -> Tensor:
     """[R, C] of `branches`, [K][R]; member k continues from `prefixes[k]`, row r of it from number `which[r]` of these."""
     num_rows, num_candidates = len(branches[0]), len(branches[0][0].which)
     sums_RC = torch.zeros(num_rows, num_candidates, dtype=torch.float64)
-    for group in _groups([branch.num_read for branch in branches[0]], max(GROUP, tokens_per_batch)):
+    lengths = [branch.num_read for branch in branches[0]]
+    groups = list(_groups(lengths, max(GROUP, tokens_per_batch)))
+    owners = world.owners([sum(lengths[number] for number in group) for group in groups])
+    for group in (group for group, owner in zip(groups, owners, strict=True) if owner == world.rank):
         own = [[rows[number] for number in group] for rows in branches]
         numbers = [which[number] if which else 0 for number in group]
         scored, *others = map(_scored, own)
@@ -125,7 +138,7 @@ def _losses(
         losses_N, _ = base.head.losses_after(torch.stack(states), source_N.to(base.device), targets_N.to(base.device))
         sums = torch.zeros(len(group) * num_candidates, dtype=torch.float64).index_add_(0, into_N, losses_N.cpu().double())
         sums_RC[group] = sums.view(len(group), num_candidates)
-    return sums_RC
+    return world.total(sums_RC)
 
 
 def _groups(lengths: Sequence[int], room: int) -> Iterator[list[int]]:

@@ -103,8 +103,8 @@ def _both(teacher: Teacher, number: int, own: Encoded) -> _Both:
     whole = (*text, *read)
     alike = num_shared([ours[::-1], whole[::-1]])
     count = max(0, min(alike, len(read)) - 1)
-    marked = (Encoded(ids, (False,) * (len(ids) - count) + (True,) * count) for ids in (ours, read))
-    return _Both(*marked, which, min(len(whole) - alike, len(text)), len(ours) - len(whole))
+    first, other = (Encoded(ids, (False,) * (len(ids) - count) + (True,) * count) for ids in (ours, read))
+    return _Both(first, other, which, min(len(whole) - alike, len(text)), len(ours) - len(whole))
 
 
 # ---- behind the text -----------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """How many tokens a micro-batch may have on this machine, and what weights hold."""
 
+import math
 from typing import Any
 
 import torch
@@ -11,15 +12,17 @@ SHARE = 0.5  # of the free memory, for activations
 QUANTIZED_BYTES = {8: 1.0, 4: 0.516}  # of a weight by its bits, scales included: one byte for 64, and four for 64 x 256
 
 
-def token_budget(backbone: Any, device: torch.device, wanted: int | None) -> int:
-    """Tokens (padding included) of one micro-batch: `wanted`, or what fits into the free memory and computes fastest."""
+def token_budget(backbone: Any, device: torch.device, wanted: int | None, processes: int = 1) -> int:
+    """Tokens (padding included) of one micro-batch: `wanted`, or what fits into the free memory and computes fastest. `processes`: so many
+    share the machine and its GPUs."""
     if wanted is not None:
         return wanted
     if device.type == "cuda":
+        processes = math.ceil(processes / torch.cuda.device_count())
         free, most = torch.cuda.mem_get_info(device)[0], GPU_TOKENS
     else:
         free, most = virtual_memory().available, CPU_TOKENS * 4 // next(backbone.parameters()).dtype.itemsize
-    return int(max(1, min(most, SHARE * free / activation_bytes(backbone))))
+    return int(max(1, min(most, SHARE * free / processes / activation_bytes(backbone))))
 
 
 def activation_bytes(backbone: Any) -> int:

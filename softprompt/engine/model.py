@@ -64,9 +64,10 @@ class FrozenBase:
         """The layers, without the head."""
         return backbone_of(self.model)
 
-    def budget(self, wanted: int | None) -> int:
-        """Tokens (padding included) of one micro-batch: `wanted`, or what fits into the free memory and computes fastest."""
-        return token_budget(self.backbone, self.device, wanted)
+    def budget(self, wanted: int | None, processes: int = 1) -> int:
+        """Tokens (padding included) of one micro-batch: `wanted`, or what fits into the free memory and computes fastest. `processes`: so
+        many share the memory of this machine."""
+        return token_budget(self.backbone, self.device, wanted, processes)
 
     @property
     def hidden_size(self) -> int:

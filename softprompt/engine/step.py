@@ -11,13 +11,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from softprompt.engine.batch import Batch, batches, collate
+from softprompt.engine.batch import Batch, collate, cost, cut
 from softprompt.engine.loss import Loss, batch_losses, next_tokens
 from softprompt.engine.model import FrozenBase
 from softprompt.engine.prefix import Prefix, checkpointed
 from softprompt.engine.prompt import Prompt, read_together
 from softprompt.engine.tokens import Encoded
-from softprompt.engine.world import World
+from softprompt.engine.world import Item, World, add
 from softprompt.errors import RunError
 
 TOGETHER = 256  # positions that may be shared by rows however small their micro-batches are
@@ -39,13 +39,37 @@ class StepSettings:
 
 @dataclass(frozen=True)
 class _Done:
-    """Micro-batches whose gradients were added: the losses [K] that they add up to, and the budget that memory allowed."""
+    """A micro-batch whose gradients are all there. `sums_RD`: of every prompt that its rows continue from, the gradients by the leaf's
+    tensors, and last the losses as shares of its mean; and the budget that memory allowed."""
 
-    losses_K: Tensor
+    sums_RD: Tensor
     tokens_per_batch: int
 
-    def then(self, other: "_Done") -> "_Done":
-        return _Done(self.losses_K + other.losses_K, min(self.tokens_per_batch, other.tokens_per_batch))
+
+@dataclass(frozen=True)
+class _Work:
+    """What the micro-batches of a step share: `rows`, and which prefix of the leaf each continues from; `counts_K` of supervised tokens."""
+
+    base: FrozenBase
+    leaf: Prefix
+    rows: Sequence[Encoded]
+    which: Sequence[int]
+    counts_K: Tensor
+
+    def batch(self, numbers: Sequence[int]) -> Batch:
+        return collate(self.rows, numbers, [self.which[number] for number in numbers], self.base.device)
+
+    @property
+    def sizes(self) -> list[int]:
+        """Numbers that the leaf's tensors have of one prefix."""
+        return [tensor[0].numel() for tensor in self.leaf.tensors]
+
+    @property
+    def width(self) -> int:
+        return sum(self.sizes) + 1
+
+    def prompts_of(self, numbers: Sequence[int]) -> tuple[int, ...]:
+        return tuple(sorted({self.which[number] for number in numbers}))
 
 
 def step_gradients(
@@ -54,57 +78,78 @@ def step_gradients(
     """Adds to the gradient of every prompt's learned numbers that of its mean loss per supervised token of its own rows.
 
     Returns those losses, [K] float32 on the base's device (reading them waits for the device), and `settings.tokens_per_batch`, or
-    what less memory allowed: the budget of the next steps. Raises RunError when a single row does not fit into memory.
+    what less memory allowed here: the budget of the next steps. The processes of `world` share the micro-batches; losses and gradients
+    are the same everywhere, to the same bits however many they are. Raises RunError when a single row does not fit into memory.
     """
     room = max(TOGETHER, settings.tokens_per_batch // 4)  # in float32, and kept for backward beside a micro-batch
     prefix, flat = read_together(base, prompts, [row for own in rows for row in own], room)
     leaf = prefix.leaf()
-    which = [index for index, own in enumerate(rows) for _ in own]
     counts_K = torch.tensor([sum(row.num_supervised for row in own) for own in rows], dtype=torch.float32, device=base.device)
-    done = _Done(torch.zeros_like(counts_K), settings.tokens_per_batch)
+    work = _Work(base, leaf, flat, [index for index, own in enumerate(rows) for _ in own], counts_K)
+    groups, allowed = cut(flat, settings.tokens_per_batch, base.device), settings.tokens_per_batch
+
+    def sums_of(number: int) -> Tensor:
+        nonlocal allowed
+        done = _sums(work, groups[number], settings)
+        allowed = min(allowed, done.tokens_per_batch)
+        return done.sums_RD
+
+    items = [Item(cost(flat, group, base.device), work.prompts_of(group)) for group in groups]
     with checkpointed(base.backbone) if settings.checkpoint_activations else nullcontext():
-        for batch in batches(flat, which, settings.tokens_per_batch, base.device, world):
-            done = done.then(_add_gradients(base, leaf, flat, batch, counts_K, settings))
-    prefix.backward_from(leaf)
-    return done.losses_K, world.smallest(done.tokens_per_batch)
+        sums_KD = world.added_up(counts_K.new_zeros(len(prompts), work.width), items, sums_of)
+    *grads, losses_K = sums_KD.split([*work.sizes, 1], dim=1)
+    if world.first:
+        for tensor, grad in zip(leaf.tensors, grads, strict=True):
+            tensor.grad = grad.reshape(tensor.shape).to(tensor.device)
+        prefix.backward_from(leaf)
+    if world.size > 1:  # and all go on with what came of that: where a device adds in no fixed order, they would drift apart
+        world.as_first([_gradient(prompt.learned_PD) for prompt in prompts])
+    return losses_K[:, 0], allowed
+
+
+def _gradient(learned_PD: Tensor) -> Tensor:
+    if learned_PD.grad is None:
+        learned_PD.grad = torch.zeros_like(learned_PD)
+    return learned_PD.grad
 
 
 def batch_gradients(
     base: FrozenBase, leaf: Prefix, batch: Batch, counts_K: Tensor, settings: StepSettings
-) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+) -> tuple[Tensor, tuple[Tensor, ...]]:
     """(losses [N] as shares of their prompts' means, their gradients by the leaf's tensors) of one micro-batch."""
     continued = base.continue_from(leaf, batch.which_B, batch.ids_BT, batch.mask_BT)
     losses_N = batch_losses(base, continued, batch, settings.loss, settings.head_tolerance) / counts_K[batch.which_B[batch.row_N]]
     del continued
-    return losses_N, torch.autograd.grad(losses_N.sum(), leaf.tensors, allow_unused=True)
+    return losses_N, torch.autograd.grad(losses_N.sum(), leaf.tensors, allow_unused=True, materialize_grads=True)
 
 
-def _add_gradients(
-    base: FrozenBase, leaf: Prefix, rows: Sequence[Encoded], batch: Batch, counts_K: Tensor, settings: StepSettings
-) -> _Done:
-    """One micro-batch: its gradients are added to the leaf when all of them are there, or not at all."""
+def _sums(work: _Work, numbers: Sequence[int], settings: StepSettings) -> _Done:
+    """One micro-batch, of these rows: as a whole, or where memory is short, one half of it after the other."""
+    batch = work.batch(numbers)
     try:
-        losses_N, grads = batch_gradients(base, leaf, batch, counts_K, settings)
+        return _Done(
+            _packed(work, batch, *batch_gradients(work.base, work.leaf, batch, work.counts_K, settings)), settings.tokens_per_batch
+        )
     except torch.OutOfMemoryError:
-        grads = None
-    if grads is None:  # outside of the handler, which holds on to the tensors of the failed attempt
-        return _in_halves(base, leaf, rows, batch, counts_K, settings)
-    for tensor, grad in zip(leaf.tensors, grads, strict=True):
-        if grad is not None:
-            tensor.grad = grad if tensor.grad is None else tensor.grad.add_(grad)
-    losses_K = torch.zeros_like(counts_K).index_add(0, batch.which_B[batch.row_N], losses_N.detach())
-    return _Done(losses_K, settings.tokens_per_batch)
-
-
-def _in_halves(base: FrozenBase, leaf: Prefix, rows: Sequence[Encoded], batch: Batch, counts_K: Tensor, settings: StepSettings) -> _Done:
-    if len(batch.rows) == 1:
-        raise RunError(f"out of memory with a single row of {len(rows[batch.rows[0]])} tokens: lower data.max_length or use a smaller base")
-    if base.device.type == "cuda":
+        pass  # and out of the handler, which holds on to the tensors of the failed attempt
+    if len(numbers) == 1:
+        longest = len(work.rows[numbers[0]])
+        raise RunError(f"out of memory with a single row of {longest} tokens: lower data.max_length or use a smaller base")
+    if work.base.device.type == "cuda":
         torch.cuda.empty_cache()
     smaller = replace(settings, tokens_per_batch=batch.ids_BT.numel() // 2)
-    which, middle = batch.which_B.tolist(), len(batch.rows) // 2
-    done = _Done(torch.zeros_like(counts_K), smaller.tokens_per_batch)
-    for part in (slice(None, middle), slice(middle, None)):
-        half = collate(rows, batch.rows[part], which[part], base.device)
-        done = done.then(_add_gradients(base, leaf, rows, half, counts_K, smaller))
-    return done
+    prompts, allowed = work.prompts_of(numbers), smaller.tokens_per_batch
+    sums_RD = work.counts_K.new_zeros(len(prompts), work.width)
+    for half in (numbers[: len(numbers) // 2], numbers[len(numbers) // 2 :]):
+        done = _sums(work, half, smaller)
+        add(sums_RD, [prompts.index(prompt) for prompt in work.prompts_of(half)], done.sums_RD)
+        allowed = min(allowed, done.tokens_per_batch)
+    return _Done(sums_RD, allowed)
+
+
+def _packed(work: _Work, batch: Batch, losses_N: Tensor, grads: Sequence[Tensor]) -> Tensor:
+    """[R, D] of the prompts that the batch's rows continue from."""
+    losses_K = torch.zeros_like(work.counts_K).index_add(0, batch.which_B[batch.row_N], losses_N.detach())
+    own, device = list(work.prompts_of(batch.rows)), losses_K.device
+    picked = (*grads, losses_K[:, None]) if len(own) == len(losses_K) else (*(grad[own] for grad in grads), losses_K[own, None])
+    return torch.cat([part.flatten(1).to(device) for part in picked], dim=1)

@@ -23,6 +23,7 @@ from softprompt.engine.prompt import Prompt, read_together
 from softprompt.engine.reading import Context
 from softprompt.engine.shelf import Shelf
 from softprompt.engine.tokens import Encoded
+from softprompt.engine.world import World
 
 ROOM = 2**31  # bytes of keys and values of texts that are kept; of several chunks those that were not used for longest leave
 SAID = 2**29  # bytes of what it says of rows that are kept; where all of it would be more, none is
@@ -184,15 +185,17 @@ class Likeness:
 
 
 @torch.no_grad()
-def likeness(base: FrozenBase, teacher: Teaching, soft: Prompt, rows: Sequence[Encoded], tokens_per_batch: int) -> Likeness:
-    """How like the teacher a prompt is on all its rows; `rows`: as the student reads them."""
+def likeness(
+    base: FrozenBase, teacher: Teaching, soft: Prompt, rows: Sequence[Encoded], tokens_per_batch: int, world: World = World()
+) -> Likeness:
+    """How like the teacher a prompt is on all its rows, which the processes share; `rows`: as the student reads them."""
     prefix, rest = read_together(base, [soft], rows)
     sums_3R = torch.zeros(3, len(rows), dtype=torch.float64)
-    for batch in batches(rest, [0] * len(rest), tokens_per_batch, base.device):
+    for batch in batches(rest, [0] * len(rest), tokens_per_batch, base.device, world):
         continued = base.continue_from(prefix, batch.which_B, batch.ids_BT, batch.mask_BT)
         own_NH = continued.hidden_BTH.flatten(0, 1).index_select(0, batch.scored_N)
         losses_N, same_N = teacher.compared(base, own_NH, batch.rows, batch.targets_N)
         judged_N = torch.tensor(teacher.judges(batch.rows), device=losses_N.device)
         found_3N = (torch.stack([losses_N, same_N.float(), torch.ones_like(losses_N)]) * judged_N).cpu().double()
         sums_3R.index_add_(1, torch.tensor(batch.rows)[batch.row_N.cpu()], found_3N)
-    return Likeness(*sums_3R)
+    return Likeness(*world.total(sums_3R))
