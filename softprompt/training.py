@@ -38,7 +38,7 @@ from softprompt.errors import ConfigError, RunError
 from softprompt.events import Evaluated, Event, Finished, Found, Sampled, Saved, Searching, Started, Step, Warned
 from softprompt.init import SOURCES, Source
 from softprompt.inspection import inspect
-from softprompt.job import Job, Measured, Setup, Trainee, data_card, data_facts, prepare, start_job
+from softprompt.job import Job, Measured, Setup, Trainee, data_card, data_facts, in_precision, prepare, start_job
 from softprompt.locations import with_absolute_paths
 from softprompt.runlog import RunFolder
 from softprompt.sampling import Sampling
@@ -82,6 +82,7 @@ def _train(config: Config, resume: bool, base: FrozenBase | None, sources: Mappi
     else:
         world.told(lambda: RunFolder.check_free(folder))
         config = with_absolute_paths(config)
+    config = in_precision(config, base, RunFolder(folder) if resume else None, world)
     check_trackers(config.train.trackers)
     if config.optim.relative_lr == "find":
         base = base or load_base(world.placed(config.model))
