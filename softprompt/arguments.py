@@ -17,7 +17,6 @@ from softprompt.engine.model import FrozenBase
 from softprompt.engine.prompt import Prompt
 from softprompt.engine.tokens import Encoded
 from softprompt.errors import ArtifactError, ConfigError, DataError
-from softprompt.locations import relocated
 from softprompt.rows import encode_rows, encoder_of, load_splits
 from softprompt.runlog import RunFolder, run_of
 
@@ -106,7 +105,7 @@ def read_arguments(prompt: Path, others: Sequence[Path], data: str | None, shots
             prompts[_free(path.parent.name if path.name == "prompt" else path.name, prompts)] = path
     card = read_card(first)
     own: dict[str, Any] = {
-        "model": relocated(card.model_config_of_base, overrides).model_dump(exclude_none=True),
+        "model": card.base_here(overrides).model_dump(exclude_none=True),
         "data": {"label_words": card.data.label_words, **({} if data is None else {"eval": data})},
     }
     run = run_of(first)

@@ -12,7 +12,9 @@ Only safetensors and JSON are read. Nothing in the folder can make code run: tem
 
 import hashlib
 import json
+import logging
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from safetensors.torch import load_file, save_file
 from softprompt.card import BaseCard, Card, DataCard, model_card
 from softprompt.config import Config, ModelConfig
 from softprompt.encode import Encoder, make_encoder
+from softprompt.engine.loading import multiplies_in
 from softprompt.engine.model import FrozenBase
 from softprompt.engine.prompt import DeepPrompt, Prompt, SoftPrompt, shapes_of
 from softprompt.engine.quantized import unadvised
@@ -160,7 +163,8 @@ def load_prompt(path: str | Path, base: FrozenBase, *, allow_other_base: bool = 
     """Reads a prompt and checks that it fits the base.
 
     `allow_other_base` lets a prompt onto a base or tokenizer with another fingerprint (a fine-tuned or quantised
-    variant, say), never onto one of another width. Raises ArtifactError with what does not fit.
+    variant, say), never onto one of another width. A base in another precision than that of the training is said, once in a process.
+    Raises ArtifactError with what does not fit.
     """
     folder = find_prompt(path)
     card = read_card(folder)
@@ -171,10 +175,22 @@ def load_prompt(path: str | Path, base: FrozenBase, *, allow_other_base: bool = 
     encoder = make_encoder(base.tokenizer, card.template, date=card.date, system=card.system, num_tokens=base.num_tokens)
     if encoder.bos_id != card.bos_id and not allow_other_base:
         raise ArtifactError(f"{folder} was trained with another use of the BOS token than that of {base.name}'s tokenizer: {ANYWAY}")
+    if card.base.dtype not in ("auto", base.precision):
+        say_precision(card.base.dtype, base.precision, multiplies_in(card.base.dtype, str(base.device)))
     own = _without_bos(rows, card).to(base.device)
     if card.method == "prefix":
         return StoredPrompt(DeepPrompt(own, card.position, encoder.bos_id, torch.ones_like(own[0]), card.shapes), card, encoder)
     return StoredPrompt(SoftPrompt(own, card.position, encoder.bos_id), card, encoder)
+
+
+@lru_cache
+def say_precision(trained_in: str, used_in: str, either: bool) -> None:
+    """Says once in a process that prompts are used in another precision. `either`: whether the machine multiplies in that of the
+    training too."""
+    why = "would compute as in training" if either else f"would be slow, for this machine does not multiply in {trained_in}"
+    logging.getLogger(__name__).warning(
+        "a prompt trained in %s is used in %s and may answer otherwise: model.dtype=%s %s", trained_in, used_in, trained_in, why
+    )
 
 
 def _check_width(folder: Path, card: Card, rows: torch.Tensor, base: FrozenBase) -> None:

@@ -1,15 +1,18 @@
 """What a prompt is, as its folder says it: for softprompt and for people."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict
 
-from softprompt.config import ModelConfig
+from softprompt.config import ModelConfig, load_config
+from softprompt.engine.loading import within_reach
 from softprompt.engine.model import FrozenBase, same_weights
 from softprompt.formats import PROMPT
+from softprompt.locations import relocated
 
 LICENCE_NOTE = (
     "The rows were trained against the base named above and are of no use without it. "
@@ -22,7 +25,7 @@ class CardModel(BaseModel):
 
 
 class BaseCard(CardModel):
-    """The base a prompt was trained for. `dtype`: as it was asked for."""
+    """The base a prompt was trained for. `dtype`: the precision it was trained in; "auto" where nobody has noted it."""
 
     name: str
     gguf_file: str | None
@@ -94,6 +97,16 @@ class Card(CardModel):
         """Where to load the base from. Remote code stays off, whatever the folder says."""
         return ModelConfig(**self.base.model_dump(include={"name", "gguf_file", "revision", "quantization", "dtype"}))
 
+    def base_here(self, overrides: Sequence[str] = ()) -> ModelConfig:
+        """The same for a command with these overrides, on this machine."""
+        return as_trained(relocated(self.model_config_of_base, overrides), overrides)
+
+
+def as_trained(stored: ModelConfig, overrides: Sequence[str]) -> ModelConfig:
+    """A base that a run or prompt remembers, in the precision of then where the device multiplies in it, or where the overrides of a
+    command name one; elsewhere the machine decides."""
+    return stored if "dtype" in load_config(None, overrides).model.model_fields_set else within_reach(stored)
+
 
 def _around(card: Card) -> str:
     """What else the texts of a prompt had, in sentences."""
@@ -126,6 +139,8 @@ def model_card(card: Card, repo_id: str | None = None) -> str:
     shown = card.base.name if on_hub else Path(card.base.name).name
     bos = "\nThe first stored row is the BOS token: with PEFT, tokenize without BOS.\n" if card.position == "after_bos" else ""
     origin, held = _origin(card)
+    known = card.base.dtype != "auto"
+    precision, asked = (f"| precision of the base | {card.base.dtype} |\n", f', "model.dtype={card.base.dtype}"') if known else ("", "")
     losses = "".join(f"| {name} | {value:.4f} |\n" for name, value in card.metrics.items() if isinstance(value, float))
     return f"""---
 {chr(10).join(front)}
@@ -137,7 +152,7 @@ def model_card(card: Card, repo_id: str | None = None) -> str:
 
 | | |
 |---|---|
-{losses}| position | {card.position} |
+{losses}{precision}| position | {card.position} |
 | start | {card.init} |
 | seed | {card.seed} |
 
@@ -149,7 +164,7 @@ def model_card(card: Card, repo_id: str | None = None) -> str:
 
 ```python
 import softprompt
-base = softprompt.load_base(softprompt.load_config(None, ["model.name=BASE"]).model)
+base = softprompt.load_base(softprompt.load_config(None, ["model.name=BASE"{asked}]).model)
 answers = softprompt.generate(base, softprompt.load_prompt("{place}", base), ["your text"])
 
 from peft import PeftModel  # PEFT 0.21's generate loses the prompt under transformers 5.24; its forward is right

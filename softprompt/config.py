@@ -39,7 +39,7 @@ class ModelConfig(Section):
     revision: str | None = None
     """Branch, tag or commit on the hub."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Precision of the base. auto: bfloat16 on a GPU or CPU that multiplies in it, else float32. The prompt is float32 always."""
+    """Precision of the base; a prompt is float32. auto: bfloat16 where GPU or CPU multiply in it, else float32; a run remembers it."""
     quantization: Literal["int8", "nf4"] | None = None
     """Hold the base's linear layers in 8 or 4 bits, through bitsandbytes. The head and the embeddings stay as they are. Left out for a
     base that was saved in few bits."""

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from softprompt.artifact import StoredPrompt, load_prompt
+from softprompt.card import as_trained
 from softprompt.checkpoint import load_start
 from softprompt.config import USUAL_RATE, Config, OptimConfig
 from softprompt.distil.study import Studied, study_of
@@ -299,7 +300,7 @@ def diagnose(run: str | Path, base: FrozenBase | None = None, overrides: Sequenc
     """
     folder = RunFolder.reopen(Path(run))
     config = folder.config()
-    base = base or load_base(relocated(config.model, overrides))
+    base = base or load_base(as_trained(relocated(config.model, overrides), overrides))
     members, findings = config.members(), {}
     study = study_of(config, base) if config.distil.wanted else None
     history = history_of(folder, len(members))

@@ -24,7 +24,6 @@ from softprompt.engine.prompt import SoftPrompt
 from softprompt.engine.reading import shelved
 from softprompt.engine.tokens import Encoded
 from softprompt.errors import ConfigError
-from softprompt.locations import relocated
 from softprompt.sampling import Sampling
 from softprompt.templates import Chat
 from softprompt.thinking import Thinking, spoken
@@ -56,7 +55,7 @@ class SoftPromptLM(TemplateLM):  # type: ignore[misc]
             )
         named = {"model.device": device, "model.dtype": dtype, **of_base}
         overrides = [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in named.items() if value is not None]
-        self.base = load_base(relocated(read_card(prompt).model_config_of_base, overrides))
+        self.base = load_base(read_card(prompt).base_here(overrides))
         self.stored = load_prompt(Path(prompt), self.base, allow_other_base=bool(allow_other_base))
         self.tokenizer, self.template, self.max_gen_toks = self.base.tokenizer, bool(template), int(max_gen_toks)
         self.context = (self.stored.soft, ())

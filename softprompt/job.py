@@ -1,5 +1,6 @@
 """What a run works with, put together and checked before its first step."""
 
+import logging
 from collections.abc import Generator, Mapping
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
@@ -17,7 +18,7 @@ from softprompt.distil.onpolicy import own_answers
 from softprompt.distil.study import Studied, studying
 from softprompt.encode import Encoder, check_position, make_encoder
 from softprompt.engine.batch import Order
-from softprompt.engine.loading import load_base
+from softprompt.engine.loading import load_base, load_dtype, multiplies_in
 from softprompt.engine.loss import Loss, next_tokens
 from softprompt.engine.model import FrozenBase, check_context
 from softprompt.engine.optim import PromptOptimizer
@@ -185,6 +186,23 @@ class Job(Setup):
         ]
         lessons = study.classroom.lessons([one for own in read for one in own])
         return [[one.own for one in own] for own in read], lessons.teacher
+
+
+def with_precision(config: Config, base: FrozenBase | None, begun: RunFolder | None = None) -> Config:
+    """The configuration of a run with the precision that it computes in, which "auto" leaves open: that of `base`, else what the machine
+    multiplies in; of a run that was `begun`, the precision of then. Raises RunError where another one is asked for to go on."""
+    began_in = "auto" if begun is None else begun.config().model.dtype  # a run of an earlier version has left it open
+    if begun is None or began_in == "auto":
+        dtype = str(load_dtype(config.model)).removeprefix("torch.") if base is None else base.precision
+        return config.model_copy(update={"model": config.model.model_copy(update={"dtype": dtype})})
+    asked = config.model.dtype if base is None else base.precision
+    if asked not in ("auto", began_in):
+        raise RunError(f"{begun.path} began in {began_in}, and the base is asked for in {asked}: it must be the same to resume")
+    if not multiplies_in(began_in, config.model.device):
+        logging.getLogger(__name__).warning(
+            "%s goes on in %s, as it began: this machine does not multiply in it and is slow", begun.path, began_in
+        )
+    return config.model_copy(update={"model": config.model.model_copy(update={"dtype": began_in})})
 
 
 def prepare(

@@ -15,6 +15,7 @@ import torch
 from softprompt.arguments import Arguments, read_arguments
 from softprompt.artifact import StoredPrompt, base_card, end_ids, find_prompt, load_prompt, read_card, write_prompt
 from softprompt.atomic import new_folder
+from softprompt.card import as_trained
 from softprompt.config import Config, ModelConfig, load_config
 from softprompt.data import Loaded
 from softprompt.engine.loading import MOVED, load_base
@@ -65,9 +66,9 @@ class Moved:
 
     def write(self, out: Path) -> None:
         """The prompt as it is, with a card that binds it to the new base."""
-        card, soft = self.prompt.card, self.prompt.soft
+        card, soft, own = self.prompt.card, self.prompt.soft, base_card(self.model, self.base)
         now = {
-            "base": base_card(self.model, self.base),
+            "base": own if own.dtype != "auto" else own.model_copy(update={"dtype": card.base.dtype}),
             "bos_id": soft.bos_id,
             "end_ids": end_ids(self.prompt.encoder),
             "init": f"the rows of a prompt for {Path(card.base.name).name}, which was started with: {card.init}",
@@ -124,7 +125,7 @@ def move(path: str | Path, overrides: Sequence[str], data: str | None = None) ->
     path = find_prompt(path)
     given = read_arguments(path, (), data, None, overrides)
     card = read_card(path)
-    old = given.of_run.model if given.of_run else card.model_config_of_base
+    old = as_trained(given.of_run.model if given.of_run else card.model_config_of_base, overrides)
     model = _other(old, overrides)
     old = old.model_copy(update={"trust_remote_code": model.trust_remote_code})
     loaded = given.rows()[0]

@@ -114,8 +114,8 @@ class RunFolder:
         return config.model_copy(update={"train": train, "model": model})
 
     def note_place(self, model: ModelConfig) -> None:
-        """Keeps where the run's base lies now."""
-        config, place = load_config(self.path / "config.toml"), {key: getattr(model, key) for key in PLACE}
+        """Keeps where the run's base lies now, and in which precision the run goes on, where that was not kept."""
+        config, place = load_config(self.path / "config.toml"), {key: getattr(model, key) for key in (*PLACE, "dtype")}
         if config.model.model_copy(update=place) != config.model:
             moved = config.model_copy(update={"model": config.model.model_copy(update=place)})
             write_text(self.path / "config.toml", moved.to_toml())

@@ -37,7 +37,7 @@ from softprompt.errors import ConfigError, RunError
 from softprompt.events import Evaluated, Event, Finished, Found, Sampled, Saved, Searching, Started, Step, Warned
 from softprompt.init import SOURCES, Source
 from softprompt.inspection import inspect
-from softprompt.job import Job, Measured, Setup, Trainee, data_card, data_facts, prepare, start_job
+from softprompt.job import Job, Measured, Setup, Trainee, data_card, data_facts, prepare, start_job, with_precision
 from softprompt.locations import with_absolute_paths
 from softprompt.runlog import RunFolder
 from softprompt.sampling import Sampling
@@ -63,13 +63,15 @@ def train(
     folder = Path(config.train.out)
     early: list[Event] = []
     if resume:
-        finished = RunFolder.reopen(folder).result()
+        run = RunFolder.reopen(folder)
+        finished = run.result()
         if finished is not None:
             yield Finished(finished)
             return
+        config = with_precision(config, base, run)
     else:
         RunFolder.check_free(folder)
-        config = with_absolute_paths(config)
+        config = with_precision(with_absolute_paths(config), base)
     check_trackers(config.train.trackers)
     if config.optim.relative_lr == "find":
         base = base or load_base(config.model)

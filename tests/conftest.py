@@ -8,6 +8,7 @@ import pytest
 import tiny
 import torch
 
+from softprompt.artifact import say_precision
 from softprompt.config import Config, load_config
 from softprompt.engine.model import FrozenBase
 
@@ -31,6 +32,12 @@ def one_precision() -> Iterator[None]:
         for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
             patch.setattr(torch.cpu, name, lambda: False)
         yield
+
+
+@pytest.fixture(autouse=True)
+def unsaid() -> None:
+    """What is said once in a process is said in every test."""
+    say_precision.cache_clear()
 
 
 @pytest.fixture(scope="session")

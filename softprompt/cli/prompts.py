@@ -324,6 +324,5 @@ def lm_eval(context: typer.Context) -> None:
 def base_config(prompt: Path, overrides: list[str]) -> Any:
     """The base that a stored prompt was trained for, then the overrides."""
     from softprompt.artifact import read_card
-    from softprompt.locations import relocated
 
-    return relocated(read_card(prompt).model_config_of_base, overrides)
+    return read_card(prompt).base_here(overrides)

@@ -169,12 +169,25 @@ def load_dtype(config: ModelConfig) -> torch.dtype:
     """The precision that a base is loaded in. auto: bfloat16 where the hardware multiplies in it, else float32."""
     if config.dtype != "auto":
         return getattr(torch, config.dtype)
-    device = device_of(config.device).type
-    if device == "cpu":  # without such instructions a CPU takes a hundred times longer than in float32
-        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()  # torch 2.9 knows no other names
-    else:
-        fast = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.bfloat16 if fast else torch.float32
+    return torch.bfloat16 if multiplies_in("bfloat16", config.device) else torch.float32
+
+
+def multiplies_in(precision: str, device: str) -> bool:
+    """Whether a device, as `model.device` names it, has instructions for products in a precision: without them a CPU takes many times
+    longer than in float32 (LOG.md)."""
+    kind = device_of(device).type
+    if precision == "float32":
+        return True
+    if kind == "cpu":  # torch 2.9 knows no other names
+        return precision == "bfloat16" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    return precision == "float16" or (kind == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False))
+
+
+def within_reach(stored: ModelConfig) -> ModelConfig:
+    """A base that a run or prompt remembers, in the precision of then where the device multiplies in it; elsewhere the machine decides."""
+    if stored.dtype == "auto" or multiplies_in(stored.dtype, stored.device):
+        return stored
+    return stored.model_copy(update={"dtype": "auto"})
 
 
 def _cannot_load(name: str, gguf_file: str | None, address: str, error: Exception) -> str:

@@ -78,6 +78,11 @@ class FrozenBase:
         return self.model.dtype
 
     @property
+    def precision(self) -> str:
+        """Its `dtype` as a configuration names it."""
+        return str(self.dtype).removeprefix("torch.")
+
+    @property
     def num_parameters(self) -> int:
         return self.model.num_parameters()
 

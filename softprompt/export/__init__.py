@@ -55,7 +55,7 @@ def export(wanted: Wanted, model: ModelConfig | None = None, *, allow_other_base
     if wanted.default is not None and wanted.default not in names:
         raise ConfigError(f"--default {wanted.default}: there is no such prompt among {', '.join(names)}")
     first = wanted.prompts[0]
-    config = model or read_card(first).model_config_of_base
+    config = model or read_card(first).base_here()
     move = f"move it there first, softprompt recycle {first} --out DIR model.name={config.name if config.quantization else 'FOLDER'}"
     if config.quantization is not None and wanted.format in ("vocab", "gguf"):
         raise ArtifactError(f"{first} was trained on its base in {config.quantization}, and an exported model has the full weights: {move}")
