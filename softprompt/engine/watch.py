@@ -68,10 +68,10 @@ class Watch:
     def _lose(self, rank: int) -> None:
         """Tells the others which process is gone, and ends this one unless it does so itself: it may be in a product that takes minutes."""
         self._gone = rank
-        self._found.set()
         for line in self._lines.values():
             with suppress(OSError):
                 line.sendall(str(rank).encode())
+        self._found.set()  # now this process may end: the others would else take it for the one that is gone
         if not self._over.wait(GRACE):
             print(f"error: {self._sentence(rank)}", file=sys.stderr, flush=True)
             os._exit(2)
