@@ -51,8 +51,8 @@ class Matched:
 @dataclass(frozen=True)
 class _Both:
     """A row as the student reads it, and as the teacher does behind text number `which`; supervised are, in both, the tokens that follow
-    the queries to match. `num_text`: ids of the text that the student does not read itself; `shift`: how much farther on the student's row
-    begins than its end asks for, the prompt's positions apart."""
+    the queries to match. `num_text`: ids of the text that the student does not read itself; `shift`: tokens that its row has more than
+    text and teacher's row together."""
 
     own: Encoded
     theirs: Encoded
@@ -103,8 +103,12 @@ def _both(teacher: Teacher, number: int, own: Encoded) -> _Both:
     whole = (*text, *read)
     alike = num_shared([ours[::-1], whole[::-1]])
     count = max(0, min(alike, len(read)) - 1)
-    first, other = (Encoded(ids, (False,) * (len(ids) - count) + (True,) * count) for ids in (ours, read))
-    return _Both(first, other, which, min(len(whole) - alike, len(text)), len(ours) - len(whole))
+    shift = len(ours) - len(whole)
+    return _Both(_marked(ours, count), _marked(read, count), which, min(len(whole) - alike, len(text)), shift)
+
+
+def _marked(ids: tuple[int, ...], count: int) -> Encoded:
+    return Encoded(ids, (False,) * (len(ids) - count) + (True,) * count)
 
 
 # ---- behind the text -----------------------------------------------------------------------------------------------
@@ -157,6 +161,7 @@ def watched(base: FrozenBase, watch: Watch) -> Iterator[None]:
         yield
     finally:
         settings._attn_implementation = before
+        del AttentionInterface._global_mapping[WATCHED]  # which would keep all that `watch` knows
 
 
 # ---- which keys ----------------------------------------------------------------------------------------------------
@@ -226,7 +231,7 @@ def _solved(base: FrozenBase, start: Prefix, first: int, before: Sequence[int], 
     with watched(base, solve):
         base.continue_from(start, batch.which_B, batch.ids_BT, batch.mask_BT)
     layers = tuple(Layer(one.kind, {**one.parts, "values": values[number]}) for number, one in enumerate(start.layers))
-    off, whole = map(sum, zip(*squares, strict=True))
+    off, whole = (sum(ones) for ones in zip(*squares, strict=True))
     return Matched(layers, (off / whole) ** 0.5, len(batch.scored_N))
 
 
