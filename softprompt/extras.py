@@ -24,6 +24,7 @@ EXTRAS = {
     "trackio": ("trackio", "trackio"),
     "uvicorn": ("uvicorn", "serve"),
     "wandb": ("wandb", "wandb"),
+    "xllamacpp": ("xllamacpp", "llama"),
 }
 
 

@@ -10,7 +10,9 @@ import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import gguf
@@ -139,18 +141,22 @@ def _add_vocabulary(writer: GGUFWriter, tokenizer: Any, size: int) -> None:
 
 
 class LlamaServer:
-    """llama.cpp's server on a file, one thread, without its network part."""
+    """llama.cpp's server on a file, one thread, in this process; over HTTP at `address`. `slots`: the folder that it keeps these in."""
 
-    def __init__(self, file: Path) -> None:
+    def __init__(self, file: Path, slots: Path | None = None, kind: str = "F32", room: int = 512, **how: Any) -> None:
         import xllamacpp
 
         settings = xllamacpp.CommonParams()
         settings.model.path = str(file)
-        settings.n_ctx, settings.n_parallel, settings.n_gpu_layers = 512, 1, 0
+        settings.n_ctx, settings.n_parallel, settings.n_gpu_layers, settings.port = room, 1, 0, 0
         settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = 1
-        settings.cache_type_k = settings.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+        settings.cache_type_k = settings.cache_type_v = getattr(xllamacpp.ggml_type, f"GGML_TYPE_{kind}")
         settings.use_jinja, settings.warmup, settings.verbosity = True, False, 0
+        settings.slot_save_path = "" if slots is None else f"{slots}/"
+        for name, value in how.items():
+            setattr(settings, name, value)
         self.server = xllamacpp.Server(settings)
+        self.address = self.server.listening_address
 
     def chat(self, question: str, tokens: int, **how: Any) -> str:
         turns = [{"role": "user", "content": question}]
@@ -165,6 +171,58 @@ class LlamaServer:
         answer = json.loads(answer) if isinstance(answer, str) else answer
         assert "error" not in answer, answer
         return answer
+
+
+def from_slot(address: str, facts: dict[str, Any], asked: Sequence[int], tokens: int, slot: int = 0) -> dict[str, Any]:
+    """What a server answers behind a prompt, by the two requests that `softprompt attach` shows, with another question's ids and slot."""
+    _post(f"{address}/slots/{slot}?action=restore", facts["restore"])
+    given = {"prompt": [*facts["ids"], *asked], "id_slot": slot, "n_predict": tokens}
+    return _post(f"{address}/completion", {**facts["request"], **given})
+
+
+@contextmanager
+def relayed(
+    address: str,
+    ends_after: int = 1 << 30,
+    before: Callable[[str, dict[str, Any]], None] = lambda path, request: None,
+    after: Callable[[str], None] = lambda path: None,
+) -> Iterator[str]:
+    """The address of a relay to a server. It hangs up on all requests but the first `ends_after`. `before` may alter a request, by its
+    path; `after` is told of the path when the server has answered."""
+    left = [ends_after]
+
+    class Relay(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            left[0] -= 1
+            if left[0] < 0:
+                return
+            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            request = json.loads(body) if body else None
+            before(self.path, request if request is not None else {})
+            sent = urllib.request.Request(address + self.path, None if request is None else json.dumps(request).encode())
+            try:
+                with urllib.request.urlopen(sent) as answer:
+                    code, said = 200, answer.read()
+            except urllib.error.HTTPError as error:
+                code, said = error.code, error.read()
+            after(self.path)
+            self.send_response(code)
+            self.end_headers()
+            self.wfile.write(said)
+
+        do_POST = do_GET
+
+        def log_message(self, *args: Any) -> None:
+            return
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Relay) as server:
+        thread = Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()
+            thread.join()
 
 
 class LlamaCpp:

@@ -14,7 +14,7 @@ GROUPS = {  # the verbs of --help, in the order of work
     "Train": ("demo", "plan", "train", "distil", "doctor", "report"),
     "Judge": ("eval", "inspect", "prune", "lm-eval"),
     "Use": ("generate", "chat", "serve"),
-    "Carry elsewhere": ("export", "push", "pull", "import", "recycle"),
+    "Carry elsewhere": ("export", "attach", "push", "pull", "import", "recycle"),
 }
 arrange(GROUPS)
 

@@ -88,11 +88,15 @@ def _there(address: str, models: list[str], key_file: Path | None) -> AbstractCo
     need("openai", "a talk with a server")
     from softprompt.serve.client import connect
 
+    return connect(address, models, os.environ.get("OPENAI_API_KEY") if key_file is None else key_of(key_file))
+
+
+def key_of(file: Path) -> str:
+    """The key that a server asks for. Raises ConfigError."""
     try:
-        key = os.environ.get("OPENAI_API_KEY") if key_file is None else key_file.read_text(encoding="utf-8").strip()
+        return file.read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--api-key-file {key_file}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
-    return connect(address, models, key)
+        raise ConfigError(f"--api-key-file {file}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
 
 
 def _lines() -> Iterator[str]:

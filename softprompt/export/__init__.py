@@ -1,4 +1,4 @@
-"""A prompt carried to other engines: as entries of a vocabulary, or as plain rows.
+"""A prompt carried to other engines: as entries of a vocabulary, as plain rows, or as keys and values in the form of their caches.
 
 P rows are P tokens. Written into the embedding table as new vocabulary entries, a prompt is served by any engine with ordinary
 tokens and its ordinary prefix cache, many prompts in one file.
@@ -20,8 +20,10 @@ from softprompt.engine.loading import load_base
 from softprompt.engine.model import FrozenBase
 from softprompt.engine.prompt import SoftPrompt
 from softprompt.errors import ArtifactError, ConfigError
-from softprompt.export import gguf, rows, vocab
+from softprompt.export import gguf, llama_here, rows, vocab
+from softprompt.export.attaching import Place
 from softprompt.export.carried import Carried, Exported, Goal
+from softprompt.export.llama_server import OPTION, LlamaServer, folder_of
 from softprompt.peft_here import fault_of_generate
 
 FORMATS: dict[str, Callable[[Goal], Exported]] = {
@@ -30,19 +32,23 @@ FORMATS: dict[str, Callable[[Goal], Exported]] = {
     "vllm": rows.export_vllm,
     "npy": rows.export_npy,
     "torch": rows.export_torch,
+    "slots": llama_here.export,
 }
+DEEP = ("slots",)  # take keys and values of every layer
+FROM_GGUF = ("gguf", "slots")
 
 
 @dataclass(frozen=True)
 class Wanted:
     """What is to be made. `default`: which prompt answers a chat that names none. `gguf_file`: the base as GGUF, where the prompts
-    were trained on its Hugging Face form."""
+    were trained on its Hugging Face form. `cache_type`: of llama.cpp's slots."""
 
     prompts: Sequence[Path]
     format: str
     out: Path
     default: str | None = None
     gguf_file: Path | None = None
+    cache_type: str | None = None
 
 
 def export(wanted: Wanted, model: ModelConfig | None = None, *, allow_other_base: bool = False) -> dict[str, Any]:
@@ -65,14 +71,18 @@ def export(wanted: Wanted, model: ModelConfig | None = None, *, allow_other_base
         if wanted.format == "gguf" and getattr(base.model, "is_quantized", False):
             raise ArtifactError(f"{first} was trained on a base in few bits, and a GGUF file has other weights: {move}")
         carried = tuple(_carried(name, path, base, allow_other_base) for name, path in names.items())
-        written = _write(wanted, lambda draft: Goal(base, carried, draft, Path(spare), default, config, wanted.gguf_file))
+        deep = [prompt for prompt in carried if not isinstance(prompt.soft, SoftPrompt)]
+        if deep and wanted.format not in DEEP:
+            raise ArtifactError(
+                f"{names[deep[0].name]} holds keys and values of every layer: softprompt and PEFT take those, and --to {', '.join(DEEP)}"
+            )
+        given = (default, config, wanted.gguf_file, wanted.cache_type)
+        written = _write(wanted, lambda draft: Goal(base, carried, draft, Path(spare), *given))
     return {"out": str(wanted.out), **written}
 
 
 def _carried(name: str, path: Path, base: FrozenBase, allow_other_base: bool) -> Carried:
     stored = load_prompt(path, base, allow_other_base=allow_other_base)
-    if not isinstance(stored.soft, SoftPrompt):
-        raise ArtifactError(f"{path} holds keys and values of every layer: only softprompt and PEFT take those")
     return Carried(name, stored.soft, stored.encoder)
 
 
@@ -97,8 +107,10 @@ def _check(wanted: Wanted) -> None:
         raise ConfigError(f"{already}; but {fault}" if fault else already)
     if wanted.format not in FORMATS:
         raise ConfigError(f"--to {wanted.format}: known are {', '.join(FORMATS)}")
-    if wanted.gguf_file is not None and wanted.format != "gguf":
-        raise ConfigError(f"--gguf belongs to --to gguf, not to --to {wanted.format}")
+    if wanted.gguf_file is not None and wanted.format not in FROM_GGUF:
+        raise ConfigError(f"--gguf belongs to --to {' and --to '.join(FROM_GGUF)}, not to --to {wanted.format}")
+    if wanted.cache_type is not None and wanted.format != "slots":
+        raise ConfigError(f"--cache-type belongs to --to slots, not to --to {wanted.format}")
     if wanted.out.exists():
         raise ConfigError(f"--out {wanted.out} exists: choose another folder")
 
@@ -115,3 +127,33 @@ def named(paths: Sequence[Path]) -> dict[str, Path]:
             raise ConfigError(f"{found[name]} and {path} would both be called {name}: rename a folder")
         found[name] = path
     return found
+
+
+@dataclass(frozen=True)
+class Target:
+    """A llama.cpp server that runs. `slots`: the folder that it keeps them in, where it is not to be seen in the server's command line."""
+
+    address: str
+    slots: Path | None = None
+    key: str | None = None
+
+
+def attach(target: Target, prompts: Sequence[Path], model: ModelConfig | None = None, *, allow_other_base: bool = False) -> dict[str, Any]:
+    """Puts prompts, rows and deep ones alike, into the server, one after the other, and returns the documented JSON of `softprompt attach`.
+
+    Raises ConfigError for what cannot be asked of this server, ArtifactError for one of another base or build, ModelError where none
+    answers.
+    """
+    server, names = LlamaServer(target.address, target.key), named(prompts)
+    build, num_slots = server.build(), server.num_slots()
+    folder = target.slots or folder_of(target.address)
+    if folder is None:
+        raise ConfigError(f"where does {target.address} keep its slots? give --slots DIR, the folder of its {OPTION}")
+    if not folder.is_dir():
+        raise ConfigError(f"--slots {folder}: no such folder")
+    base = load_base(model or read_card(prompts[0]).model_config_of_base)
+    carried = [_carried(name, path, base, allow_other_base) for name, path in names.items()]
+    put = {prompt.name: Place(server, folder, n % num_slots, base).put(prompt) for n, prompt in enumerate(carried)}
+    facts = {name: one.facts | {"checked": one.checked} for name, one in put.items()}
+    told = {"build": build, **next(iter(put.values())).cache_types}
+    return {"server": target.address, "slots": str(folder), "base": base.name, **told, "prompts": facts}

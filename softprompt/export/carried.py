@@ -22,11 +22,17 @@ QUESTIONS = ("What can I do for you today?", "你好，请问有什么可以帮�
 
 @dataclass(frozen=True)
 class Carried:
-    """A prompt of rows under its name."""
+    """A prompt under its name."""
 
     name: str
-    soft: SoftPrompt
+    soft: Prompt
     encoder: Encoder
+
+    @property
+    def rows_PH(self) -> Tensor:
+        """Of a prompt of rows: these, float32."""
+        assert isinstance(self.soft, SoftPrompt)
+        return self.soft.rows_PH.float().cpu()
 
     @property
     def tokens(self) -> tuple[str, ...]:
@@ -58,7 +64,7 @@ class Carried:
 @dataclass(frozen=True)
 class Goal:
     """`draft`: the folder to fill. `spare`: one that is thrown away. `default`: the prompt of a chat that names none. `model`: where
-    the base came from."""
+    the base came from. `cache_type`: of the slots of llama.cpp."""
 
     base: FrozenBase
     prompts: tuple[Carried, ...]
@@ -67,6 +73,7 @@ class Goal:
     default: str | None
     model: ModelConfig
     gguf_file: Path | None
+    cache_type: str | None = None
 
     @cached_property
     def tokens(self) -> tuple[str, ...]:
@@ -96,21 +103,20 @@ class Goal:
         scale = embedding_scale(self.base)
 
         def rounded(prompt: Carried) -> Carried:
-            soft = prompt.soft
-            rows_PH = (soft.rows_PH.float() / scale).to(dtype).float() * scale
-            return replace(prompt, soft=replace(soft, rows_PH=rows_PH))
+            return replace(prompt, soft=prompt.soft.with_learned((prompt.rows_PH / scale).to(dtype).float() * scale))
 
         return replace(self, prompts=tuple(map(rounded, self.prompts)))
 
     @cached_property
     def rows_NH(self) -> Tensor:
         """Their entries in the embedding table, float32: what the embedding module multiplies by is divided out."""
-        return torch.cat([prompt.soft.rows_PH.float().cpu() for prompt in self.prompts]) / embedding_scale(self.base)
+        return torch.cat([prompt.rows_PH for prompt in self.prompts]) / embedding_scale(self.base)
 
 
 @dataclass(frozen=True)
 class Exported:
-    """`prompts`: each one's facts. `checked`: what was read back and compared, with the largest deviation. `notes`: what to know."""
+    """`prompts`: each one's facts. `checked`: what was read back and compared, with the largest deviation. `notes`: what to know. `engine`:
+    what was written for."""
 
     format: str
     base: str
@@ -118,6 +124,7 @@ class Exported:
     files: Sequence[str] = ()
     checked: dict[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    engine: dict[str, str] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         """The documented JSON of `softprompt export`."""
@@ -128,6 +135,7 @@ class Exported:
             "files": list(self.files),
             "checked": self.checked,
             "notes": list(self.notes),
+            **self.engine,
         }
 
 

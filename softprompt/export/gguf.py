@@ -32,10 +32,10 @@ def export(goal: Goal) -> Exported:
 
     Raises ConfigError without a GGUF file of the base, ArtifactError for one of another model.
     """
-    reader = GGUFReader(_source(goal))
+    reader = GGUFReader(source_of(goal))
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     if TABLE not in tensors:
-        raise ArtifactError(f"{_source(goal)} has no {TABLE}: it is no language model")
+        raise ArtifactError(f"{source_of(goal)} has no {TABLE}: it is no language model")
     _check_base(goal, reader, tensors[TABLE])
     tokenizer = extended_tokenizer(goal)
     for prompt in goal.prompts:
@@ -58,7 +58,8 @@ def export(goal: Goal) -> Exported:
     return Exported("gguf", goal.base.name, goal.facts(ids), files, checked, notes)
 
 
-def _source(goal: Goal) -> Path:
+def source_of(goal: Goal) -> Path:
+    """The base as a GGUF file. Raises ConfigError where there is none."""
     name, gguf_file = goal.model.location
     if goal.gguf_file is not None:
         if not goal.gguf_file.is_file():
@@ -76,15 +77,15 @@ def _check_base(goal: Goal, reader: Any, table: Any) -> None:
     ours_VH = goal.base.model.get_input_embeddings().weight
     width = int(table.shape[0])
     if width != ours_VH.shape[1]:
-        raise ArtifactError(f"{_source(goal)} has rows of {width} numbers, {goal.base.name} has {ours_VH.shape[1]}: it is another model")
+        raise ArtifactError(f"{source_of(goal)} has rows of {width} numbers, {goal.base.name} has {ours_VH.shape[1]}: it is another model")
     some = np.linspace(0, min(len(table.data), goal.base.num_tokens) - 1, SAMPLE).astype(int)
     theirs = torch.from_numpy(dequantize(table.data[some], table.tensor_type).reshape(len(some), width).copy())
     ours = ours_VH[torch.from_numpy(some).to(ours_VH.device)].float().cpu()
     if not (theirs - ours).norm() <= ALIKE * ours.norm():
-        raise ArtifactError(f"{_source(goal)} is not {goal.base.name} in another form: its embedding table differs")
+        raise ArtifactError(f"{source_of(goal)} is not {goal.base.name} in another form: its embedding table differs")
     taken = set(reader.fields[Keys.Tokenizer.LIST].contents()) & set(goal.tokens)
     if taken:
-        raise ArtifactError(f"{_source(goal)} has a token {min(taken)} already: rename the prompt's folder")
+        raise ArtifactError(f"{source_of(goal)} has a token {min(taken)} already: rename the prompt's folder")
 
 
 def _first_free(tokens: Sequence[str], reader: Any) -> int:

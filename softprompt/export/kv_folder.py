@@ -49,7 +49,7 @@ class KeyValueFolder:
         """Writes the keys and values of one prefix. Raises ModelError for a base that keeps anything else, ArtifactError for a prefix
         that is too short to be told from text."""
         tensors = keys_and_values(base, prefix)
-        placed = _placed(tensors, prefix.lengths[0], ordinary_ids(base))
+        placed = named_by_ids(tensors, prefix.lengths[0], ordinary_ids(base))
         with self._held():
             file = self._file(placed.key)
             if not file.exists():
@@ -81,8 +81,8 @@ def keys_and_values(base: FrozenBase, prefix: Prefix) -> dict[str, Tensor]:
     """ "keys.N" and "values.N" [P, kv heads, head size] of every layer, float32."""
     if not base.shares_prefix or not shapes_of(prefix.layers):
         raise ModelError(
-            f"{base.name}: its layers keep states or something else beside keys and values, which vLLM takes from nobody: "
-            "this engine cannot serve prompts over it"
+            f"{base.name}: its layers keep states or something else beside keys and values, which other engines take from nobody: "
+            "they cannot serve prompts over it"
         )
     parts = [(f"{part}.{number}", tensor) for number, layer in enumerate(prefix.layers) for part, tensor in layer.parts.items()]
     return {name: tensor[0].transpose(0, 1).float().cpu().contiguous() for name, tensor in parts}
@@ -94,15 +94,21 @@ def ordinary_ids(base: FrozenBase) -> list[int]:
     return [token for token in range(base.num_tokens) if token not in special]
 
 
-def _placed(tensors: dict[str, Tensor], length: int, ordinary: Sequence[int]) -> Placed:
-    """Ids from the content, so that another prompt, of the same name too, never meets what vLLM has cached of this one."""
+def named_by_ids(tensors: dict[str, Tensor], length: int, ordinary: Sequence[int]) -> Placed:
+    """Ids from the content, so that another prompt, of the same name too, never meets what an engine has cached of this one. Raises
+    ArtifactError for a prompt that is too short to be told from text."""
     if length * math.log2(len(ordinary)) < ENOUGH_BITS:
         needed = math.ceil(ENOUGH_BITS / math.log2(len(ordinary)))
-        raise ArtifactError(f"a prompt of {length} positions cannot be told from text in vLLM: it needs {needed}, BOS included")
+        raise ArtifactError(f"a prompt of {length} positions cannot be told from text by its ids: it needs {needed}, BOS included")
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(name.encode() + tensor.contiguous().view(torch.uint8).numpy().tobytes())
     key = digest.hexdigest()[:32]
+    return Placed(key, drawn_ids(key, length, ordinary))
+
+
+def drawn_ids(key: str, length: int, ordinary: Sequence[int]) -> tuple[int, ...]:
+    """Tokens drawn from these by a key: always the same."""
     stream = hashlib.shake_256(key.encode()).digest(8 * length)
     numbers = (int.from_bytes(stream[start : start + 8], "big") for start in range(0, len(stream), 8))
-    return Placed(key, tuple(ordinary[number % len(ordinary)] for number in numbers))
+    return tuple(ordinary[number % len(ordinary)] for number in numbers)

@@ -42,7 +42,7 @@ def export_vllm(goal: Goal) -> Exported:
 def _export(goal: Goal, ending: str, write: Callable[[Tensor, Path], None], read: Callable[[Path], Tensor]) -> Exported:
     prompts = {}
     for prompt in goal.prompts:
-        rows_PH = prompt.soft.rows_PH.float().cpu().contiguous()
+        rows_PH = prompt.rows_PH.contiguous()
         file = goal.draft / f"{prompt.name}.{ending}"
         write(rows_PH, file)
         if not torch.equal(read(file), rows_PH):

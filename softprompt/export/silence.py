@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from softprompt.engine.model import FrozenBase
-from softprompt.engine.prompt import SoftPrompt, no_prompt
+from softprompt.engine.prompt import Prompt, no_prompt
 from softprompt.export.carried import QUESTIONS, Carried, states_behind
 
 TEXTS, LENGTH = 8, 64  # random texts that the states are taken from, half of them to find the row and half to judge it
@@ -82,7 +82,7 @@ def _states(base: FrozenBase, prompts: Sequence[Carried]) -> tuple[Tensor, Tenso
     generator = torch.Generator().manual_seed(0)
     texts = torch.randint(base.num_tokens, (TEXTS, LENGTH), generator=generator).tolist()
     bare = no_prompt(base, prompts[0].encoder.bos_id)
-    starts: list[SoftPrompt] = [bare, *(prompt.soft for prompt in prompts)]
+    starts: list[Prompt] = [bare, *(prompt.soft for prompt in prompts)]
     rows: list[list[tuple[int, Sequence[int]]]] = [[], []]
     for half in (0, 1):
         rows[half] += [(index % len(starts), text) for index, text in enumerate(texts[half::2])]

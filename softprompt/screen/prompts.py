@@ -1,5 +1,6 @@
 """Prompts at work: an evaluation, an inspection, answers as they come."""
 
+import json
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import timedelta
@@ -219,10 +220,29 @@ def draw_exported(exported: "Mapping[str, Any]") -> None:
     """What an export wrote: each prompt's tokens or file, what was compared, what to know."""
     console.print(f"written to {exported['out']}", markup=False)
     for name, facts in exported["prompts"].items():
-        tokens = facts.get("tokens")
-        what = f"{tokens[0]} … {tokens[-1]}" if tokens else f"{facts['file']}, {facts['shape'][0]} rows of {facts['shape'][1]}"
-        console.print(f"  {name}: {what}", markup=False)
+        console.print(f"  {name}: {_where(facts)}", markup=False)
     for what, error in exported["checked"].items():
         console.print(f"read back: {what.replace('_', ' ')} {error:.1e}", markup=False)
     for note in exported["notes"]:
         console.print(note, markup=False)
+
+
+def _where(facts: "Mapping[str, Any]") -> str:
+    """What a prompt has become."""
+    if "tokens" in facts:
+        return f"{facts['tokens'][0]} … {facts['tokens'][-1]}"
+    size = f"{facts['positions']} positions" if "positions" in facts else f"{facts['shape'][0]} rows of {facts['shape'][1]}"
+    return f"{facts['file']}, {size}"
+
+
+def draw_attached(attached: "Mapping[str, Any]") -> None:
+    """Where prompts lie in a server, what was compared, and the two requests for each."""
+    for name, facts in attached["prompts"].items():
+        console.print(f"{name}: {attached['slots']}/{_where(facts)}, in slot {facts['request']['id_slot']}", markup=False)
+        for what, error in facts["checked"].items():
+            console.print(f"  {what.replace('_', ' ')}: off by {error:.1e}", markup=False)
+        slot = facts["request"]["id_slot"]
+        for path, body in ((f"/slots/{slot}?action=restore", facts["restore"]), ("/completion", facts["request"])):
+            shown = json.dumps(body, ensure_ascii=False).replace("'", "'\\''")
+            console.print(f"curl '{attached['server'].rstrip('/')}{path}' -d '{shown}'", markup=False, soft_wrap=True)
+    console.print("an answer whose timings.cache_n is below the prompt's positions is not the prompt's: restore the slot, and ask again")
