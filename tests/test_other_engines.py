@@ -6,6 +6,7 @@ The bases are Gemma 3 270M (Q4_K_M) and SmolLM2-135M-Instruct (Q4_1), as package
 import base64
 import io
 import json
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -163,6 +164,30 @@ def test_vllm_takes_the_rows_offline(scene: Scene, exported: Callable[..., Path]
     said = vllm_offline(folder_of(scene.config), requests, TOKENS, scene.folder)
     for index, ours in enumerate(scene.ours.values()):
         ours.check(said[index * len(QUESTIONS) : (index + 1) * len(QUESTIONS)])
+
+
+def test_vllm_takes_keys_and_values(scene: Scene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All prompts by one server, started as the export says: rows and a deep one, 50 questions each, together. A chat names those whose
+    template begins with a control token."""
+    setting = f"model.gguf_file={scene.file}"
+    how = {"position": "after_bos"} if scene.base.name.lower().count("gemma") else {"template": "chat"}
+    deep = some_prompt(scene.folder / "deep", scene.base, 3, model=setting, length=40, deep=True, **how)
+    for prompts in ((*scene.prompts, deep), (deep,)):
+        out = tmp_path / f"of-{len(prompts)}"
+        written = export(Wanted(prompts, "vllm", out))
+        monkeypatch.setenv("PYTHONPATH", str(out))
+        command = shlex.split(written["start"].replace("DIR", str(out)))
+        with vllm_serves(Path(command[3]), TOKENS, out / "vllm.log", *command[4:]) as ask:
+            for folder in prompts:
+                answers, stored = our_answers(scene.base, folder, QUESTIONS, TOKENS), load_prompt(folder, scene.base)
+                facts, ours = written["prompts"][folder.name], Ours(answers, ("", ""))
+                ids = [[*facts["ids"], *stored.encoder.question(question)] for question in QUESTIONS]
+                stops = facts["request"].get("stop_token_ids", [])
+                ours.check(side_by_side(ask, "completions", [{"prompt": one, "stop_token_ids": stops} for one in ids]))
+                if "--chat-template" in command:
+                    named = {"chat_template_kwargs": {"softprompt": folder.name}, "stop_token_ids": stops}
+                    ours.check(side_by_side(ask, "chat/completions", [{"messages": [user(one)], **named} for one in QUESTIONS]))
+    assert ("--chat-template" in command) == ("template" in how)
 
 
 def user(question: str) -> dict[str, str]:

@@ -20,7 +20,7 @@ from softprompt.engine.loading import load_base
 from softprompt.engine.model import FrozenBase
 from softprompt.engine.prompt import SoftPrompt
 from softprompt.errors import ArtifactError, ConfigError
-from softprompt.export import gguf, llama_here, rows, vocab
+from softprompt.export import gguf, llama_here, rows, vllm, vocab
 from softprompt.export.attaching import Place
 from softprompt.export.carried import Carried, Exported, Goal
 from softprompt.export.llama_server import OPTION, LlamaServer, folder_of
@@ -29,12 +29,12 @@ from softprompt.peft_here import fault_of_generate
 FORMATS: dict[str, Callable[[Goal], Exported]] = {
     "vocab": vocab.export,
     "gguf": gguf.export,
-    "vllm": rows.export_vllm,
+    "vllm": vllm.export,
     "npy": rows.export_npy,
     "torch": rows.export_torch,
     "slots": llama_here.export,
 }
-DEEP = ("slots",)  # take keys and values of every layer
+DEEP = ("slots", "vllm")  # take keys and values of every layer
 FROM_GGUF = ("gguf", "slots")
 
 

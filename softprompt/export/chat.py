@@ -40,13 +40,15 @@ SYSTEM_TURN = """{%- if not sp.messages or sp.messages[0]['role'] != 'system' -%
 """
 
 
-def chat_template(prompts: Sequence[Carried], own: str | None, default: str | None) -> str:
-    """`own`: the base's template for chats without a prompt, or None. `default`: the prompt of a chat that names none."""
+def chat_template(prompts: Sequence[Carried], own: str | None, default: str | None, openings: Mapping[str, str] | None = None) -> str:
+    """`own`: the base's template for chats without a prompt, or None. `default`: the prompt of a chat that names none. `openings`: what
+    stands for each prompt, by name; by default the tokens of its rows."""
     known = ", ".join(prompt.name for prompt in prompts)
     parts = [NAMED.replace("DEFAULT", quoted(default or ""))]
     for prompt in prompts:
         parts.append(f"{{%- {'if' if prompt is prompts[0] else 'elif'} sp.name == {quoted(prompt.name)} -%}}")
-        parts.append(_branch(prompt, "{{ " + quoted(prompt.opening) + " }}"))
+        opening = prompt.opening if openings is None else openings[prompt.name]
+        parts.append(_branch(prompt, "{{ " + quoted(opening) + " }}"))
     parts.append("{%- elif sp.name -%}{{ raise_exception('there is no soft prompt ' + sp.name + '; there are: ' + KNOWN) }}")
     tokenizer = prompts[0].encoder.tokenizer
     plain = "{{ " + quoted(prompts[0].bos) + " }}" + HUMAN_ASSISTANT.replace("EOS", quoted(tokenizer.eos_token))

@@ -6,6 +6,7 @@ import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,11 @@ from softprompt.engine.prefix import Prefix
 from softprompt.engine.prompt import shapes_of
 from softprompt.errors import ArtifactError, ModelError
 
-MODULE, CONNECTOR = "softprompt_connector", "SoftPromptConnector"
+MODULE = "softprompt_connector"
+CONNECTION = {"kv_connector": "SoftPromptConnector", "kv_connector_module_path": MODULE, "kv_role": "kv_consumer"}
 ENOUGH_BITS = 64  # ids that stand for fewer might begin an ordinary text
+ENOUGH_WORDS = 1000  # of which a name can be made
+WORD_STARTS = "Ġ▁"  # how vocabularies write the blank before a word
 
 
 @dataclass(frozen=True)
@@ -42,8 +46,7 @@ class KeyValueFolder:
     @property
     def transfer_config(self) -> dict[str, Any]:
         """What `vllm serve --kv-transfer-config` is told, with the folder on PYTHONPATH."""
-        known = {"kv_connector": CONNECTOR, "kv_connector_module_path": MODULE, "kv_role": "kv_consumer"}
-        return {**known, "kv_connector_extra_config": {"folder": str(self.path)}}
+        return {**CONNECTION, "kv_connector_extra_config": {"folder": str(self.path)}}
 
     def put(self, base: FrozenBase, prefix: Prefix) -> Placed:
         """Writes the keys and values of one prefix. Raises ModelError for a base that keeps anything else, ArtifactError for a prefix
@@ -63,11 +66,19 @@ class KeyValueFolder:
         with self._held():
             self._file(key).unlink(missing_ok=True)
 
+    def close(self) -> None:
+        """Nothing will be changed any more."""
+        self._lock.unlink(missing_ok=True)
+
+    @property
+    def _lock(self) -> Path:
+        return self.path / "index.lock"
+
     def _file(self, key: str) -> Path:
         return self.path / f"{key}.safetensors"
 
     def _held(self) -> Any:
-        return locked(self.path / "index.lock", wait=True, unlocked="only one program may change it")
+        return locked(self._lock, wait=True, unlocked="only one program may change it")
 
     def _index(self) -> dict[str, Any]:
         file = self.path / "index.json"
@@ -89,9 +100,31 @@ def keys_and_values(base: FrozenBase, prefix: Prefix) -> dict[str, Tensor]:
 
 
 def ordinary_ids(base: FrozenBase) -> list[int]:
-    """Tokens that have an embedding and are no special ones."""
-    special = {*base.tokenizer.all_special_ids, *base.tokenizer.added_tokens_decoder}
-    return [token for token in range(base.num_tokens) if token not in special]
+    """Tokens of which a name can be made: words, where there are enough of them, so that a chat can say it as text; else all that have an
+    embedding and are no special ones."""
+    return _ordinary(base.tokenizer, base.num_tokens)
+
+
+@lru_cache(maxsize=4)
+def _ordinary(tokenizer: Any, num_tokens: int) -> list[int]:
+    special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    ordinary = [token for token in range(num_tokens) if token not in special]
+    texts = {token: text for token in ordinary if (text := _word(tokenizer, token)) is not None}
+    read = tokenizer(list(texts.values()), add_special_tokens=False)["input_ids"] if texts else []
+    words = [token for token, ids in zip(texts, read, strict=True) if ids == [token]]
+    return words if len(words) >= ENOUGH_WORDS else ordinary
+
+
+def _word(tokenizer: Any, token: int) -> str | None:
+    """A token's text, where that is a blank and a word of plain letters."""
+    piece = tokenizer.convert_ids_to_tokens(token)
+    plain = piece[:1] and piece[0] in WORD_STARTS and piece[1:].isascii() and piece[1:].isalpha()
+    return f" {piece[1:]}" if plain else None
+
+
+def text_of_name(tokenizer: Any, ids: Sequence[int]) -> str:
+    """What a chat says for these ids. Whether it becomes them again is for the caller to check."""
+    return "".join(_word(tokenizer, token) or tokenizer.decode([token]) for token in ids)
 
 
 def named_by_ids(tensors: dict[str, Tensor], length: int, ordinary: Sequence[int]) -> Placed:
