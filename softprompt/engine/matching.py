@@ -243,7 +243,7 @@ def _by_head(numbers: Tensor, heads: int) -> Tensor:
 def _least_squares(weights: Tensor, missing: Tensor) -> Tensor:
     """[K, P, D]: what to add to the values, weighted by `weights` [K, M, P], for as much of `missing` [K, M, D] as small changes can."""
     products, sides = (weights.mT @ other for other in (weights, missing))
-    products, sides = products.double().cpu(), sides.double().cpu()
+    products, sides = products.cpu().double(), sides.cpu().double()
     diagonal = products.diagonal(dim1=1, dim2=2)
     diagonal += (RIDGE * diagonal.mean(dim=1, keepdim=True)).clamp(min=torch.finfo(torch.float32).tiny)
     return torch.linalg.solve(products, sides).to(weights)
