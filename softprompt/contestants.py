@@ -71,11 +71,8 @@ class Contestant:
             return plain
         whole = encoder.encode_segments(self.segments(encoder, example), example.source)
         keep, num_supervised = len(whole) - plain.num_cut, plain.num_supervised
-        ids, supervised = whole.ids[:keep], list(whole.supervised[:keep])
-        extra = sum(supervised) - num_supervised  # the answers of the examples are not scored
-        for index in [index for index, on in enumerate(supervised) if on][:extra]:
-            supervised[index] = False
-        return Encoded(ids, tuple(supervised), plain.source, plain.num_cut)
+        row = Encoded(whole.ids[:keep], whole.supervised[:keep], plain.source, plain.num_cut)
+        return row.judged_after(row.num_supervised - num_supervised)  # the answers of the examples are not scored
 
     def as_text(self, encoder: Encoder, example: Example, plain: Encoded) -> tuple[Encoded, tuple[int, ...]]:
         """(the row as it is where this contestant goes on from its `question`, supervised where it has the tokens of the plain row's

@@ -61,14 +61,8 @@ def teacher_of(reading: Reading, sure: Sequence[tuple[int, ...]]) -> Teacher:
     it has never to say: `sure`, see Teacher."""
     rows = [own[0] for own in reading.rows]
     shared = shared_beginning(rows)
-    judged = [_without(row.after(len(shared)), len(ids)) for row, ids in zip(rows, sure, strict=True)]
+    judged = [row.after(len(shared)).judged_after(len(ids)) for row, ids in zip(rows, sure, strict=True)]
     return Teacher(((reading.soft, shared),), judged, (0,) * len(rows), sure)
-
-
-def _without(row: Encoded, count: int) -> Encoded:
-    """The row with its first supervised tokens unsupervised."""
-    first = [index for index, on in enumerate(row.supervised) if on][:count]
-    return replace(row, supervised=tuple(on and index not in first for index, on in enumerate(row.supervised)))
 
 
 def controlled(base: FrozenBase, reading: Reading) -> Reading:

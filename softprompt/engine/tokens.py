@@ -2,7 +2,8 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from itertools import takewhile
+from itertools import islice, takewhile
+from operator import itemgetter
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,11 @@ class Encoded:
         while start and self.supervised[start - 1]:
             start -= 1
         return self.ids[:start]
+
+    def judged_after(self, count: int) -> "Encoded":
+        """The row with its first `count` supervised tokens unsupervised."""
+        first = {index for index, _ in islice(filter(itemgetter(1), enumerate(self.supervised)), count)}
+        return replace(self, supervised=tuple(on and index not in first for index, on in enumerate(self.supervised)))
 
     def after(self, count: int) -> "Encoded":
         """The row without its first `count` tokens."""

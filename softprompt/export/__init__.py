@@ -151,7 +151,7 @@ def attach(target: Target, prompts: Sequence[Path], model: ModelConfig | None = 
         raise ConfigError(f"where does {target.address} keep its slots? give --slots DIR, the folder of its {OPTION}")
     if not folder.is_dir():
         raise ConfigError(f"--slots {folder}: no such folder")
-    base = load_base(model or read_card(prompts[0]).model_config_of_base)
+    base = load_base(model or read_card(prompts[0]).base_here())
     carried = [_carried(name, path, base, allow_other_base) for name, path in names.items()]
     put = {prompt.name: Place(server, folder, n % num_slots, base).put(prompt) for n, prompt in enumerate(carried)}
     facts = {name: one.facts | {"checked": one.checked} for name, one in put.items()}

@@ -19,7 +19,7 @@ from softprompt.atomic import new_file
 from softprompt.engine.model import FrozenBase
 from softprompt.engine.prefix import Prefix
 from softprompt.errors import ArtifactError, ConfigError, Error
-from softprompt.export.carried import QUESTIONS, Carried
+from softprompt.export.carried import QUESTION, QUESTIONS, Carried
 from softprompt.export.chat import frame
 from softprompt.export.kv_folder import drawn_ids, keys_and_values, named_by_ids, ordinary_ids
 from softprompt.export.llama_server import OPTION, LlamaServer
@@ -28,7 +28,6 @@ from softprompt.export.slots import Slot, read_slot
 LIKELIEST = 20  # tokens whose logprobs are compared
 ROUNDED = 0.1  # nats by which they may differ for the engine's rounding, however little plain tokens differ
 TIMES = 3  # as much as plain tokens
-QUESTION = "Where is my parcel?"
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from softprompt.engine.model import FrozenBase
 from softprompt.engine.prompt import Prompt, SoftPrompt, prefix_of
 from softprompt.errors import ArtifactError
 
+QUESTION = "Where is my parcel?"  # of requests that are shown
 QUESTIONS = ("What can I do for you today?", "你好，请问有什么可以帮您？", "  1 + 1 = 2; naïve café\n\tx")
 
 

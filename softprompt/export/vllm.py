@@ -15,13 +15,12 @@ from safetensors.torch import load_file
 from softprompt.engine.loading import folder_of
 from softprompt.engine.prompt import SoftPrompt
 from softprompt.errors import ArtifactError, ModelError
-from softprompt.export.carried import QUESTIONS, Carried, Exported, Goal
+from softprompt.export.carried import QUESTION, QUESTIONS, Carried, Exported, Goal
 from softprompt.export.chat import chat_ids, chat_template, own_text
 from softprompt.export.kv_folder import CONNECTION, KeyValueFolder, Placed, keys_and_values, text_of_name
 from softprompt.export.rows import export_vllm_rows
 
 TEMPLATE = "chat.jinja"
-QUESTION = "Where is my parcel?"
 
 
 def export(goal: Goal) -> Exported:
@@ -36,7 +35,6 @@ def export(goal: Goal) -> Exported:
     if not placed:
         return Exported("vllm", goal.base.name, rows, notes=notes)
     engine = {"start": _start(goal)}
-    named = {name: list(one.ids) for name, one in placed.items()}
     template = _template(goal, placed)
     if template is not None:
         (goal.draft / TEMPLATE).write_text(template, encoding="utf-8", newline="\n")
@@ -46,8 +44,7 @@ def export(goal: Goal) -> Exported:
     facts = {
         prompt.name: {
             **rows.get(prompt.name, {"end_ids": prompt.end_ids}),
-            **({"ids": named[prompt.name], "keys_and_values": f"{placed[prompt.name].key}.safetensors"} if prompt.name in placed else {}),
-            **({"request": _request(goal, prompt, named[prompt.name])} if prompt.name in placed else {}),
+            **(_facts(goal, prompt, placed[prompt.name]) if prompt.name in placed else {}),
         }
         for prompt in goal.prompts
     }
@@ -78,7 +75,7 @@ def _placed(goal: Goal) -> tuple[dict[str, Placed], tuple[str, ...]]:
 
 def _start(goal: Goal) -> str:
     """The command line; DIR stands for the folder."""
-    how = f"--dtype {str(goal.base.dtype).removeprefix('torch.')} --generation-config vllm"
+    how = f"--dtype {goal.base.precision} --generation-config vllm"
     told = shlex.quote(json.dumps(CONNECTION))
     return f"PYTHONPATH=DIR vllm serve {shlex.quote(str(folder_of(goal.model)))} {how} --kv-transfer-config {told}"
 
@@ -98,8 +95,9 @@ def _template(goal: Goal, placed: Mapping[str, Placed]) -> str | None:
     return str(tokenizer.chat_template)
 
 
-def _request(goal: Goal, prompt: Carried, ids: list[int]) -> dict[str, Any]:
-    """The body of a completion: the question's ids stand behind the prompt's."""
+def _facts(goal: Goal, prompt: Carried, placed: Placed) -> dict[str, Any]:
+    """`request`: the body of a completion, in which the question's ids stand behind the prompt's."""
     ends = sorted({*prompt.end_ids} - goal.base.stop_ids)
-    asked = {"model": str(folder_of(goal.model)), "prompt": [*ids, *prompt.asked(QUESTION)], "max_tokens": 256, "temperature": 0}
-    return {**asked, "stop_token_ids": ends} if ends else asked
+    asked = {"model": str(folder_of(goal.model)), "prompt": [*placed.ids, *prompt.asked(QUESTION)], "max_tokens": 256, "temperature": 0}
+    request = {**asked, "stop_token_ids": ends} if ends else asked
+    return {"ids": list(placed.ids), "keys_and_values": f"{placed.key}.safetensors", "request": request}
