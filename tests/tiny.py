@@ -9,6 +9,7 @@ import torch
 from families import small_settings
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers.utils import logging as transformers_logging
 
 from softprompt.config import Config, ModelConfig
 from softprompt.engine.loading import load_base
@@ -16,6 +17,7 @@ from softprompt.engine.model import FrozenBase
 from softprompt.events import Step
 from softprompt.training import train
 
+transformers_logging.disable_progress_bar()  # saving a base draws one, also where a test looks at standard error
 PAD, BOS, EOS = 0, 1, 2
 VOCABULARY = 320
 CHAT_TEMPLATE = (

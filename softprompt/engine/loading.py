@@ -13,6 +13,7 @@ from transformers.utils import logging as transformers_logging
 
 from softprompt.config import ModelConfig
 from softprompt.engine.family import class_of, empty_model
+from softprompt.engine.gguf_reader import quick_reader
 from softprompt.engine.model import FrozenBase, freeze
 from softprompt.engine.offload import from_files
 from softprompt.engine.places import device_map, free_memory
@@ -121,7 +122,8 @@ def _from_pretrained(kind: Any, wanted: ModelConfig, **how: Any) -> Any:
             if gguf_file is not None and _unpacked(wanted).is_dir():
                 name, places = str(_unpacked(wanted)), {}
             given = {key: value for key, value in places.items() if value is not None}
-            return kind.from_pretrained(name, trust_remote_code=wanted.trust_remote_code, **given, **how)
+            with quick_reader(vocabulary=kind is AutoTokenizer) if "gguf_file" in given else nullcontext():
+                return kind.from_pretrained(name, trust_remote_code=wanted.trust_remote_code, **given, **how)
         except torch.OutOfMemoryError:
             raise ModelError(f"{name}: {NO_MEMORY}") from None
         except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
