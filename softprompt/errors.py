@@ -13,7 +13,9 @@ The command line prints the message in one line and exits with 2. Our own mistak
 
 
 class Error(Exception):
-    """Anything that the user can mend."""
+    """Anything that the user can mend. `said`: whether another process of the same run has said it."""
+
+    said = False
 
 
 class ConfigError(Error, ValueError):

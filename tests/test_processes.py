@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -185,8 +186,30 @@ def test_processes_with_other_rows_are_refused(make_config, tmp_path):
     other = tiny.write_rows(tmp_path / "other.jsonl", tiny.some_rows(23))
     running = Beside(tmp_path / "said", 2, other_rows, str(file), str(other))
     assert running.ended() == [2, 2]
-    assert "error: the rows of process 1, on " in running.said[0]
+    assert running.said[0].startswith("error: the rows of process 1, on ")
+    assert running.said[1] == ""
     assert not (tmp_path / "run").exists()
+
+
+def test_what_the_first_one_refuses_is_said_once(make_config, tmp_path):
+    (tmp_path / "run").mkdir()
+    running = started(make_config(), tmp_path / "run", 3)
+    assert running.ended() == [2, 2, 2]
+    assert running.said[0].endswith("run exists and is not a run: choose another train.out\n")
+    assert running.said[1:] == ["", ""]
+
+
+def alone():
+    os.environ.update(RANK="1", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="29499")
+    with processes.joined():
+        raise AssertionError("nobody else is there")
+
+
+def test_one_that_finds_no_other_says_where_it_looked(tmp_path):
+    running = Beside(tmp_path, 1, alone, patches={"softprompt.engine.processes.JOIN": timedelta(seconds=1)})
+    assert running.ended() == [2]
+    (line,) = [line for line in running.said[0].splitlines() if line.startswith("error")]
+    assert line.startswith("error: process 1 of 2 has not met the others at 127.0.0.1:29499: ")
 
 
 def talk(height, width, seed):

@@ -33,7 +33,8 @@ def main() -> None:
     try:
         app()
     except Error as error:
-        print(f"{f'process {rank}: ' if rank else ''}error: {error}", file=sys.stderr)
+        if not error.said:
+            print(f"{f'process {rank}: ' if rank else ''}error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -22,13 +22,13 @@ from softprompt.config import ModelConfig
 from softprompt.engine.launched import Launched, launched
 from softprompt.engine.watch import Watch, watching
 from softprompt.engine.world import Item, Value, World, add
-from softprompt.errors import ConfigError, RunError, first_line
+from softprompt.errors import ConfigError, Error, RunError, first_line
 
 JOIN = timedelta(minutes=10)  # until all of them are there
 PATIENCE = timedelta(days=1)  # for what one of them computes alone; that one has ended is noticed at once
 HELD = 2**26  # numbers of gradients that a process keeps until they are added up, where those of one micro-batch are not more
 SHORT, HEAD = 1016, 8  # bytes of a word that is said in one go, and of the number before it
-NAMED = 2.0  # seconds until it is known which process is gone
+NAMED = 2.0  # seconds until it is known which process is gone, and how
 
 
 @contextmanager
@@ -46,8 +46,12 @@ def joined() -> Iterator[World]:
         return
     world = Processes(here, _group(here))
     with watching(here.rank, here.size, here.address, world.told, world.farewell) as world.watch:
-        yield world
-        world.end()
+        try:
+            yield world
+            world.end()
+        except Error as error:  # as a rule all of them find it, or the first one does and tells nobody why
+            error.said = world.rank > 0 and world.watch.failed(NAMED)
+            raise
 
 
 def _group(here: Launched) -> Any:

@@ -13,11 +13,12 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from typing import Any
 
 GRACE = 5.0  # seconds that a process has to come to an end by itself once another is gone
 REACH = 20.0  # seconds until all are connected
 ALIVE = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}  # a machine is given up after 25 seconds
-BYE = b"."  # said by a process that may end
+BYE, FAILED = b".", b"!"  # said by a process that may end; by one that ends with an error, which it says itself
 HELLO = 16 + 8  # bytes: what only processes of the run know, and a rank
 
 Told = Callable[[Callable[[], list[object]]], list[object]]
@@ -30,6 +31,7 @@ class Watch:
         self._lines, self._sentence = lines, sentence
         self._over, self._found = threading.Event(), threading.Event()
         self._gone: int | None = None
+        self._failed = False
         self._thread = threading.Thread(target=self._look, name="watch", daemon=True)
         self._thread.start()
 
@@ -38,6 +40,10 @@ class Watch:
         self._found.wait(seconds if self._lines else 0)
         return self._gone
 
+    def failed(self, seconds: float) -> bool:
+        """Whether it was the first one, with an error that it says itself."""
+        return self.gone(seconds) == 0 and self._failed
+
     def close(self, *, well: bool) -> None:
         """Looks no further. `well`: all have come to their end; otherwise the others are to end too."""
         if self._over.is_set():
@@ -45,8 +51,7 @@ class Watch:
         self._over.set()
         for line in self._lines.values():
             with suppress(OSError):
-                if well:
-                    line.sendall(BYE)
+                line.sendall(BYE if well else FAILED)
                 line.shutdown(socket.SHUT_RDWR)  # wakes the thread
         self._thread.join(1.0)
         for line in self._lines.values():
@@ -62,7 +67,9 @@ class Watch:
                     if self._over.is_set():
                         return
                     if not said.startswith(BYE):
-                        return self._lose(int(said) if said else key.data)
+                        self._failed = said.startswith(FAILED)
+                        named = said.rstrip(FAILED)  # by the first one, which may end with an error for that reason
+                        return self._lose(int(named) if named else key.data)
                     selector.unregister(key.fileobj)
 
     def _lose(self, rank: int) -> None:
@@ -73,7 +80,8 @@ class Watch:
                 line.sendall(str(rank).encode())
         self._found.set()  # now this process may end: the others would else take it for the one that is gone
         if not self._over.wait(GRACE):
-            print(f"error: {self._sentence(rank)}", file=sys.stderr, flush=True)
+            if not self.failed(0):
+                print(f"error: {self._sentence(rank)}", file=sys.stderr, flush=True)
             os._exit(2)
 
 
@@ -90,7 +98,8 @@ def watching(rank: int, size: int, address: str, told: Told, sentence: Callable[
 
     A process that does not reach the first one goes on; that another has ended is then noticed when they next talk.
     """
-    with socket.create_server(("", 0), backlog=size) if rank == 0 else socket.socket() as server:
+    both: dict[str, Any] = {"family": socket.AF_INET6, "dualstack_ipv6": True} if socket.has_dualstack_ipv6() else {}
+    with socket.create_server(("", 0), backlog=size, **both) if rank == 0 else socket.socket() as server:
         port, secret = told(lambda: [server.getsockname()[1], secrets.token_hex(8)])
         try:
             lines = _accepted(server, size, str(secret)) if rank == 0 else {0: _connected(address, int(str(port)), f"{secret}{rank:08}")}
