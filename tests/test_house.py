@@ -46,7 +46,8 @@ LAYERS = [
 ]
 ENGINE_MAY_IMPORT = {"errors", "config", "extras", "hub", "atomic", "sampling"}
 ENGINE = [
-    {"tokens", "launched", "watch", "world", "precise", "head", "memory", "unpack", "gguf_reader", "family", "quantized", "optim", "layers", "tried"},
+    {"tokens", "launched", "watch", "world", "precise", "head", "memory", "unpack", "gguf_reader", "family", "quantized", "optim"}
+    | {"layers", "tried"},
     {"processes", "offload", "places", "slots", "divergence"},
     {"prefix", "batch"},
     {"trial", "shelf"},
