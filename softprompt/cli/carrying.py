@@ -10,7 +10,7 @@ from softprompt.cli import completion
 from softprompt.cli.options import Json, OtherBase, app, write_json
 from softprompt.errors import ConfigError
 
-FORMATS = ("vocab", "gguf", "vllm", "npy", "torch", "slots")
+FORMATS = ("vocab", "gguf", "vllm", "npy", "torch", "slots", "mlx")
 
 Prompts = Annotated[
     list[str],

@@ -6,6 +6,7 @@ every start. The unpacked folder holds the same numbers and loads in seconds.
 
 import errno
 import hashlib
+import json
 import logging
 import os
 import shutil
@@ -14,7 +15,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from softprompt.atomic import new_folder
+from softprompt.atomic import new_folder, write_text
+from softprompt.spellings import settings_in_both, tokenizer_in_both
 
 NUM_SAMPLES, SAMPLE_BYTES = 256, 65536
 
@@ -63,8 +65,17 @@ def keep_unpacked(model: Any, tokenizer: Any, folder: Path) -> None:
         with new_folder(folder) as draft:
             model.save_pretrained(draft)
             tokenizer.save_pretrained(draft)
+            spell_for_others(draft)
     except OSError:  # a cache that cannot be written costs time, not the run
         return
+
+
+def spell_for_others(folder: Path) -> None:
+    """Its settings in both spellings: other engines read such a folder too."""
+    for name, in_both in (("config.json", settings_in_both), ("tokenizer_config.json", tokenizer_in_both)):
+        before = json.loads((folder / name).read_text(encoding="utf-8"))
+        if in_both(before) != before:
+            write_text(folder / name, json.dumps(in_both(before), indent=2, ensure_ascii=False) + "\n")
 
 
 def _content_hash(path: Path) -> str:

@@ -20,7 +20,7 @@ from softprompt.engine.loading import load_base
 from softprompt.engine.model import FrozenBase
 from softprompt.engine.prompt import SoftPrompt
 from softprompt.errors import ArtifactError, ConfigError
-from softprompt.export import gguf, llama_here, rows, vllm, vocab
+from softprompt.export import gguf, llama_here, mlx, rows, vllm, vocab
 from softprompt.export.attaching import Place
 from softprompt.export.carried import Carried, Exported, Goal
 from softprompt.export.llama_server import OPTION, LlamaServer, folder_of
@@ -33,8 +33,9 @@ FORMATS: dict[str, Callable[[Goal], Exported]] = {
     "npy": rows.export_npy,
     "torch": rows.export_torch,
     "slots": llama_here.export,
+    "mlx": mlx.export,
 }
-DEEP = ("slots", "vllm")  # take keys and values of every layer
+DEEP = ("slots", "vllm", "mlx")  # take keys and values of every layer
 FROM_GGUF = ("gguf", "slots")
 
 
@@ -63,7 +64,7 @@ def export(wanted: Wanted, model: ModelConfig | None = None, *, allow_other_base
     first = wanted.prompts[0]
     config = model or read_card(first).base_here()
     move = f"move it there first, softprompt recycle {first} --out DIR model.name={config.name if config.quantization else 'FOLDER'}"
-    if config.quantization is not None and wanted.format in ("vocab", "gguf"):
+    if config.quantization is not None and wanted.format in ("vocab", "gguf", "mlx"):
         raise ArtifactError(f"{first} was trained on its base in {config.quantization}, and an exported model has the full weights: {move}")
     default = wanted.default or (next(iter(names)) if len(names) == 1 else None)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as spare:  # Windows removes no file that is still mapped

@@ -65,6 +65,11 @@ def with_rows_from_message(prompt: Carried) -> str:
     return first + _branch(prompt, "{{ " + opening + " }}")
 
 
+def without_opening(prompt: Carried) -> str:
+    """A template of what stands behind BOS and the prompt."""
+    return "{%- set sp = namespace(messages=messages, last='') -%}" + _branch(prompt, "")
+
+
 def _branch(prompt: Carried, opening: str) -> str:
     """A chat in the prompt's template, behind what opens it."""
     encoder = prompt.encoder

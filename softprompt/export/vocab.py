@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -25,6 +26,7 @@ from softprompt.errors import ArtifactError, ModelError
 from softprompt.export.carried import QUESTIONS, Carried, Exported, Goal, states_behind
 from softprompt.export.chat import chat_ids, check_ids, extended_tokenizer
 from softprompt.export.silence import Silence, silence
+from softprompt.spellings import settings_in_both, tokenizer_in_both
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 SKIPPED = (".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".safetensors", ".index.json")
@@ -174,13 +176,22 @@ def _write_settings(goal: Goal, size: int, ids: list[int]) -> None:
         if "vocab_size" in part or part is parts[-1]:
             part["vocab_size"] = size
         part["tie_word_embeddings"] = False
-    (draft / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8", newline="\n")
+    rope = getattr(goal.base.model.config.get_text_config(decoder=True), "rope_parameters", None)
+    if rope:
+        parts[-1].setdefault("rope_parameters", rope)
+    _write_json(draft / "config.json", settings_in_both(settings))
+    tokenizer = draft / "tokenizer_config.json"
+    _write_json(tokenizer, tokenizer_in_both(json.loads(tokenizer.read_text(encoding="utf-8"))))
     file = draft / "generation_config.json"
     generation = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     generation["suppress_tokens"] = sorted({*(generation.get("suppress_tokens") or ()), *ids})
     if goal.new_end_ids:
         generation["eos_token_id"] = sorted({*goal.base.stop_ids, *goal.new_end_ids})
-    file.write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8", newline="\n")
+    _write_json(file, generation)
+
+
+def _write_json(file: Path, values: Any) -> None:
+    file.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8", newline="\n")
 
 
 # ---- reading back --------------------------------------------------------------------------------------------------
