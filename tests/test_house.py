@@ -24,8 +24,7 @@ PACKAGE = ROOT / "softprompt"
 # A module imports only from layers below its own; a folder is one module.
 LAYERS = [
     {"errors"},
-    {"config", "extras", "hub", "atomic", "formats", "scripts", "thinking", "literal", "events", "sampling", "spellings"}
-    | {"stopping"},
+    {"config", "extras", "hub", "atomic", "formats", "scripts", "thinking", "literal", "events", "sampling", "spellings"} | {"stopping"},
     {"engine", "metrics"},
     {"data", "predictions", "trackers", "peft_here", "locations"},
     {"results"},
