@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import takewhile
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -82,6 +83,22 @@ def some_prompt(
 
 def our_answers(base: FrozenBase, folder: Path, questions: list[str], tokens: int) -> list[str]:
     return generate(base, load_prompt(folder, base), questions, Sampling(max_new_tokens=tokens))
+
+
+def mlx_answers(folder: Path, texts: Sequence[Sequence[int]], tokens: int, ends: Sequence[int], prompt: Path | None = None) -> list[str]:
+    """Greedy answers of MLX behind a prompt cache, one text after the other."""
+    import mlx.core as mx
+    from mlx_lm import load
+    from mlx_lm.generate import generate_step
+    from mlx_lm.models.cache import load_prompt_cache
+
+    model, tokenizer = load(str(folder))[:2]
+    stops, found = {*ends, *tokenizer.eos_token_ids}, []
+    for text in texts:
+        cache = load_prompt_cache(str(prompt)) if prompt else None
+        steps = generate_step(mx.array(list(text)), model, max_tokens=tokens, prompt_cache=cache)
+        found.append(tokenizer.decode([*takewhile(lambda token: token not in stops, (token for token, _ in steps))]))
+    return found
 
 
 def tiny_gguf(path: Path, base: FrozenBase, kind: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.F32) -> Path:

@@ -7,6 +7,8 @@ import base64
 import io
 import json
 import shlex
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -15,7 +17,17 @@ from statistics import mean
 
 import pytest
 import torch
-from other_engines import LlamaCpp, LlamaServer, in_float32, our_answers, side_by_side, some_prompt, vllm_offline, vllm_serves
+from other_engines import (
+    LlamaCpp,
+    LlamaServer,
+    in_float32,
+    mlx_answers,
+    our_answers,
+    side_by_side,
+    some_prompt,
+    vllm_offline,
+    vllm_serves,
+)
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -34,6 +46,7 @@ VERBS = ("Tell me about", "What is", "Write a poem on", "How do I make", "请说
 THINGS = ("tea", "the moon", "巴黎", "a train", "rain", "music", "money", "a cat", "winter", "rice")
 QUESTIONS = [f"{verb} {thing}" for verb in VERBS for thing in THINGS]
 TOKENS, SAMPLES, SAMPLED = 16, 200, 32
+TOLERATED = 1e-3  # of the logits in float32
 CUT = "\ufffd"
 
 
@@ -196,6 +209,55 @@ def user(question: str) -> dict[str, str]:
 
 def rows_of(folder: Path, name: str) -> torch.Tensor:
     return load_file(folder / f"{name}.safetensors")["rows"]
+
+
+# ---- MLX -----------------------------------------------------------------------------------------------------------
+
+
+def test_mlx_says_what_we_say(scene: Scene, exported: Callable[..., Path], tmp_path: Path) -> None:
+    """Rows from the folder's vocabulary, keys and values from prompt caches."""
+    need("mlx_lm")
+    setting = f"model.gguf_file={scene.file}"
+    deep = some_prompt(tmp_path / "deep", scene.base, 3, model=setting, length=40, deep=True, position="start")
+    written = export(Wanted([deep], "mlx", tmp_path / "out"))
+    assert written["checked"]["mlx_logits_relative_error"] < TOLERATED
+    texts, ends = [load_prompt(deep, scene.base).encoder.question(one) for one in QUESTIONS], written["prompts"]["deep"]["end_ids"]
+    ours = Ours(our_answers(scene.base, deep, QUESTIONS, TOKENS), ("", ""))
+    ours.check(mlx_answers(folder_of(scene.config), texts, TOKENS, ends, tmp_path / "out" / "deep.safetensors"))
+    rows, facts = exported("mlx"), json.loads((exported("mlx") / "softprompt.json").read_text(encoding="utf-8"))
+    assert facts["checked"]["mlx_logits_relative_error"] < TOLERATED
+    for folder in scene.prompts:
+        stored = load_prompt(folder, scene.base)
+        bos, ids = [] if stored.soft.bos_id is None else [stored.soft.bos_id], facts["prompts"][folder.name]["ids"]
+        opening = [*bos, *ids] if stored.soft.position == "after_bos" else [*ids, *bos]
+        texts = [[*opening, *stored.encoder.question(one)] for one in QUESTIONS]
+        scene.ours[folder.name].check(mlx_answers(rows, texts, TOKENS, facts["prompts"][folder.name].get("end_ids", [])))
+
+
+def test_mlx_takes_a_prompt_on_its_command_line(scene: Scene, tmp_path: Path) -> None:
+    need("mlx_lm")
+    deep = some_prompt(tmp_path / "deep", scene.base, 3, model=f"model.gguf_file={scene.file}", length=40, deep=True, position="start")
+    export(Wanted([deep], "mlx", tmp_path / "out"))
+    line = ["-m", "mlx_lm", "generate", "--prompt-cache-file", str(tmp_path / "out" / "deep.safetensors")]
+    asked = ["--prompt", QUESTIONS[0], "--max-tokens", str(TOKENS), "--temp", "0"]
+    ended = subprocess.run([sys.executable, *line, *asked], capture_output=True, text=True, check=True)
+    (answer,) = our_answers(scene.base, deep, QUESTIONS[:1], TOKENS)
+    assert ended.stdout.split("==========")[1].strip() == answer.strip(), ended.stderr
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "phi3", "gemma3_text"])
+def test_mlx_computes_what_we_compute(bases: Callable[..., FrozenBase], family: str, tmp_path: Path) -> None:
+    """Random weights as transformers 5 saves them; a prompt longer than a sliding window, and one that is not."""
+    need("mlx_lm")
+    base = bases(family, **({"num_hidden_layers": 7} if family == "gemma3_text" else {}))  # MLX wants one layer that does not slide
+    for name, length, deep in (("rows", 5, False), ("deep", 5, True), ("long", 40, True)):
+        folder = some_prompt(tmp_path / name, base, length=length, deep=deep)
+        written = export(Wanted([folder], "mlx", tmp_path / f"{name}-out"))
+        assert written["checked"]["mlx_logits_relative_error"] < TOLERATED, (family, name)
+
+
+def need(package: str) -> None:
+    pytest.importorskip(package, reason="make test-engines installs it")
 
 
 # ---- llama.cpp -----------------------------------------------------------------------------------------------------

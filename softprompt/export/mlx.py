@@ -82,7 +82,8 @@ def _cache(goal: Goal, prompt: Carried, source: Path, settings: dict[str, Any]) 
         kept = min(length, text.sliding_window) if slides else length
         for index, part in enumerate(("keys", "values")):
             tensors[f"{number}.{index}"] = parts[f"{part}.{number}"].transpose(0, 1)[None, :, -kept:].to(dtype).contiguous()
-        for index, value in enumerate((length, 0, text.sliding_window, kept) if slides else (), 2):  # offset, kept for ever, size, next
+        own = (length, 0, text.sliding_window, kept) if slides else (length,)  # offset; kept for ever, window, next place
+        for index, value in enumerate(own, 2):
             tensors[f"{number}.{index}"] = torch.tensor(value, dtype=torch.int32)
         metadata[f"1.{number}"] = "RotatingKVCache" if slides else "KVCache"
     numbers = [name for name, tensor in tensors.items() if tensor.dim() == 0]
