@@ -12,10 +12,11 @@ import torch
 from softprompt.config import Config
 from softprompt.engine.dryrun import prefix_width, step_peak
 from softprompt.engine.family import backbone_of, empty_model
-from softprompt.engine.loading import device_of, load_dtype, load_settings, load_tokenizer, refuse_unsupported
+from softprompt.engine.loading import device_of, gguf_place, load_dtype, load_settings, load_tokenizer, refuse_unsupported
 from softprompt.engine.memory import activation_bytes, token_budget, weight_bytes
 from softprompt.engine.model import check_context, context_length
-from softprompt.engine.quantized import bits_of
+from softprompt.engine.places import free_memory
+from softprompt.engine.quantized import bits_of, method_of
 from softprompt.init import prompt_length
 from softprompt.rows import encoder_of, load_rows
 
@@ -38,8 +39,20 @@ class Memory:
 
 
 @dataclass(frozen=True)
+class Unpacking:
+    """A GGUF file in Hugging Face's form, which a run trains on. Bytes: of the file; of the folder in the cache, which the whole base in
+    memory takes too, once. `done`: whether the folder is there."""
+
+    file: int
+    folder: int
+    where: str
+    done: bool
+
+
+@dataclass(frozen=True)
 class Plan:
-    """What a configuration will train and need."""
+    """What a configuration will train and need. `weights_in`: bytes of the base's weights by what they could be loaded in; `free`: bytes of
+    memory that the device has."""
 
     architecture: str
     num_layers: int
@@ -53,6 +66,9 @@ class Plan:
     dtype: str
     memory: Memory
     full_finetuning_bytes: int
+    weights_in: dict[str, int]
+    free: int
+    unpacking: Unpacking | None
 
     def as_dict(self) -> dict[str, Any]:
         """The documented JSON of `softprompt plan`."""
@@ -106,7 +122,27 @@ def make_plan(config: Config) -> Plan:
         dtype=str(dtype).removeprefix("torch."),
         memory=memory,
         full_finetuning_bytes=BYTES_PER_FULL_PARAMETER * model.num_parameters(),
+        weights_in=_weights_in(model, settings, config),
+        free=sum(free_memory(device_of(config.model.device), all_gpus=config.model.device == "auto").values()),
+        unpacking=_unpacking(config, weight_bytes(model, dtype, None)),
     )
+
+
+def _weights_in(model: Any, settings: Any, config: Config) -> dict[str, int]:
+    """Of a base that was saved in few bits, as it is alone."""
+    if method_of(settings) is not None:
+        return {}
+    full = {str(dtype).removeprefix("torch."): weight_bytes(model, dtype, None) for dtype in (torch.float32, torch.bfloat16)}
+    few = {kind: weight_bytes(model, load_dtype(config.model), bits_of(settings, kind)) for kind in ("int8", "nf4")}
+    return full | few
+
+
+def _unpacking(config: Config, num_bytes: int) -> Unpacking | None:
+    found = gguf_place(config.model)
+    if found is None:
+        return None
+    file, folder = found
+    return Unpacking(file.stat().st_size, num_bytes, str(folder), folder.is_dir())
 
 
 def _activations(config: Config, settings: Any, model: Any, lengths: Sequence[int]) -> int:

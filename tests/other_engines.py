@@ -31,6 +31,7 @@ from softprompt.engine.prompt import Prompt, SoftPrompt, deepened
 from softprompt.generation import Sampling, generate
 
 LENGTH = 5
+MERGED = "Ā Ā"  # two NUL bytes: no text of a test has them
 
 NAMES = {
     "input_layernorm": "attn_norm",
@@ -149,9 +150,12 @@ def _add_vocabulary(writer: GGUFWriter, tokenizer: Any, size: int) -> None:
     kinds = [TokenType.UNUSED if n not in listed else TokenType.CONTROL if n in special else TokenType.NORMAL for n in range(size)]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
-    writer.add_token_list([listed.get(number, f"[PAD{number}]") for number in range(size)])
+    texts = [listed.get(number, f"[PAD{number}]") for number in range(size)]
+    texts[-1] = MERGED.replace(" ", "")  # in the place of a token that nothing uses
+    assert size - 1 not in listed
+    writer.add_token_list(texts)
     writer.add_token_types(kinds)
-    writer.add_token_merges(["Ā Ā"])  # an empty list cannot be written; this one makes no token
+    writer.add_token_merges([MERGED])  # an empty list cannot be written
     writer.add_bos_token_id(tokenizer.bos_token_id)
     writer.add_eos_token_id(tokenizer.eos_token_id)
     writer.add_add_bos_token(tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id)

@@ -1,12 +1,16 @@
 """Parameters and memory from a configuration alone, against published numbers and against the loaded model."""
 
+from pathlib import Path
+
 import pytest
 import tiny
 import torch
+from other_engines import tiny_gguf
 from transformers import BloomConfig
 
 from softprompt.config import OptimConfig, load_config
 from softprompt.engine.dryrun import _Alive, step_peak
+from softprompt.engine.loading import load_base
 from softprompt.engine.optim import PromptOptimizer
 from softprompt.engine.prompt import SoftPrompt
 from softprompt.engine.step import StepSettings, step_gradients
@@ -16,6 +20,7 @@ from softprompt.events import returned
 from softprompt.job import prepare
 from softprompt.plan import make_plan
 from softprompt.screen.console import size
+from softprompt.screen.run import draw_plan
 
 
 @pytest.fixture
@@ -101,3 +106,31 @@ def test_checkpointed_activations_are_planned_smaller(bloom):
 
 def test_a_recurrent_base_is_planned_too(bases):
     assert plan_of(bases("falcon_mamba").name).memory.activations > 0
+
+
+def test_what_the_weights_take_in_other_precisions(bloom):
+    plan = plan_of(bloom, "model.dtype=bfloat16")
+    planned = {kind: plan_of(bloom, "model.dtype=bfloat16", f"model.quantization={kind}").memory.weights for kind in ("int8", "nf4")}
+    whole = {dtype: plan_of(bloom, f"model.dtype={dtype}").memory.weights for dtype in ("float32", "bfloat16")}
+    assert plan.weights_in == whole | planned
+    assert plan.free > 0
+    assert plan.unpacking is None
+
+
+def test_a_gguf_base_is_unpacked_once_and_the_plan_says_so(bases, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("SOFTPROMPT_CACHE", str(tmp_path / "cache"))
+    file = tiny_gguf(tmp_path / "base.gguf", bases())
+    config = load_config(None, [f"model.gguf_file={file}", "model.device=cpu", "model.dtype=float32", "prompt.init=random"])
+    before = make_plan(config).unpacking
+    load_base(config.model)
+    plan = make_plan(config)
+    after = plan.unpacking
+    assert (before.file, before.done, after.done) == (file.stat().st_size, False, True)
+    assert before.folder == after.folder == sum(parameter.nbytes for parameter in bases().model.parameters())
+    assert (tmp_path / "cache" / "unpacked") == Path(after.where).parent
+    draw_plan(plan)
+    said = capsys.readouterr().out
+    assert "lies in the cache" in said
+    assert f"model.name={after.where} model.quantization=nf4" in said
+    in_few_bits = load_config(None, [f"model.name={after.where}", "model.quantization=nf4", "model.device=cpu", "model.dtype=float32"])
+    assert load_base(in_few_bits.model).num_parameters == bases().num_parameters

@@ -149,10 +149,19 @@ def folder_of(config: ModelConfig) -> Path:
             raise ModelError(_cannot_load(name, None, address, error)) from None
 
 
-def _unpacked(config: ModelConfig) -> Path:
+def gguf_place(config: ModelConfig) -> tuple[Path, Path] | None:
+    """(a GGUF base's file, the folder that it is unpacked to); None for a base in Hugging Face's form."""
     name, gguf_file = config.location
-    file = cached_file(name, gguf_file, revision=config.revision)
-    return unpacked_folder(Path(file), str(load_dtype(config)).removeprefix("torch."))
+    if gguf_file is None:
+        return None
+    file = Path(cached_file(name, gguf_file, revision=config.revision))
+    return file, unpacked_folder(file, str(load_dtype(config)).removeprefix("torch."))
+
+
+def _unpacked(config: ModelConfig) -> Path:
+    place = gguf_place(config)
+    assert place is not None, "asked of GGUF bases alone"
+    return place[1]
 
 
 def refuse_unsupported(settings: Any) -> None:

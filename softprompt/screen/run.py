@@ -185,3 +185,21 @@ def draw_plan(plan: "Plan") -> None:
     for name, value in parts.items():
         table.add_row(name, size(value), end_section=name == "optimizer")
     console.print(table)
+    _draw_weights(plan)
+
+
+def _draw_weights(plan: "Plan") -> None:
+    """Whether other precisions would fit, and what a GGUF file becomes."""
+    if plan.weights_in:
+        table = Table(title=f"weights in memory, {size(plan.free)} of which are free", title_justify="left")
+        table.add_column("in")
+        table.add_column("bytes", justify="right")
+        table.add_column("a step")
+        rest = plan.memory.total - plan.memory.weights
+        for name, value in plan.weights_in.items():
+            table.add_row(name, size(value), "fits" if value + rest <= plan.free else "does not fit")
+        console.print(table)
+    if plan.unpacking is not None:
+        done = "lies in the cache" if plan.unpacking.done else "is written to the cache by the first run, which holds all of it once"
+        console.print(f"GGUF file of {size(plan.unpacking.file)}, unpacked {size(plan.unpacking.folder)} in {plan.dtype}: {done}.")
+        console.print(f"In int8 or nf4: model.name={plan.unpacking.where} model.quantization=nf4", soft_wrap=True)
