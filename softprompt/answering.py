@@ -21,6 +21,7 @@ from softprompt.atomic import locked, write_text
 from softprompt.data import Questions, Unanswered
 from softprompt.engine.decode import Question
 from softprompt.engine.model import FrozenBase
+from softprompt.engine.rows import Held
 from softprompt.errors import ConfigError, DataError
 from softprompt.formats import ANSWERS, newer
 from softprompt.generation import Answerer, Ensemble, pieces_of, prepared
@@ -47,7 +48,7 @@ class Named:
 class Task:
     """What is to be answered, by whom and how."""
 
-    base: FrozenBase
+    base: FrozenBase | Held
     prompt: Answerer
     questions: Questions
     num_rows: int

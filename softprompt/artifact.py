@@ -30,6 +30,7 @@ from softprompt.engine.loading import multiplies_in
 from softprompt.engine.model import FrozenBase
 from softprompt.engine.prompt import DeepPrompt, Prompt, SoftPrompt, shapes_of
 from softprompt.engine.quantized import unadvised
+from softprompt.engine.rows import Held
 from softprompt.errors import ArtifactError
 from softprompt.formats import PROMPT, newer
 from softprompt.runlog import package_versions
@@ -159,7 +160,7 @@ def _check_adapter_config(file: Path) -> None:
         raise ArtifactError(f"{file} is that of another kind of adapter: {kind}")
 
 
-def load_prompt(path: str | Path, base: FrozenBase, *, allow_other_base: bool = False) -> StoredPrompt:
+def load_prompt(path: str | Path, base: FrozenBase | Held, *, allow_other_base: bool = False) -> StoredPrompt:
     """Reads a prompt and checks that it fits the base.
 
     `allow_other_base` lets a prompt onto a base or tokenizer with another fingerprint (a fine-tuned or quantised
@@ -171,11 +172,11 @@ def load_prompt(path: str | Path, base: FrozenBase, *, allow_other_base: bool = 
     rows = _read_rows(folder, card)
     _check_width(folder, card, rows, base)
     if not allow_other_base:
-        _check_fingerprints(folder, card, base)
+        _check_fingerprints(folder, card, base, rows)
     encoder = make_encoder(base.tokenizer, card.template, date=card.date, system=card.system, num_tokens=base.num_tokens)
     if encoder.bos_id != card.bos_id and not allow_other_base:
         raise ArtifactError(f"{folder} was trained with another use of the BOS token than that of {base.name}'s tokenizer: {ANYWAY}")
-    if card.base.dtype not in ("auto", base.precision):
+    if isinstance(base, FrozenBase) and card.base.dtype not in ("auto", base.precision):
         say_precision(card.base.dtype, base.precision, multiplies_in(card.base.dtype, str(base.device)))
     own = _without_bos(rows, card).to(base.device)
     if card.method == "prefix":
@@ -193,9 +194,9 @@ def say_precision(trained_in: str, used_in: str, either: bool) -> None:
     )
 
 
-def _check_width(folder: Path, card: Card, rows: torch.Tensor, base: FrozenBase) -> None:
+def _check_width(folder: Path, card: Card, rows: torch.Tensor, base: FrozenBase | Held) -> None:
     if card.method == "prefix":
-        if card.shapes != shapes_of(base.prefill([base.embed_ids([0])]).layers):
+        if card.shapes != (shapes_of(base.prefill([base.embed_ids([0])]).layers) if isinstance(base, FrozenBase) else base.shapes):
             raise ArtifactError(f"{folder} holds keys and values of other shapes than those of {base.name}: it belongs to {card.base.name}")
     elif rows.shape[1] != base.hidden_size:
         raise ArtifactError(
@@ -215,8 +216,14 @@ def _without_bos(rows: torch.Tensor, card: Card) -> torch.Tensor:
     return rows[1:] if card.position == "after_bos" and card.bos_id is not None else rows
 
 
-def _check_fingerprints(folder: Path, card: Card, base: FrozenBase) -> None:
-    if not card.base.is_of(base):
+def _check_fingerprints(folder: Path, card: Card, base: FrozenBase | Held, rows: torch.Tensor) -> None:
+    if isinstance(base, FrozenBase):
+        other = not card.base.is_of(base)
+    else:
+        bos = rows[0] if len(rows) > card.num_virtual_tokens else None
+        known = "" if card.base.dtype == "float16" else card.base.fingerprint  # which rounds the weights otherwise
+        other = base.other_than(known, card.base.model_type, bos, card.bos_id)
+    if other:
         raise ArtifactError(f"{folder} was trained on {card.base.name}, whose weights differ from those of {base.name}: {ANYWAY}")
     if card.base.tokenizer_fingerprint != base.tokenizer_fingerprint:
         raise ArtifactError(f"{folder} was trained with another tokenizer than that of {base.name}: {ANYWAY}")

@@ -18,7 +18,7 @@ from softprompt.engine.head import Head
 from softprompt.engine.model import FrozenBase
 from softprompt.engine.prompt import Prompt
 from softprompt.engine.quantized import unadvised
-from softprompt.engine.reading import Context
+from softprompt.engine.rows import Context
 from softprompt.engine.tokens import Encoded, num_shared
 from softprompt.engine.trial import check
 from softprompt.errors import ArtifactError, DataError, ModelError, first_line

@@ -10,6 +10,7 @@ from softprompt.sampling import Sampling
 if TYPE_CHECKING:
     from softprompt.artifact import StoredPrompt
     from softprompt.engine.model import FrozenBase
+    from softprompt.engine.rows import Held
     from softprompt.generation import Piece
 
 
@@ -34,7 +35,7 @@ class Conversation:
         return replace(self, turns=self.turns[:-2]), self.turns[-2].content
 
 
-def fitted(base: "FrozenBase", prompt: "StoredPrompt", talk: Conversation, text: str, max_new_tokens: int) -> Conversation:
+def fitted(base: "FrozenBase | Held", prompt: "StoredPrompt", talk: Conversation, text: str, max_new_tokens: int) -> Conversation:
     """The conversation that a text is asked behind: without its oldest turns, as many as have to go so that an answer of
     `max_new_tokens` fits into the base's context; without any where the prompt's template knows no turns.
 
@@ -52,7 +53,7 @@ def fitted(base: "FrozenBase", prompt: "StoredPrompt", talk: Conversation, text:
 class Here:
     """Prompts over a base in this process, by name; `softprompt.serve.client.There` is a server's."""
 
-    base: "FrozenBase"
+    base: "FrozenBase | Held"
     prompts: "Mapping[str, StoredPrompt]"
 
     @property

@@ -10,6 +10,7 @@ from softprompt.encode import Encoder
 from softprompt.engine.decode import Question, Token, decode
 from softprompt.engine.model import FrozenBase
 from softprompt.engine.prompt import no_prompt
+from softprompt.engine.rows import Base, Held
 from softprompt.errors import ConfigError, DataError
 from softprompt.sampling import Sampling
 from softprompt.thinking import Told
@@ -38,7 +39,7 @@ class Piece:
 
 
 def generate(
-    base: FrozenBase, prompts: Answerer | Sequence[Answerer], texts: Sequence[Asked], sampling: Sampling = Sampling()
+    base: FrozenBase | Held, prompts: Answerer | Sequence[Answerer], texts: Sequence[Asked], sampling: Sampling = Sampling()
 ) -> list[str]:
     """One answer per text. `prompts`: one prompt or ensemble for all texts, or one for each, which may differ in length and position.
 
@@ -51,7 +52,7 @@ def generate(
 
 
 def stream(
-    base: FrozenBase, prompts: Answerer | Sequence[Answerer], texts: Sequence[Asked], sampling: Sampling = Sampling()
+    base: FrozenBase | Held, prompts: Answerer | Sequence[Answerer], texts: Sequence[Asked], sampling: Sampling = Sampling()
 ) -> Iterator[Piece]:
     """Like `generate`, piece by piece as the tokens come. Raises DataError for a text that is empty, that leaves no room for an answer,
     or that a template cannot write."""
@@ -63,7 +64,7 @@ def stream(
     yield from pieces_of(base, together, [prepared(base, one, text, sampling) for one, text in zip(together, texts, strict=True)])
 
 
-def prepared(base: FrozenBase, one: Ensemble, text: Asked, sampling: Sampling) -> Question:
+def prepared(base: FrozenBase | Held, one: Ensemble, text: Asked, sampling: Sampling) -> Question:
     """A text as `pieces_of` takes it. Raises DataError as `stream` does."""
     ids = tuple(asked_ids(prompt.encoder, text) for prompt in one.prompts)
     stop_ids = frozenset[int]().union(*(prompt.encoder.end_ids for prompt in one.prompts))
@@ -74,12 +75,12 @@ def prepared(base: FrozenBase, one: Ensemble, text: Asked, sampling: Sampling) -
     return question
 
 
-def pieces_of(base: FrozenBase, each: Sequence[Ensemble], questions: Sequence[Question]) -> Iterator[Piece]:
+def pieces_of(base: FrozenBase | Held, each: Sequence[Ensemble], questions: Sequence[Question]) -> Iterator[Piece]:
     """Like `stream`, of texts that are `prepared`, `each` for its own."""
     yield from _as_text(base, decode(base, questions), [Told(one.prompts[0].encoder.thinking) for one in each])
 
 
-def without_prompt(base: FrozenBase, prompt: StoredPrompt) -> StoredPrompt:
+def without_prompt(base: FrozenBase | Held, prompt: StoredPrompt) -> StoredPrompt:
     """The bare base behind the same template, to show what an answer was like before."""
     return replace(prompt, soft=no_prompt(base, prompt.encoder.bos_id))
 
@@ -138,7 +139,7 @@ class Spelled:
         return text
 
 
-def _as_text(base: FrozenBase, tokens: Iterator[Token], told: Sequence[Told]) -> Iterator[Piece]:
+def _as_text(base: Base, tokens: Iterator[Token], told: Sequence[Told]) -> Iterator[Piece]:
     spelled = [Spelled(base.tokenizer) for _ in told]
     for token in tokens:
         text = "" if token.id is None else spelled[token.row].add(token.id)

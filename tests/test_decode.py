@@ -87,7 +87,7 @@ def test_a_queue_of_many_questions_fills_a_bounded_batch(bases, monkeypatch):
     def advancing(batch):
         events = step(batch)
         rows.append(batch.num_rows)
-        positions.append(batch.slots.num_positions)
+        positions.append(batch.rows.slots.num_positions)
         return events
 
     monkeypatch.setattr(OpenBatch, "admit", admitting)
@@ -112,14 +112,14 @@ def test_a_batch_that_never_empties_takes_bounded_memory_and_gives_it_back(bases
         while fitting(batch, iter([endless[0]])):
             batch.admit([next(waiting)])
         batch.advance()
-        laid_out.append(batch.slots.num_bytes // one_position)
+        laid_out.append(batch.rows.slots.num_bytes // one_position)
     assert batch.num_rows == rows
     assert max(laid_out) <= most + rows * BLOCK
     batch.drop({answer.number for answer in batch.answers[1:]})
     batch.answers[0].limit = 10 * BLOCK
     for _ in range(BLOCK + 1):
         batch.advance()
-    assert batch.slots.num_bytes // one_position <= batch.slots.num_positions + BLOCK
+    assert batch.rows.slots.num_bytes // one_position <= batch.rows.slots.num_positions + BLOCK
 
 
 def test_a_question_wider_than_the_batch_is_answered_alone(bases, monkeypatch):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from softprompt.cli import completion
-from softprompt.cli.options import MaxNewTokens, OtherBase, Overrides, Seed, Temperature, TopK, TopP, app
+from softprompt.cli.options import Engine, EngineHere, MaxNewTokens, OtherBase, Overrides, Seed, Temperature, TopK, TopP, app, base_by
 from softprompt.errors import ConfigError
 from softprompt.extras import need
 
@@ -51,6 +51,7 @@ def chat(
     top_k: TopK = 0,
     seed: Seed = 0,
     allow_other_base: OtherBase = False,
+    engine: Engine = EngineHere.own,
 ) -> None:
     """Talk with a soft prompt, turn by turn; /base shows what the bare base answers. Turns come from the terminal, or a line each from a
     file or pipe."""
@@ -62,24 +63,24 @@ def chat(
     sampling.check()
     place: AbstractContextManager[Speakers]
     if ADDRESS.match(prompt):
-        if overrides or other or allow_other_base:
+        if overrides or other or allow_other_base or engine != EngineHere.own:
             raise ConfigError("a server has its own base and prompts: name its models by --model, and leave the rest out")
         place = _there(prompt, models or [], key_file)
     else:
         if models or key_file:
             raise ConfigError(f"--model and --api-key-file are for a server, {prompt} is a folder")
-        place = nullcontext(_here([Path(prompt), *(other or [])], overrides or [], allow_other_base))
+        place = nullcontext(_here([Path(prompt), *(other or [])], overrides or [], allow_other_base, engine))
     with place as speakers:
         talk(Session(speakers, (Conversation(system),) * len(speakers.names), sampling), _turns(_lines()))
 
 
-def _here(paths: list[Path], overrides: list[str], allow_other_base: bool) -> "Here":
+def _here(paths: list[Path], overrides: list[str], allow_other_base: bool, engine: EngineHere) -> "Here":
     """Prompts over their base, loaded."""
-    from softprompt import load_base, load_prompt
+    from softprompt import load_prompt
     from softprompt.cli.prompts import base_config
     from softprompt.conversation import Here
 
-    base = load_base(base_config(paths[0], overrides))
+    base = base_by(engine, base_config(paths[0], overrides))
     return Here(base, {str(path): load_prompt(path, base, allow_other_base=allow_other_base) for path in paths})
 
 

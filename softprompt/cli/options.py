@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,6 +27,13 @@ class Program(TyperGroup):
         for heading, verbs in headings.items():
             with formatter.section(heading):
                 formatter.write_dl(verbs)
+
+
+class EngineHere(StrEnum):
+    """What computes in this process."""
+
+    own = "own"
+    llama = "llama"
 
 
 app = typer.Typer(
@@ -73,6 +81,7 @@ MaxNewTokens = Annotated[int, typer.Option(help="Tokens of an answer at most.")]
 Temperature = Annotated[float, typer.Option(help="0 is greedy.")]
 TopP = Annotated[float, typer.Option(help="Sample from the likeliest tokens of this joint probability.")]
 TopK = Annotated[int, typer.Option(help="Sample from this many likeliest tokens; 0 is all.")]
+Engine = Annotated[EngineHere, typer.Option("--engine", help="own, or llama: llama.cpp holds a GGUF base, quantised as it is.")]
 Seed = Annotated[int, typer.Option(help="Seed of sampling.")]
 
 
@@ -108,6 +117,17 @@ def config_of(settings: list[str] | None) -> Any:
     if "=" in first or not first:
         return load_config(None, settings or ())
     return load_config(first, rest)
+
+
+def base_by(engine: EngineHere, config: Any) -> Any:
+    """The base that a configuration names, held by an engine."""
+    if engine == EngineHere.own:
+        from softprompt import load_base
+
+        return load_base(config)
+    from softprompt.llama.base import load_gguf
+
+    return load_gguf(config)
 
 
 def write_json(file: Path | None, result: dict[str, Any]) -> None:

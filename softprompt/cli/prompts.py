@@ -15,6 +15,8 @@ import typer
 from softprompt.cli import completion
 from softprompt.cli.options import (
     AnswerField,
+    Engine,
+    EngineHere,
     FileOfQuestions,
     HeldOut,
     Json,
@@ -30,6 +32,7 @@ from softprompt.cli.options import (
     TopK,
     TopP,
     app,
+    base_by,
     write_json,
 )
 from softprompt.errors import ConfigError
@@ -44,6 +47,11 @@ TOGETHER = (
     "without texts and --json"
 )
 NAMED = 3  # rows that cannot be answered, of which the reason is shown
+
+
+Beside = Annotated[
+    list[Path] | None, typer.Option("--with", metavar="PROMPT", help="Answer with this prompt too, in the same batch; repeatable.")
+]
 
 
 class Together(StrEnum):
@@ -181,9 +189,7 @@ def generate(
             autocompletion=completion.base_settings,
         ),
     ] = None,
-    other: Annotated[
-        list[Path] | None, typer.Option("--with", metavar="PROMPT", help="Answer with this prompt too, in the same batch; repeatable.")
-    ] = None,
+    other: Beside = None,
     source: FileOfQuestions = None,
     out: OutOfFile = None,
     resume: Resume = False,
@@ -198,6 +204,7 @@ def generate(
     ] = None,
     system: SystemTurn = None,
     allow_other_base: OtherBase = False,
+    engine: Engine = EngineHere.own,
     json_file: Json = None,
 ) -> None:
     """Answer texts with one soft prompt, with several in one batch, or with several that agree on one answer."""
@@ -214,7 +221,7 @@ def generate(
     sampling = Sampling(max_new_tokens, temperature, top_p, top_k, seed)
     check_sampling(sampling, [Ensemble((), together.value)] if together else [])
     places = _places([prompt, *(other or [])], together)
-    answerers = partial(_answerers, places, overrides, together, system, allow_other_base)
+    answerers = partial(_answerers, places, partial(base_by, engine, base_config(places[0], overrides)), together, system, allow_other_base)
     if files:
         made_with = {"prompt": _digest(places), "system": system, "ensemble": together, "sampling": sampling.as_dict()}
         _answer_file(answerers, sampling, files, overrides, made_with)
@@ -247,11 +254,11 @@ def _places(given: list[Path], together: Together | None) -> list[Path]:
     return [path for place in given for path in find_prompts(place)] if together else given
 
 
-def _answerers(places: list[Path], overrides: list[str], together: Together | None, system: str | None, allow_other_base: bool) -> Any:
+def _answerers(places: list[Path], load: Callable[[], Any], together: Together | None, system: str | None, allow_other_base: bool) -> Any:
     """(the base, (path, who answers) of each)."""
-    from softprompt import Ensemble, load_base, load_prompt
+    from softprompt import Ensemble, load_prompt
 
-    base = load_base(base_config(places[0], overrides))
+    base = load()
     loaded = (load_prompt(path, base, allow_other_base=allow_other_base) for path in places)
     stored = [one if system is None else one.told(system) for one in loaded]
     return base, [(places[0], Ensemble(tuple(stored), together.value))] if together else list(zip(places, stored, strict=True))
@@ -287,8 +294,7 @@ def _answer_file(answerers: "Callable[[], Any]", sampling: Any, files: _Files, o
     found = questions.survey([named.answer, named.error])
     base, ((_, one), *_) = answerers()
     task = Task(base, one, questions, found.num_rows, sampling, named)
-    of_base = {"base": base.fingerprint, "dtype": str(base.dtype)}
-    told = {**made_with, **of_base, "questions": found.digest, "columns": dict(columns), "answer_field": named.answer}
+    told = {**made_with, **_about(base), "questions": found.digest, "columns": dict(columns), "answer_field": named.answer}
     try:
         follow_answers(answer_file(task, files.out, told, resume=files.resume), files.out)
     except KeyboardInterrupt:
@@ -299,6 +305,15 @@ def _answer_file(answerers: "Callable[[], Any]", sampling: Any, files: _Files, o
         print(f"  {reason}", file=sys.stderr)
     if failed:
         print(f"{failed} of {found.num_rows} could not be answered: their lines in {files.out} have {named.error}", file=sys.stderr)
+
+
+def _about(base: Any) -> dict[str, str]:
+    """What answers depend on of a base and who computes it."""
+    from softprompt.engine.model import FrozenBase
+
+    if isinstance(base, FrozenBase):
+        return {"base": base.fingerprint, "dtype": str(base.dtype)}
+    return {"base": base.content, "engine": EngineHere.llama.value}
 
 
 def _digest(places: list[Path]) -> list[str]:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from softprompt.serve.asking import Engine
 
 MEBIBYTE = 1 << 20
+OWN, LLAMA = "own", "llama"
 OVERRIDE = re.compile(r"model\.\w+=")
 NAMED = re.compile(r"(\w[\w.-]*)=(.+)")
 
@@ -43,10 +44,22 @@ Ensembles = Annotated[
 ]
 Origins = Annotated[list[str] | None, typer.Option("--cors-origin", metavar="URL", help="Let pages of this origin ask; repeatable.")]
 Memory = Annotated[
-    int | None, typer.Option(min=1, metavar="MB", help="What is kept of prompts and texts that nobody asks just now, at most; 1024.")
+    int | None,
+    typer.Option(
+        min=1,
+        metavar="MB",
+        help="What is kept of prompts and texts that nobody asks now, at most; 1024. llama.cpp: all it keeps.",
+    ),
 ]
 Waiting = Annotated[int | None, typer.Option(min=1, help="Answers that are made or wait, at most; more are told to come again; 256.")]
-Kind = Annotated[str, typer.Option("--engine", metavar="ENGINE", help="own, vllm, or vllm=URL of a server that runs with our connector.")]
+Kind = Annotated[
+    str,
+    typer.Option(
+        "--engine",
+        metavar="ENGINE",
+        help="own; llama, for a GGUF file as it is; vllm, or vllm=URL of one with our connector.",
+    ),
+]
 VllmPython = Annotated[Path | None, typer.Option(metavar="FILE", help="The interpreter that has vLLM, where it is another than this.")]
 VllmFolder = Annotated[Path | None, typer.Option(metavar="DIR", help="Where vLLM finds keys and values, and its log goes.")]
 Body = Annotated[int, typer.Option(min=1, metavar="MB", help="Size of a request at most.")]
@@ -100,7 +113,7 @@ def serve(
     served = _Served.of(prompts or [], folder)
     with listen(host, port) as listening, tempfile.TemporaryDirectory() as spare:
         log_as_json()
-        run(served.by_own(own) if vllm is None else served.by_vllm(vllm, Path(spare)), settings, listening, drain_seconds)
+        run(served.by_own(own, engine) if vllm is None else served.by_vllm(vllm, Path(spare)), settings, listening, drain_seconds)
 
 
 def _check_installed() -> None:
@@ -155,7 +168,7 @@ def _ensemble(given: str) -> tuple[str, tuple[tuple[str, ...], str]]:
 
 @dataclass(frozen=True)
 class _Own:
-    """What the command says of the own engine; the defaults of what is None are `own.start`'s."""
+    """What the command says of an engine in this process; the defaults of what is None are `own.start`'s and `load_gguf`'s."""
 
     ensembles: dict[str, tuple[tuple[str, ...], str]]
     memory: int | None
@@ -171,16 +184,16 @@ class _Vllm:
 
     @classmethod
     def of(cls, engine: str, python: Path | None, folder: Path | None, own: _Own) -> "_Vllm | None":
-        """None for the own engine. Raises ConfigError for options that belong to the other one."""
+        """None for those in this process. Raises ConfigError for options that belong to the other one."""
         kind, _, address = engine.partition("=")
-        if engine == "own":
+        if engine in (OWN, LLAMA):
             if python or folder:
                 raise ConfigError("--vllm-python and --vllm-folder go with --engine vllm")
             return None
         if kind != "vllm" or engine == "vllm=":
-            raise ConfigError(f"--engine {engine}: there are own, vllm and vllm=URL")
+            raise ConfigError(f"--engine {engine}: there are own, llama, vllm and vllm=URL")
         if own != _Own({}, None, None, False):
-            raise ConfigError("--ensemble, --memory, --max-waiting and --allow-other-base are the own engine's")
+            raise ConfigError("--ensemble, --memory, --max-waiting and --allow-other-base are for the engines own and llama")
         if address and (python or folder is None):
             raise ConfigError("a vLLM server that runs already has its own python, and needs --vllm-folder, the folder of its connector")
         return cls(address or None, python, folder)
@@ -209,14 +222,22 @@ class _Served:
             raise ConfigError("nothing to serve: name a prompt, or a base by model.name=NAME")
         return cls(model, given)
 
-    async def by_own(self, own: _Own) -> "Engine":
+    async def by_own(self, own: _Own, engine: str) -> "Engine":
         from softprompt import load_base
         from softprompt.serve.own import start
 
-        sizes = {"memory_bytes": own.memory and own.memory * MEBIBYTE, "most_waiting": own.max_waiting}
+        memory = own.memory and own.memory * MEBIBYTE
+        base: Any
+        if engine == LLAMA:
+            from softprompt.llama.base import load_gguf
+
+            base = load_gguf(self.model, memory_bytes=memory)
+        else:
+            base = load_base(self.model)
+        sizes = {"memory_bytes": memory, "most_waiting": own.max_waiting}
         said: dict[str, Any] = {name: value for name, value in sizes.items() if value is not None}
         together: Any = own.ensembles
-        return start(load_base(self.model), self.prompts, ensembles=together, allow_other_base=own.allow_other_base, **said)
+        return start(base, self.prompts, ensembles=together, allow_other_base=own.allow_other_base, **said)
 
     async def by_vllm(self, vllm: _Vllm, spare: Path) -> "Engine":
         from softprompt.serve.vllm import start

@@ -8,7 +8,7 @@ from softprompt.data import Example, Loaded, Rejected
 from softprompt.data.examples import turns_text
 from softprompt.encode import Encoder
 from softprompt.engine.model import FrozenBase
-from softprompt.engine.reading import Context
+from softprompt.engine.rows import Context
 from softprompt.engine.shelf import Shelf
 from softprompt.engine.teacher import ROOM, Teacher, Teaching
 from softprompt.engine.tokens import Encoded, shared_beginning

@@ -91,7 +91,7 @@ def likelihoods(base: FrozenBase, hidden_NH: Tensor, ids: Sequence[int], top: in
     found = []
     for first in range(0, len(ids), AT_ONCE):
         own = list(ids[first : first + AT_ONCE])
-        found += _likelihoods(base.logits(hidden_NH[first : first + len(own)]), own, [top] * len(own))
+        found += scored(base.logits(hidden_NH[first : first + len(own)]), own, [top] * len(own))
     return found
 
 
@@ -151,13 +151,14 @@ def _reported(logits_QV: Tensor, choices: Sequence[Choice], chosen: Sequence[int
     asked = [index for index, choice in enumerate(choices) if choice.top is not None]
     found: list[Likelihood | None] = [None] * len(choices)
     if asked:
-        own = _likelihoods(logits_QV[asked], [chosen[index] for index in asked], [choices[index].top or 0 for index in asked])
+        own = scored(logits_QV[asked], [chosen[index] for index in asked], [choices[index].top or 0 for index in asked])
         for index, one in zip(asked, own, strict=True):
             found[index] = one
     return found
 
 
-def _likelihoods(logits_NV: Tensor, ids: Sequence[int], tops: Sequence[int]) -> list[Likelihood]:
+def scored(logits_NV: Tensor, ids: Sequence[int], tops: Sequence[int]) -> list[Likelihood]:
+    """Of the tokens `ids`, each by the logits before it, with so many of the likeliest beside each."""
     log_NV = logits_NV.float().log_softmax(dim=-1)
     own = log_NV.gather(1, torch.tensor(list(ids), device=log_NV.device)[:, None])[:, 0].tolist()
     most = log_NV.topk(min(max(tops), log_NV.shape[1]), dim=-1) if max(tops) else None

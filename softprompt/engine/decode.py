@@ -16,8 +16,8 @@ import torch
 
 from softprompt.engine.choose import Choice, Guide, Likelihood, choose, stream_of, together
 from softprompt.engine.model import FrozenBase
-from softprompt.engine.reading import Context, Text, read_on, read_rest
-from softprompt.engine.slots import Slots
+from softprompt.engine.reading import OwnRows
+from softprompt.engine.rows import Base, Context, Held, Rows, Text
 from softprompt.sampling import Sampling
 
 POSITIONS, ROWS = 16384, 64  # of a batch at most: positions that the cache holds, rows
@@ -58,7 +58,7 @@ class Question:
         pairs = zip(self.contexts, self.texts, strict=True)
         return max(prompt.num_positions + len(ids) + len(text) for (prompt, ids), text in pairs)
 
-    def limit(self, base: FrozenBase) -> int:
+    def limit(self, base: Base) -> int:
         """Tokens that its answer may have: `max_new_tokens`, or what the base's context leaves it."""
         wanted = self.sampling.max_new_tokens
         return wanted if base.context_length is None else min(wanted, base.context_length - self.length)
@@ -109,13 +109,12 @@ class OpenBatch:
     """Answers in progress. `piece`: tokens of texts that are read between two tokens of the answers, so that nobody waits long; None
     reads all that were admitted at once. `admitted`: questions so far, which number the next ones."""
 
-    def __init__(self, base: FrozenBase, piece: int | None = None) -> None:
+    def __init__(self, base: FrozenBase | Held, piece: int | None = None) -> None:
         self.base, self.piece = base, piece
         self.answers: list[Ongoing] = []
         self.arriving: deque[Ongoing] = deque()
-        self.slots = Slots(base.device, ROWS, POSITIONS)
+        self.rows: Rows = OwnRows(base, ROWS, POSITIONS) if isinstance(base, FrozenBase) else base.rows()
         self.admitted = 0
-        self._hidden_BH = torch.empty(0)
         self._unread = False  # the last token of every answer
 
     @property
@@ -133,7 +132,7 @@ class OpenBatch:
         for question in questions:
             top = question.top if question.echo else None
             pairs = zip(question.contexts, question.texts, strict=True)
-            texts = [Text(context, ids, question.keep, top) for context, ids in pairs]
+            texts = [self.rows.text(context, ids, question.keep, top) for context, ids in pairs]
             stream = stream_of(question.sampling.seed, question.texts[0], self.base.device)
             self.arriving.append(Ongoing(self.admitted, question, question.limit(self.base), texts, stream))
             self.admitted += 1
@@ -143,8 +142,7 @@ class OpenBatch:
     def advance(self) -> list[Read | Token]:
         """One token of every answer whose text is read; those that are complete with it leave."""
         if self._unread:
-            ids_B = torch.tensor([answer.last for answer in self.answers for _ in answer.texts], device=self.base.device)
-            self._hidden_BH = self.base.next_hidden(ids_B, self.slots)
+            self.rows.next([answer.last for answer in self.answers for _ in answer.texts])
         events: list[Read | Token] = list(self._read_texts())
         if not self.answers:
             return events
@@ -155,7 +153,7 @@ class OpenBatch:
 
     def _choose(self) -> list[Token]:
         votes = [index for index, answer in enumerate(self.answers) if answer.question.by == "vote" and len(answer.texts) > 1]
-        logits_QV = together(self.base.logits(self._hidden_BH), [len(answer.texts) for answer in self.answers], votes)
+        logits_QV = together(self.rows.logits(), [len(answer.texts) for answer in self.answers], votes)
         chosen, scores = choose(logits_QV, [answer.choice for answer in self.answers])
         tokens = []
         for answer, token, score in zip(self.answers, chosen, scores, strict=True):
@@ -174,6 +172,7 @@ class OpenBatch:
         """The answers to questions of these numbers leave. Others may take the place of theirs."""
         if not numbers:
             return
+        self.rows.forget([text for answer in self.arriving if answer.number in numbers for text in answer.texts])
         self.arriving = deque(answer for answer in self.arriving if answer.number not in numbers)
         first = list(accumulate((len(one.texts) for one in self.answers), initial=0))
         order = _closed_up([answer.number in numbers for answer in self.answers], all(len(one.texts) == 1 for one in self.answers))
@@ -182,8 +181,7 @@ class OpenBatch:
         rows = [first[index] + member for index in order for member in range(len(self.answers[index].texts))]
         self._unread = self._unread and bool(order)
         self.answers = [self.answers[index] for index in order]
-        self._hidden_BH = self._hidden_BH[rows]
-        self.slots.keep(rows)
+        self.rows.keep(rows)
 
     # ---- texts ---------------------------------------------------------------------------------------------------------
 
@@ -194,7 +192,7 @@ class OpenBatch:
             long = self._long(self.arriving[0])
             if long is not None:
                 before = long.num_read
-                read_on(self.base, long, left if left is not None else long.num_left)
+                self.rows.read_on(long, left if left is not None else long.num_left)
                 left = None if left is None else left - (long.num_read - before)
                 continue
             short = self._short(left)
@@ -206,7 +204,7 @@ class OpenBatch:
     def _long(self, answer: Ongoing) -> Text | None:
         """A text that has to be read by itself: one with a beginning to keep, or longer than what may be read."""
         for text in answer.texts:
-            text.begin(self.base)
+            self.rows.begin(text)
             if text.num_read < text.keep < len(text.ids) or (self.piece is not None and text.num_left > self.piece):
                 return text
         return None
@@ -223,11 +221,7 @@ class OpenBatch:
         return found
 
     def _let_in(self, answers: Sequence[Ongoing]) -> list[Read]:
-        texts = [text for answer in answers for text in answer.texts]
-        read = read_rest(self.base, texts)
-        self.slots.join(read.layers, read.lengths)
-        hidden = [text.hidden_H for text in texts if text.hidden_H is not None]
-        self._hidden_BH = torch.cat([self._hidden_BH, torch.stack(hidden)]) if self.answers else torch.stack(hidden)
+        self.rows.join([text for answer in answers for text in answer.texts])
         self.answers += answers
         return [Read(one.number, max(text.num_cached for text in one.texts), tuple(one.texts[0].scores)) for one in answers]
 
@@ -244,7 +238,7 @@ def _closed_up(gone: Sequence[bool], may_move: bool) -> list[int]:
 # ---- many questions ------------------------------------------------------------------------------------------------
 
 
-def decode(base: FrozenBase, questions: Sequence[Question]) -> Iterator[Token]:
+def decode(base: FrozenBase | Held, questions: Sequence[Question]) -> Iterator[Token]:
     """Tokens of all answers as they come. The questions fill one batch of bounded size, which those that wait join as others leave:
     in their order, and sorted by length within WINDOW of them, so that neighbours are about as long as each other."""
     windows = (range(first, min(first + WINDOW, len(questions))) for first in range(0, len(questions), WINDOW))
@@ -262,16 +256,17 @@ def decode(base: FrozenBase, questions: Sequence[Question]) -> Iterator[Token]:
 def fitting(batch: OpenBatch, waiting: Iterator[Question]) -> int:
     """How many of those that wait have room in the batch; at least one has in an empty one."""
     rows, joining, widest = batch.num_rows, 0, batch.widest
+    most = POSITIONS if isinstance(batch.base, FrozenBase) else batch.base.most_positions
     for question in waiting:
         rows += len(question.texts)
         widest = max(widest, question.length + question.limit(batch.base))
-        if (batch.num_rows or joining) and (rows > ROWS or rows * widest > POSITIONS):
+        if (batch.num_rows or joining) and (rows > ROWS or rows * widest > most):
             break
         joining += 1
     return joining
 
 
-def decode_whole(base: FrozenBase, questions: Sequence[Question]) -> Iterator[tuple[int, list[int], bool]]:
+def decode_whole(base: FrozenBase | Held, questions: Sequence[Question]) -> Iterator[tuple[int, list[int], bool]]:
     """(number of the question, all ids of its answer, whether an end-of-text token came) as the answers are complete."""
     ids: list[list[int]] = [[] for _ in questions]
     for token in decode(base, questions):

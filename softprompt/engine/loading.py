@@ -19,7 +19,7 @@ from softprompt.engine.offload import from_files
 from softprompt.engine.places import device_map, free_memory
 from softprompt.engine.quantized import bits_of, computed_in, method_of, settle
 from softprompt.engine.tried import warn_of_newer
-from softprompt.engine.unpack import keep_unpacked, unpacked_folder
+from softprompt.engine.unpack import keep_unpacked, note_fingerprint, unpacked_folder
 from softprompt.errors import ConfigError, ModelError, first_line
 from softprompt.extras import need
 from softprompt.hub import hub
@@ -56,9 +56,12 @@ def load_base(config: ModelConfig, *, layers_in_files: Path | None = None) -> Fr
         keep_unpacked(model, tokenizer, _unpacked(config))
     settle(model, load_dtype(config))
     try:
-        return freeze(model, tokenizer, name if gguf_file is None else f"{name}/{gguf_file}")
+        base = freeze(model, tokenizer, name if gguf_file is None else f"{name}/{gguf_file}")
     except torch.OutOfMemoryError:
         raise ModelError(f"{name}: {NO_MEMORY}") from None
+    if gguf_file is not None and load_dtype(config) != torch.float16:
+        note_fingerprint(_unpacked(config), base.fingerprint)
+    return base
 
 
 def _quantization(config: ModelConfig, settings: Any) -> dict[str, Any]:

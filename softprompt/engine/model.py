@@ -168,7 +168,7 @@ def freeze(model: Any, tokenizer: Any, name: str) -> FrozenBase:
         stop_ids=frozenset(token for item in stop for token in (item if isinstance(item, list) else [item]) if token is not None),
         fingerprint=fingerprint,
         sample=sample,
-        tokenizer_fingerprint=_tokenizer_fingerprint(tokenizer),
+        tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
     )
 
 
@@ -237,7 +237,7 @@ def same_weights(first: tuple[str, str], second: tuple[str, str], *, in_float16:
     return ours is not None and theirs is not None and len(ours) == len(theirs) and torch.allclose(ours, theirs, rtol=2**-8, atol=2**-23)
 
 
-def _tokenizer_fingerprint(tokenizer: Any) -> str:
+def tokenizer_fingerprint(tokenizer: Any) -> str:
     """sha256 over the vocabulary and the special tokens."""
     entries = sorted(tokenizer.get_vocab().items(), key=lambda entry: (entry[1], entry[0]))
     digest = hashlib.sha256(repr(entries).encode())

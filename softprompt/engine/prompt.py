@@ -7,7 +7,7 @@ all keys and values.
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal, Self
+from typing import ClassVar, Literal, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -246,9 +246,18 @@ def read_together(
     return prefix_of(base, [(prompt, ids) for prompt in prompts]), [row.after(len(ids)) for row in rows]
 
 
-def no_prompt(base: FrozenBase, bos_id: int | None) -> SoftPrompt:
+class Sized(Protocol):
+    """A base, as far as rows of no length need one."""
+
+    @property
+    def hidden_size(self) -> int: ...
+    @property
+    def device(self) -> torch.device: ...
+
+
+def no_prompt(base: Sized, bos_id: int | None) -> SoftPrompt:
     """The bare base, as a prompt of no rows."""
-    return SoftPrompt(base.row_mean_H.new_zeros(0, base.hidden_size), "after_bos", bos_id)
+    return SoftPrompt(torch.zeros(0, base.hidden_size, device=base.device), "after_bos", bos_id)
 
 
 def _bos(base: FrozenBase, bos_id: int | None) -> Tensor:

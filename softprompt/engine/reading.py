@@ -1,11 +1,11 @@
 """Texts are read behind prompts: many in one forward, long ones in pieces so that others' answers go on meanwhile. What a text begins
 with is taken from the shelf where it is there.
 
-Shapes: B texts, T tokens, H hidden size.
+Shapes: B texts, T tokens, H hidden size, V vocabulary.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,9 +13,8 @@ from torch import Tensor
 from softprompt.engine.choose import Likelihood, likelihoods
 from softprompt.engine.model import FrozenBase
 from softprompt.engine.prefix import Prefix, as_prefixes, assemble
-from softprompt.engine.prompt import Prompt
-
-Context = tuple[Prompt, tuple[int, ...]]  # what a text continues from: a prompt, and the ids behind it
+from softprompt.engine.rows import Context, Text
+from softprompt.engine.slots import Slots
 
 
 def shelved(base: FrozenBase, context: Context) -> Prefix:
@@ -24,27 +23,12 @@ def shelved(base: FrozenBase, context: Context) -> Prefix:
     return base.shelf.take(prompt, ids, lambda: prompt.prefix(base, ids))
 
 
-@dataclass
-class Text:
-    """A text that is being read. `keep`: of its first tokens so many are worth keeping on the shelf, for others that begin with them.
-    `top`: its tokens' likelihoods are wanted, with so many of the likeliest beside each.
+@dataclass(eq=False)
+class OwnText(Text):
+    """`prefix`: what the layers keep of the prompt and of the tokens so far; `hidden_H`: the state of the last one."""
 
-    `prefix`: what the layers keep of the prompt and the `num_read` tokens so far, of which `num_cached` were on the shelf with what is
-    before them; `hidden_H`: the state of the last one."""
-
-    context: Context
-    ids: tuple[int, ...]
-    keep: int = 0
-    top: int | None = None
     prefix: Prefix | None = None
-    num_read: int = 0
-    num_cached: int = 0
     hidden_H: Tensor | None = None
-    scores: list[Likelihood] = field(default_factory=list)
-
-    @property
-    def num_left(self) -> int:
-        return len(self.ids) - self.num_read
 
     def begin(self, base: FrozenBase) -> Prefix:
         """What its next tokens continue from."""
@@ -60,24 +44,58 @@ class Text:
         return self.prefix
 
 
-def read_on(base: FrozenBase, text: Text, most: int) -> None:
-    """The next tokens of a text, `most` at most; it stops where its beginning is worth keeping, and keeps it."""
-    begun = text.begin(base)
-    to_keep = text.keep - text.num_read
-    count = min(most, text.num_left, to_keep if to_keep > 0 else most)
-    (prefix,) = _read(base, [text], [begun], [count]).separate()
-    text.prefix = prefix
-    if text.num_read == text.keep:
-        prompt, behind = text.context
-        base.shelf.put(prompt, (*behind, *text.ids[: text.keep]), prefix)
+class OwnRows:
+    """See rows.Rows: the base computes them, what the layers keep of them lies in slots."""
+
+    def __init__(self, base: FrozenBase, most_rows: int, most_positions: int) -> None:
+        self.base, self.slots = base, Slots(base.device, most_rows, most_positions)
+        self._hidden_BH = torch.empty(0)
+
+    @property
+    def num_bytes(self) -> int:
+        return self.slots.num_bytes
+
+    @property
+    def kept_bytes(self) -> int:
+        return self.base.shelf.num_bytes
+
+    def text(self, context: Context, ids: tuple[int, ...], keep: int, top: int | None) -> OwnText:
+        return OwnText(context, ids, keep, top)
+
+    def begin(self, text: Text) -> None:
+        assert isinstance(text, OwnText)
+        text.begin(self.base)
+
+    def read_on(self, text: Text, most: int) -> None:
+        assert isinstance(text, OwnText)
+        (prefix,) = _read(self.base, [text], [text.begin(self.base)], [text.next_count(most)]).separate()
+        text.prefix = prefix
+        if text.num_read == text.keep:
+            prompt, behind = text.context
+            self.base.shelf.put(prompt, (*behind, *text.ids[: text.keep]), prefix)
+
+    def join(self, texts: Sequence[Text]) -> None:
+        own = [text for text in texts if isinstance(text, OwnText)]
+        read = _read(self.base, own, [text.begin(self.base) for text in own], [text.num_left for text in own])
+        before = [self._hidden_BH] if self.slots.lengths else []
+        self.slots.join(read.layers, read.lengths)
+        self._hidden_BH = torch.cat([*before, torch.stack([text.hidden_H for text in own if text.hidden_H is not None])])
+
+    def next(self, ids: Sequence[int]) -> None:
+        self._hidden_BH = self.base.next_hidden(torch.tensor(list(ids), device=self.base.device), self.slots)
+
+    def logits(self) -> Tensor:
+        return self.base.logits(self._hidden_BH)
+
+    def keep(self, rows: Sequence[int]) -> None:
+        self._hidden_BH = self._hidden_BH[list(rows)]
+        self.slots.keep(rows)
+
+    def forget(self, texts: Sequence[Text]) -> None:
+        return
 
 
-def read_rest(base: FrozenBase, texts: Sequence[Text]) -> Prefix:
-    """All that is left of some texts, in one forward; what the layers keep of them together."""
-    return _read(base, texts, [text.begin(base) for text in texts], [text.num_left for text in texts])
-
-
-def _read(base: FrozenBase, texts: Sequence[Text], begun: Sequence[Prefix], counts: Sequence[int]) -> Prefix:
+def _read(base: FrozenBase, texts: Sequence[OwnText], begun: Sequence[Prefix], counts: Sequence[int]) -> Prefix:
     starts = list({id(prefix): prefix for prefix in begun}.values())
     numbers = {id(prefix): number for number, prefix in enumerate(starts)}
     which_B = torch.tensor([numbers[id(prefix)] for prefix in begun], device=base.device)

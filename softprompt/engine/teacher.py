@@ -20,7 +20,7 @@ from softprompt.engine.loss import Loss, TopTokens, divergence_losses, head_loss
 from softprompt.engine.model import FrozenBase
 from softprompt.engine.prefix import Prefix, assemble
 from softprompt.engine.prompt import Prompt, read_together
-from softprompt.engine.reading import Context
+from softprompt.engine.rows import Context
 from softprompt.engine.shelf import Shelf
 from softprompt.engine.tokens import Encoded
 from softprompt.engine.world import World

@@ -11,6 +11,7 @@ import logging
 import os
 import shutil
 import tempfile
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from typing import Any
 from softprompt.atomic import new_folder, write_text
 from softprompt.spellings import settings_in_both, tokenizer_in_both
 
+FINGERPRINT = "fingerprint.txt"  # of the weights
 NUM_SAMPLES, SAMPLE_BYTES = 256, 65536
 
 
@@ -52,7 +54,7 @@ def _writable_or_temporary(caches: str) -> Path:
 def unpacked_folder(gguf_file: Path, dtype: str) -> Path:
     """Where the unpacked form of a GGUF file lies, or would lie; decided by its content, not by its place."""
 
-    return cache_root() / "unpacked" / f"{gguf_file.stem}-{dtype}-{_content_hash(gguf_file)}"
+    return cache_root() / "unpacked" / f"{gguf_file.stem}-{dtype}-{content_hash(gguf_file)}"
 
 
 def keep_unpacked(model: Any, tokenizer: Any, folder: Path) -> None:
@@ -70,6 +72,20 @@ def keep_unpacked(model: Any, tokenizer: Any, folder: Path) -> None:
         return
 
 
+def note_fingerprint(folder: Path, fingerprint: str) -> None:
+    """Keeps with an unpacked file which weights are in it, for those who do not load them."""
+    file = folder / FINGERPRINT
+    if folder.is_dir() and not file.is_file():
+        with suppress(OSError):
+            write_text(file, fingerprint)
+
+
+def known_fingerprints(gguf_file: Path) -> frozenset[str]:
+    """Of the weights of a GGUF file, where it has been unpacked here and loaded before; decided by its content."""
+    found = (cache_root() / "unpacked").glob(f"*-{content_hash(gguf_file)}/{FINGERPRINT}")
+    return frozenset(file.read_text(encoding="utf-8") for file in found)
+
+
 def spell_for_others(folder: Path) -> None:
     """Its settings in both spellings: other engines read such a folder too."""
     for name, in_both in (("config.json", settings_in_both), ("tokenizer_config.json", tokenizer_in_both)):
@@ -78,7 +94,7 @@ def spell_for_others(folder: Path) -> None:
             write_text(folder / name, json.dumps(in_both(before), indent=2, ensure_ascii=False) + "\n")
 
 
-def _content_hash(path: Path) -> str:
+def content_hash(path: Path) -> str:
     """sha256 of the size and of evenly spread samples, 16 MB at most."""
     size = path.stat().st_size
     digest = hashlib.sha256(str(size).encode())

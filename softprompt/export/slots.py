@@ -107,7 +107,7 @@ def read_slot(data: bytes, ids: Sequence[int], plain: Mapping[str, Tensor]) -> S
     Raises ArtifactError for a file whose build is not known, one of another base, and one whose numbers cannot be replaced.
     """
     length, num_layers = len(plain["keys.0"]), len(plain) // 2
-    found = list(_layers(data, length))
+    found = list(layers_in(data, length))
     if not found or data.count(_words(ids)) != 1:
         raise ArtifactError("nothing in it has a form that is known: another build of llama.cpp is needed")
     if len(found) < num_layers:
@@ -133,7 +133,7 @@ def _words(ids: Sequence[int]) -> bytes:
 # ---- where the rows are ----------------------------------------------------------------------------------------------
 
 
-def _layers(data: bytes, length: int) -> Iterator[dict[str, Rows]]:
+def layers_in(data: bytes, length: int) -> Iterator[dict[str, Rows]]:
     """Keys and values of every layer, in the file's order."""
     at = 0
     while found := next(filter(None, (_cache(data, start, length) for start in range(at, min(at + GAP, len(data)), 4))), None):

@@ -1,6 +1,7 @@
 """What a client's request asks of an engine, and what an engine says to it: the seam between HTTP and whatever answers. Without torch.
 
-An engine is one of two: `own.py` decodes here, `vllm.py` asks a vLLM server. Both know the base and prompts by name.
+An engine is one of two: `own.py` decodes here, over a base of ours or one that llama.cpp holds; `vllm.py` asks a vLLM server. Both know
+the base and prompts by name.
 """
 
 from collections.abc import AsyncGenerator, Mapping, Sequence

@@ -11,6 +11,7 @@ from softprompt.artifact import StoredPrompt, find_prompt, load_prompt
 from softprompt.encode import Encoder, make_encoder
 from softprompt.engine.model import FrozenBase
 from softprompt.engine.prompt import Prompt, no_prompt
+from softprompt.engine.rows import Held
 from softprompt.errors import ConfigError, DataError
 from softprompt.generation import asked_ids
 from softprompt.serve.asking import Ask, Conversation, Model, NotServed, Text, is_conversation
@@ -66,7 +67,7 @@ def ids_behind(encoder: Encoder, text: Text | Conversation, *, trained: bool) ->
     return bare
 
 
-def encoder_of_base(base: FrozenBase) -> Encoder:
+def encoder_of_base(base: FrozenBase | Held) -> Encoder:
     """How the bare base is asked: by its chat template, or as a plain dialogue where it has none."""
     template = Chat.name if base.tokenizer.chat_template else HumanAssistant.name
     return make_encoder(base.tokenizer, template, num_tokens=base.num_tokens)
@@ -82,7 +83,7 @@ class _Entry:
 class Library:
     """Everything that loads or looks at numbers runs on the engine's thread; the rest may be asked from anywhere."""
 
-    def __init__(self, base: FrozenBase, allow_other_base: bool = False) -> None:
+    def __init__(self, base: FrozenBase | Held, allow_other_base: bool = False) -> None:
         self._base, self._other = base, allow_other_base
         self._entries: dict[str, _Entry] = {}
         encoder = encoder_of_base(base)
@@ -169,7 +170,7 @@ def described(name: str, folder: Path, stored: StoredPrompt) -> Model:
     return Model(name, "prompt", created, stored.soft.length, stored.card.model_dump(mode="json"), folder, run)
 
 
-def _name_of(base: FrozenBase) -> str:
+def _name_of(base: FrozenBase | Held) -> str:
     """A folder's or file's own name, or the hub's."""
     path = Path(base.name)
     return (path.stem if path.is_file() else path.name) if path.exists() else base.name

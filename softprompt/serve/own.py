@@ -19,6 +19,7 @@ from llguidance.hf import from_tokenizer
 from softprompt.engine.choose import Likelihood
 from softprompt.engine.decode import OpenBatch, Question, Read, Token, fitting
 from softprompt.engine.model import FrozenBase
+from softprompt.engine.rows import Held
 from softprompt.errors import ConfigError, DataError, Error
 from softprompt.serve.asking import Ask, Begun, Busy, Load, Model, Said, Scored, is_conversation
 from softprompt.serve.beginnings import Beginnings
@@ -33,7 +34,7 @@ RETRY = 2  # seconds after which somebody who was sent away may come again
 
 
 def start(
-    base: FrozenBase,
+    base: FrozenBase | Held,
     prompts: Mapping[str, Path],
     *,
     ensembles: Mapping[str, tuple[Sequence[str], Literal["mean", "vote"]]] | None = None,
@@ -43,7 +44,8 @@ def start(
 ) -> "OwnEngine":
     """An engine that answers. `ensembles`: names of prompts that answer together, and how they agree. `memory_bytes`: of prompts, and of
     what texts begin with, that are kept at most. Raises ArtifactError and ConfigError for prompts that do not fit."""
-    base.shelf.room = memory_bytes
+    if isinstance(base, FrozenBase):
+        base.shelf.room = memory_bytes
     library = Library(base, allow_other_base)
     for name, folder in prompts.items():
         library.add(name, folder)
@@ -81,7 +83,7 @@ class _Job:
 class OwnEngine:
     """See asking.Engine."""
 
-    def __init__(self, base: FrozenBase, library: Library, most_waiting: int) -> None:
+    def __init__(self, base: FrozenBase | Held, library: Library, most_waiting: int) -> None:
         self.base, self.library, self.most_waiting = base, library, most_waiting
         self._vocabulary: LLTokenizer = from_tokenizer(base.tokenizer, eos_token=sorted(base.stop_ids | library.end_ids) or None)
         self._spelling = Spelling(base.tokenizer)
@@ -137,7 +139,7 @@ class OwnEngine:
 
     def load(self) -> Load:
         running = len(self._jobs)
-        return Load(running, max(0, self._num_open - running), self.base.shelf.num_bytes, self._batch.slots.num_bytes)
+        return Load(running, max(0, self._num_open - running), self._batch.rows.kept_bytes, self._batch.rows.num_bytes)
 
     async def close(self, seconds: float) -> None:
         self._closing = True
