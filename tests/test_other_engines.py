@@ -31,7 +31,7 @@ from other_engines import (
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from softprompt import load_prompt
+from softprompt import Sampling, generate, load_prompt
 from softprompt.config import ModelConfig
 from softprompt.demo import demo_base
 from softprompt.engine.loading import folder_of, load_base
@@ -39,6 +39,7 @@ from softprompt.engine.model import FrozenBase
 from softprompt.export import Wanted, export
 from softprompt.export.carried import Carried, states_behind
 from softprompt.export.chat import frame
+from softprompt.llama.base import load_gguf
 
 pytestmark = pytest.mark.engines
 TEXTS = ("Answer kindly and briefly in one sentence.", "You are a pirate who likes to explain things. 请说得简短。")
@@ -269,6 +270,19 @@ def test_llama_cpp_says_what_we_say(scene: Scene, exported: Callable[..., Path],
     for name, ours in scene.ours.items():
         said = [server.chat(question, TOKENS, chat_template_kwargs={"softprompt": name}) for question in QUESTIONS]
         assert sum(one == other for one, other in zip(said, ours.answers, strict=True)) >= 0.95 * len(QUESTIONS)
+
+
+def test_llama_cpp_in_this_process_says_what_we_say(scene: Scene, tmp_path: Path) -> None:
+    """Rows and a deep prompt in one batch, the file in float32; and the quantised file as it is, which rounds."""
+    deep = some_prompt(tmp_path / "deep", scene.base, 3, model=f"model.gguf_file={scene.file}", length=40, deep=True, position="after_bos")
+    folders, exact = [*scene.prompts, deep], in_float32(scene.file, tmp_path / "float32.gguf")
+    ours, asked = [*scene.ours.values(), Ours(our_answers(scene.base, deep, QUESTIONS, TOKENS), ("", ""))], QUESTIONS * len(folders)
+    answers = [answer for one in ours for answer in one.answers]
+    for file, least in ((exact, 0.9), (scene.file, 0.2)):
+        base = load_gguf(ModelConfig(gguf_file=str(file), device="cpu"), cache_type="f32")
+        each = [load_prompt(folder, base) for folder in folders for _ in QUESTIONS]
+        said = generate(base, each, asked, Sampling(TOKENS))
+        assert sum(one == other for one, other in zip(said, answers, strict=True)) >= least * len(answers)
 
 
 def test_tokens_are_what_raw_rows_are(scene: Scene, exported: Callable[..., Path]) -> None:
