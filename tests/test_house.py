@@ -40,6 +40,7 @@ LAYERS = [
     {"evaluation", "harness"},
     {"draft", "job", "doctor", "arguments", "foreign", "sharing"},
     {"training", "plan", "recycle", "report"},
+    {"sweep"},
     {"screen"},
     {"demo", "serve"},
     {"cli"},
