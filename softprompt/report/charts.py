@@ -151,7 +151,7 @@ def heatmap(title: str, cosines: Sequence[Sequence[float]]) -> Markup:
 
 def parallel(title: str, axes: Sequence[tuple[str, Sequence[Any], bool]], losses: Sequence[float], whole: Sequence[bool]) -> Markup:
     """A line for each trial over its settings, (key, values, logarithmic) each, to its loss; the best one thick, the worse the fainter.
-    `whole`: which were trained to their end. Values that are words stand evenly apart; the keys are text of the user and stand below."""
+    `whole`: which were trained to their end. Values that are no numbers stand evenly apart, under their numbers in `words`' order."""
     figure, drawn = _figure(width=max(WIDTH, 1.5 * (len(axes) + 1)), height=3.6)
     scales = [_heights(values, log) for _, values, log in axes] + [_heights(losses, False)]
     order = sorted(range(len(losses)), key=lambda at: losses[at], reverse=True)
@@ -172,17 +172,24 @@ def parallel(title: str, axes: Sequence[tuple[str, Sequence[Any], bool]], losses
 
 def _heights(values: Sequence[Any], log: bool) -> tuple[list[float], list[tuple[float, str]]]:
     """Where values stand on an axis from 0 to 1, and its ticks: words and few numbers one by one, else the two ends and the middle."""
-    different = sorted(set(values)) if all(_is_number(one) for one in values) else list(dict.fromkeys(map(str, values)))
+    different = sorted(set(values)) if all(_is_number(one) for one in values) else words(values)
     if not different:
         return [], []
     if not _is_number(different[0]) or len(different) == 1:
         places = {value: at / max(1, len(different) - 1) for at, value in enumerate(different)}
-        known = [places[value if _is_number(different[0]) else str(value)] for value in values]
-        return known, [(height, f"{value:g}" if _is_number(value) else str(value)) for value, height in places.items()]
+        known = [places[value if _is_number(value) else str(value)] for value in values]
+        return known, [
+            (at / max(1, len(different) - 1), f"{one:g}" if _is_number(one) else f"#{at + 1}") for at, one in enumerate(different)
+        ]
     bent, back = (math.log, math.exp) if log else (float, float)
     low, high = bent(different[0]), bent(different[-1])
     shown = different if len(different) <= 5 else [back(low + (high - low) * part) for part in (0, 0.5, 1)]
     return [(bent(one) - low) / (high - low) for one in values], [((bent(one) - low) / (high - low), f"{one:.3g}") for one in shown]
+
+
+def words(values: Sequence[Any]) -> list[str]:
+    """The different values of a setting that are no numbers, in the order in which a chart numbers them; none where all are numbers."""
+    return [] if all(_is_number(one) for one in values) else list(dict.fromkeys(map(str, values)))
 
 
 def _is_number(value: Any) -> bool:

@@ -48,17 +48,28 @@ def write_sweep(shown: Shown, file: Path) -> Path:
 def build_page(shown: Shown) -> str:
     """The page as text."""
     from softprompt.report import MARK, environment
-    from softprompt.report.charts import parallel
+    from softprompt.report.charts import parallel, words
 
     best = next(one for one in shown.trials if one.number == shown.best)
     drawn = [one for one in shown.trials if one.loss is not None]
     order = sorted(shown.trials, key=lambda one: (one.loss is None, one.loss or 0.0, one.number))
     axes = [(key, [one.values[key] for one in drawn], key in shown.log) for key in shown.keys]
     chart = parallel("Parallel coordinates", axes, [one.loss or 0.0 for one in drawn], [one.state == "finished" for one in drawn])
+    numbered = {key: found for key, values, _ in axes if (found := words(values))}
     page = (
         environment()
         .get_template("sweep.html")
-        .render(mark=MARK, sweep=shown, best=best, order=order, chart=chart, words=setting, scored=scored, counts=_counts(shown.trials))
+        .render(
+            mark=MARK,
+            sweep=shown,
+            best=best,
+            order=order,
+            chart=chart,
+            setting=setting,
+            scored=scored,
+            numbered=numbered,
+            counts=_counts(shown.trials),
+        )
     )
     return page.lstrip()
 

@@ -200,7 +200,7 @@ def _pieces(source: str, count: int, share: float) -> Iterator[tuple[str, bool]]
     number = max(1, min(PIECES, int(count * share)))
     edges = [round(count * place / number) for place in range(number + 1)]
     for start, stop in pairwise(edges):
-        middle = start + round((stop - start) * share)
+        middle = start + round(stop * share) - round(start * share)
         for begin, end, judging in ((start, middle, True), (middle, stop, False)):
             if begin < end:
                 yield f"{name}[{offset + begin}:{offset + end}]", judging

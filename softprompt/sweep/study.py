@@ -1,9 +1,11 @@
 """The trials of a sweep as Optuna keeps them: in a journal file, or in a database. All are drawn before the first one runs and wait in its
 queue; a bank belongs to the process that holds the lock of its file, which a kill gives back."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from optuna.trial import FrozenTrial, Trial
 
 STATES: dict[str, State] = {"WAITING": "waiting", "RUNNING": "running", "COMPLETE": "finished", "PRUNED": "pruned", "FAIL": "failed"}
+LINE = 100_000  # bytes of a line of a journal at most
 UNLOCKED = "start one process alone on this sweep"
 
 
@@ -36,13 +39,20 @@ class Seen:
 
 
 class Lock:
-    """What JournalFileBackend wants of a lock, by the system, which gives back that of a process that was killed."""
+    """What JournalFileBackend wants of a lock, by the system, which gives back that of a process that was killed; and half a line that such
+    a process has left is taken away before the next one is written."""
 
-    def __init__(self, file: str) -> None:
-        self._lock = FileLock(file)
+    def __init__(self, journal: str) -> None:
+        self._journal, self._lock = Path(journal), FileLock(f"{journal}.lock")
 
     def acquire(self) -> bool:
         self._lock.acquire()
+        with open(self._journal, "r+b") as file:
+            end = file.seek(0, os.SEEK_END)
+            file.seek(max(0, end - LINE))
+            tail = file.read()
+            if tail and not tail.endswith(b"\n"):
+                file.truncate(end - len(tail) + tail.rfind(b"\n") + 1)
         return True
 
     def release(self) -> None:
@@ -150,6 +160,16 @@ def _study(sweep: Sweep) -> "Study":
     return optuna.create_study(storage=storage, study_name=sweep.spec.id, sampler=sampler, pruner=pruner, load_if_exists=True)
 
 
+def _check_journal(file: Path) -> None:
+    """Raises ConfigError for a file that is there and is no journal of Optuna: nothing is added to it."""
+    begin = b""
+    if file.is_file():
+        with open(file, "rb") as journal:
+            begin = journal.readline(LINE)
+    if begin.endswith(b"\n") and b'"op_code"' not in begin:
+        raise ConfigError(f"--storage {file}: the file is there, and is no journal of Optuna's: name another one")
+
+
 def _storage(place: str) -> Any:
     import optuna
     from optuna.storages import JournalStorage, RDBStorage
@@ -158,7 +178,10 @@ def _storage(place: str) -> Any:
     try:
         if "://" in place:
             return RDBStorage(place)
-        return JournalStorage(JournalFileBackend(place, lock_obj=Lock(f"{place}.lock")))  # type: ignore[arg-type]
+        _check_journal(Path(place))
+        return JournalStorage(JournalFileBackend(place, lock_obj=Lock(place)))  # type: ignore[arg-type]
+    except ConfigError:
+        raise
     except OSError as error:
         raise RunError(f"{place}: the trials cannot be kept there: {error.strerror or error}") from None
     except (ImportError, optuna.exceptions.StorageInternalError) as error:
