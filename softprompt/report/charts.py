@@ -7,7 +7,7 @@ import hashlib
 import io
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -181,7 +181,8 @@ def _heights(values: Sequence[Any], log: bool) -> tuple[list[float], list[tuple[
         return known, [
             (at / max(1, len(different) - 1), f"{one:g}" if _is_number(one) else f"#{at + 1}") for at, one in enumerate(different)
         ]
-    bent, back = (math.log, math.exp) if log else (float, float)
+    bent: Callable[[float], float] = math.log if log else float
+    back: Callable[[float], float] = math.exp if log else float
     low, high = bent(different[0]), bent(different[-1])
     shown = different if len(different) <= 5 else [back(low + (high - low) * part) for part in (0, 0.5, 1)]
     return [(bent(one) - low) / (high - low) for one in values], [((bent(one) - low) / (high - low), f"{one:.3g}") for one in shown]

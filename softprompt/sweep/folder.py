@@ -141,12 +141,18 @@ def create_sweep(
     path = Path(config.train.out)
     _check_free(path)
     config, judge = rows_apart(config, test)
-    drawn = draw(dimensions, trials, config.train.seed)
-    now = datetime.now(UTC).isoformat(timespec="seconds")
-    whole = config.model_dump(mode="json", exclude_none=True)
-    parts = {"config": whole, "dimensions": tuple(dimensions), "trials": tuple(drawn), "most": most, "prune": prune, "judge": judge}
-    place = str(Path(storage).absolute()) if storage and "://" not in storage else storage
-    sweep = Sweep(path, Spec(id=uuid4().hex[:12], started=now, storage=place, **parts))
+    spec = Spec(
+        id=uuid4().hex[:12],
+        started=datetime.now(UTC).isoformat(timespec="seconds"),
+        config=config.model_dump(mode="json", exclude_none=True),
+        dimensions=tuple(dimensions),
+        trials=tuple(draw(dimensions, trials, config.train.seed)),
+        most=most,
+        prune=prune,
+        judge=judge,
+        storage=str(Path(storage).absolute()) if storage and "://" not in storage else storage,
+    )
+    sweep = Sweep(path, spec)
     for bank, numbers in enumerate(sweep.banks):
         sweep.config_of(bank, numbers).members()  # which raises for what cannot be trained
     try:

@@ -7,13 +7,14 @@ NUMBER: which of the processes of its machine it is, and so which of the machine
 
 import sys
 import time
+from collections.abc import Generator
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from softprompt.config import Config
 from softprompt.errors import Diverged, Error
-from softprompt.events import Evaluated, Finished
+from softprompt.events import Evaluated, Event, Finished
 from softprompt.sweep.folder import Sweep, name_of, open_sweep
 from softprompt.sweep.study import Trials
 from softprompt.training import train
@@ -63,7 +64,8 @@ class Worker:
     def _run(self, config: Config, trials: "dict[int, Trial]") -> None:
         begun = (Path(config.train.out) / "config.toml").is_file()
         by_name = {name_of(number): trial for number, trial in trials.items()}
-        with closing(train(config, resume=begun, base=self._loaded(config))) as events:  # type: ignore[type-var]
+        run = cast("Generator[Event, None, None]", train(config, resume=begun, base=self._loaded(config)))
+        with closing(run) as events:
             for event in events:
                 if isinstance(event, Evaluated):
                     _report(by_name, event)
