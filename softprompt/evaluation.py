@@ -255,7 +255,7 @@ def _beside_teacher(work: _Work, base: FrozenBase, contestant: Contestant, table
         return table
     (reading,) = work.readings[contestant.name]
     found = likeness(base, work.teacher, reading.soft, [own[0] for own in reading.rows], work.budget, work.world)
-    return replace(table, divergences=found.divergences_R.numpy(), same_first=found.same_first_R.numpy())
+    return replace(table, divergences=found.divergences_R.numpy(), same_first=found.same_first_R.numpy(), judged=found.tokens_R.numpy())
 
 
 def _member(base: FrozenBase, reading: Reading) -> tuple[Prefix, Candidates]:

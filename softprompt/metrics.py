@@ -30,7 +30,8 @@ BINS = 10  # of confidence, for the calibration
 class Table:
     """What one contestant made of the rows. `losses` summed over a row's `tokens`, `num_bytes` of the text that they stand for.
     `label_losses` [N, L] and `truth` [N] for labelled rows; `answers` where they were generated. Beside a teacher: `divergences` from it,
-    summed over a row's tokens, and how many of these have the same likeliest token as its own, `same_first`."""
+    summed over the tokens of a row that it judges, how many of these have the same likeliest token as its own, `same_first`, and how many
+    there are, `judged`."""
 
     references: tuple[str, ...]
     losses: Numbers | None = None
@@ -42,6 +43,7 @@ class Table:
     answers: tuple[str, ...] | None = None
     divergences: Numbers | None = None
     same_first: Numbers | None = None
+    judged: Numbers | None = None
 
     @cached_property
     def chosen(self) -> NDArray[np.int64]:
@@ -88,11 +90,11 @@ def _loss(table: Table) -> Score:
 
 
 def _divergence(table: Table) -> Score:
-    return _per_token(table.divergences, table.tokens)
+    return _per_token(table.divergences, table.judged)
 
 
 def _same_first(table: Table) -> Score:
-    return _per_token(table.same_first, table.tokens)
+    return _per_token(table.same_first, table.judged)
 
 
 def _perplexity(table: Table) -> Score:

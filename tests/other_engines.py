@@ -151,8 +151,8 @@ def _add_vocabulary(writer: GGUFWriter, tokenizer: Any, size: int) -> None:
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
     texts = [listed.get(number, f"[PAD{number}]") for number in range(size)]
-    texts[-1] = MERGED.replace(" ", "")  # in the place of a token that nothing uses
-    assert size - 1 not in listed
+    if size - 1 not in listed:  # what the merge gives is a token too, in the place of one that nothing uses
+        texts[-1] = MERGED.replace(" ", "")
     writer.add_token_list(texts)
     writer.add_token_types(kinds)
     writer.add_token_merges([MERGED])  # an empty list cannot be written

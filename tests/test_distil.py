@@ -19,7 +19,7 @@ from softprompt.checkpoint import load_start
 from softprompt.cli import app
 from softprompt.config import ModelConfig, load_config
 from softprompt.contestants import Contestant
-from softprompt.data import Example, Message
+from softprompt.data import Example, Message, load_examples
 from softprompt.distil.asked import Asked
 from softprompt.distil.context import Bare, chunks, context_of
 from softprompt.distil.onpolicy import own_answers, replies
@@ -32,6 +32,7 @@ from softprompt.engine.prompt import no_prompt
 from softprompt.engine.teacher import Teacher, likeness
 from softprompt.engine.tokens import Encoded
 from softprompt.errors import ConfigError, DataError, RunError
+from softprompt.evaluation import Contest, evaluate
 from softprompt.events import Finished, Step, Studying, returned
 from softprompt.generation import generate
 from softprompt.job import prepare
@@ -83,17 +84,25 @@ def test_a_prompt_comes_to_answer_as_the_base_does_with_the_text(distilling, bas
     assert generate(base, stored, ["bring tea"], Sampling(max_new_tokens=5))
 
 
-def test_a_teacher_that_knows_text_judges_no_blank(distilling, tmp_path):
-    """Where a word has its token with the blank before it, the blank at the end of a question stands in no text: the teacher is to judge
-    the answer as it has said it, and the student is taught its first token as certain."""
+TE = 260
+
+
+@pytest.fixture
+def words(tmp_path):
+    """A base whose tokenizer has " te" as one token, TE."""
     folder = tiny.tiny_folder(tmp_path / "words", vocab_size=400)
     tokenizer = tiny.tiny_tokenizer()
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
-    backend["model"]["vocab"] |= {"Ġt": 300, "Ġte": 301}
+    backend["model"]["vocab"] |= {"Ġt": TE - 1, "Ġte": TE}
     backend["model"]["merges"] = [["Ġ", "t"], ["Ġt", "e"]]
     (folder / "tokenizer.json").write_text(json.dumps(backend), encoding="utf-8")
-    base = load_base(ModelConfig(name=str(folder), device="cpu"))
-    encoder = make_encoder(base.tokenizer, "human-assistant")
+    return load_base(ModelConfig(name=str(folder), device="cpu"))
+
+
+def test_a_teacher_that_knows_text_judges_no_blank(words):
+    """Where a word has its token with the blank before it, the blank at the end of a question stands in no text: the teacher is to judge
+    the answer as it has said it, and the student is taught its first token as certain."""
+    base, encoder = words, make_encoder(words.tokenizer, "human-assistant")
     asked = Example((Message("user", "tea?"), Message("assistant", "tea")), "a row")
     teacher = Contestant("teacher", (Bare(no_prompt(base, 1), encoder),), wish="Say tea.")
     plain = encoder.encode(asked)
@@ -102,8 +111,20 @@ def test_a_teacher_that_knows_text_judges_no_blank(distilling, tmp_path):
     assert base.tokenizer.decode(sure) == "te"
     assert [*sure, *said] == list(plain.ids[len(plain.question) :])
     first = whole.supervised.index(True)
-    assert whole.ids[first - 1] == 301  # " te", which it says itself
+    assert whole.ids[first - 1] == TE  # " te", which it says itself
     assert whole.ids[: first - 1] == teacher.question(encoder, asked, plain)
+
+
+def test_an_evaluation_counts_what_the_teacher_judges_alone(distilling, words, tmp_path):
+    """It agrees with itself on all of that; tokens that it never has to say are no part of the mean."""
+    rows = tiny.write_rows(tmp_path / "asked.jsonl", [{"prompt": f"tea {number}?", "completion": "tea"} for number in range(12)])
+    config = distilling(f"distil.text={TEXT}", f"model.name={words.name}", f"data.train={rows}", "train.steps=1")
+    *_, finished = train(config, base=words)
+    stored, context = load_prompt(finished.result["prompt"], words), study_of(config, words).context
+    found = evaluate(words, stored, load_examples(str(rows)), Contest(context=context), out=tmp_path / "evaluations").contestants
+    assert (found["teacher"].table.tokens > found["teacher"].table.judged).all(), "some are certain"
+    assert found["teacher"]["same_first"] == found["control"]["same_first"] == 1
+    assert found["prompt"]["divergence"] > 0
 
 
 @pytest.mark.parametrize("position", ["start", "after_bos"])

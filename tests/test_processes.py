@@ -31,7 +31,7 @@ WORKLOADS = {
     "rows": ("train", ()),
     "deep": ("train", ("prompt.method=prefix",)),
     "bank": ("train", (f"prompt.bank={BANK}",)),
-    "distilled": ("distil", (f"distil.text={TEXT * 3}", "distil.count=24", "distil.max_new_tokens=10", "distil.on_policy=0.2")),
+    "distilled": ("distil", (f"distil.text={TEXT * 3}", "distil.count=48", "distil.max_new_tokens=10", "distil.on_policy=0.2")),
 }
 FEW = {"softprompt.distil.study.WINDOW": 8, "softprompt.engine.likelihood.GROUP": 60}  # so that there is something to share
 

@@ -45,7 +45,7 @@ class QuickReader(gguf.GGUFReader):
         whole, length_at = np.asarray(self.data), struct.Struct("=Q").unpack_from
         try:
             for _ in range(count):
-                (length,) = length_at(whole, start)
+                (length,) = length_at(whole.data, start)
                 found.append(whole[start + 8 : start + 8 + length])
                 start += 8 + length
         except struct.error:

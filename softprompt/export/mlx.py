@@ -62,7 +62,7 @@ def _caches(goal: Goal) -> Exported:
         facts[prompt.name] = {"file": f"{prompt.name}.safetensors", **own}
     ends = goal.base.tokenizer.convert_ids_to_tokens(goal.new_end_ids)
     notes = (f"answers of these prompts also end with: mlx_lm.generate --extra-eos-token {' '.join(ends)}",) if ends else ()
-    return Exported("mlx", goal.base.name, facts, [one["file"] for one in facts.values()], {}, (*_missing(source, settings), *notes))
+    return Exported("mlx", goal.base.name, facts, [f"{name}.safetensors" for name in facts], {}, (*_missing(source, settings), *notes))
 
 
 def _settings(folder: Path) -> dict[str, Any]:
