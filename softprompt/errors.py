@@ -6,6 +6,7 @@
     |-- ModelError       a base that cannot be loaded or used         (also ValueError)
     |-- ArtifactError    a prompt that does not fit or cannot be had   (also ValueError)
     |-- RunError         a run folder, or a run that cannot go on     (also RuntimeError)
+    |   `-- Diverged     a loss that is not finite
     `-- MissingPackage   an extra that is not installed               (also ImportError)
 
 The command line prints the message in one line and exits with 2. Our own mistakes are assertions, not these.
@@ -48,6 +49,14 @@ class ArtifactError(Error, ValueError):
 
 class RunError(Error, RuntimeError):
     """A run folder in the way, or a run that cannot go on."""
+
+
+class Diverged(RunError):
+    """A run whose loss is not finite any more. `prompt`: the name of the prompt that has it."""
+
+    def __init__(self, message: str, prompt: str) -> None:
+        super().__init__(message)
+        self.prompt = prompt
 
 
 class MissingPackage(Error, ImportError):

@@ -15,6 +15,7 @@ EXTRAS = {
     "matplotlib": ("matplotlib", "report"),
     "mlflow": ("mlflow-skinny", "mlflow"),
     "openai": ("openai", "serve"),
+    "optuna": ("optuna", "sweep"),
     "prometheus_client": ("prometheus-client", "serve"),
     "pyarrow": ("pyarrow", "data"),
     "rouge_score": ("rouge-score", "metrics"),

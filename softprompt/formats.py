@@ -7,6 +7,7 @@ RUN: Final = 1  # of a run folder
 PROMPT: Final = 1  # of a prompt's card
 EVALUATION: Final = 1
 ANSWERS: Final = 1  # of what a file of answers was made with
+SWEEP: Final = 1
 
 
 def newer(place: Path, values: Any, known: int) -> str | None:

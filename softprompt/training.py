@@ -34,7 +34,7 @@ from softprompt.engine.processes import joined
 from softprompt.engine.prompt import Prompt
 from softprompt.engine.step import step_gradients
 from softprompt.engine.world import World
-from softprompt.errors import ConfigError, RunError
+from softprompt.errors import ConfigError, Diverged
 from softprompt.events import Evaluated, Event, Finished, Found, Sampled, Saved, Searching, Started, Step, Warned
 from softprompt.init import SOURCES, Source
 from softprompt.inspection import inspect
@@ -218,10 +218,8 @@ def _step(job: Job, counters: Counters) -> tuple[Step, Counters]:
     for one, loss in zip(job.trainees, losses, strict=True):
         if not math.isfinite(loss):
             overflow = ", or float16 overflows: use bfloat16 or float32" if job.base.dtype == torch.float16 else ""
-            raise RunError(
-                f"{one.name}: the loss of step {counters.step + 1} is not finite: lower optim.relative_lr{overflow}; "
-                "the last checkpoint is kept"
-            )
+            said = f"{one.name}: the loss of step {counters.step + 1} is not finite: lower optim.relative_lr{overflow}"
+            raise Diverged(f"{said}; the last checkpoint is kept", one.name)
     norms, rates = zip(*(one.optimizer.step(counters.step) for one in job.trainees), strict=True)
     slowest = job.world.gathered((allowed, time.perf_counter() - began))
     allowed, seconds = min(told[0] for told in slowest), max(told[1] for told in slowest)

@@ -40,6 +40,7 @@ LAYERS = [
     {"evaluation", "harness"},
     {"draft", "job", "doctor", "arguments", "foreign", "sharing"},
     {"training", "plan", "recycle", "report"},
+    {"sweep"},
     {"screen"},
     {"demo", "serve"},
     {"cli"},
@@ -270,7 +271,7 @@ def test_the_readme_commands_run_and_say_nothing_on_standard_error(tmp_path):
         progress = re.compile(r"\d+ of \d+ answered.*\n")  # now and then, where it takes long
         said[" ".join(line)] = (done.returncode, progress.sub("", done.stderr))
         (tmp_path / "my.toml").write_text(settings, encoding="utf-8")
-    assert len(said) == 11
+    assert len(said) == 12
     assert set(said.values()) == {(0, "")}, said
 
 

@@ -4,14 +4,14 @@ import io
 import os
 import sys
 
-from softprompt.cli import carrying, chat, data, distilling, importing, prompts, serving, training  # noqa: F401 - each brings its verbs
+from softprompt.cli import carrying, chat, data, distilling, importing, prompts, serving, sweeping, training  # noqa: F401 - each brings its verbs
 from softprompt.cli.options import app, arrange
 from softprompt.engine.launched import launched
 from softprompt.errors import Error
 
 GROUPS = {  # the verbs of --help, in the order of work
     "Look at data": ("init", "show"),
-    "Train": ("demo", "plan", "train", "distil", "doctor", "report"),
+    "Train": ("demo", "plan", "train", "sweep", "distil", "doctor", "report"),
     "Judge": ("eval", "inspect", "prune", "lm-eval"),
     "Use": ("generate", "chat", "serve"),
     "Carry elsewhere": ("export", "attach", "push", "pull", "import", "recycle"),

@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from softprompt.atomic import write_text
 from softprompt.errors import RunError
@@ -41,31 +42,40 @@ def _check_place(file: Path) -> None:
 
 def build_page(runs: Sequence[Run], num_rows: int) -> str:
     """The page as text."""
-    import jinja2
-
     from softprompt.report import sections
     from softprompt.report.answers import samples
 
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(HOME), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters |= {"number": number, "size": size, "visible": visible, "language": language, "minutes": minutes}
     prompts = [prompt for run in runs for prompt in run.prompts]
-    page = environment.get_template("page.html").render(
-        mark=MARK,
-        runs=runs,
-        prompts=prompts,
-        curves=sections.curves(prompts),
-        curve_numbers=[(prompt, sections.curve_numbers(prompt)) for prompt in prompts],
-        lengths=sections.lengths(runs),
-        contests=sections.contests(runs),
-        samples=samples(runs, num_rows),
-        row_charts=sections.row_charts(prompts),
-        heatmaps=sections.heatmaps(prompts),
-        settings=sections.settings(runs),
-        versions=sections.versions(runs),
+    page = (
+        environment()
+        .get_template("page.html")
+        .render(
+            mark=MARK,
+            runs=runs,
+            prompts=prompts,
+            curves=sections.curves(prompts),
+            curve_numbers=[(prompt, sections.curve_numbers(prompt)) for prompt in prompts],
+            lengths=sections.lengths(runs),
+            contests=sections.contests(runs),
+            samples=samples(runs, num_rows),
+            row_charts=sections.row_charts(prompts),
+            heatmaps=sections.heatmaps(prompts),
+            settings=sections.settings(runs),
+            versions=sections.versions(runs),
+        )
     )
     return page.lstrip()
+
+
+def environment() -> Any:
+    """Where templates find each other, and what they write values with."""
+    import jinja2
+
+    found = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(HOME), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    found.filters |= {"number": number, "size": size, "visible": visible, "language": language, "minutes": minutes}
+    return found
 
 
 # ---- values for people ---------------------------------------------------------------------------------------------

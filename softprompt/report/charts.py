@@ -5,8 +5,9 @@ No text of the user stands in a chart: names are in legends made of HTML, where 
 
 import hashlib
 import io
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -146,6 +147,54 @@ def heatmap(title: str, cosines: Sequence[Sequence[float]]) -> Markup:
     others = array[~np.eye(len(array), dtype=bool)]
     told = f", between two rows from {others.min():.2f} to {others.max():.2f}" if others.size else ""
     return _svg(figure, f"{title}: {len(array)} rows{told}")
+
+
+def parallel(title: str, axes: Sequence[tuple[str, Sequence[Any], bool]], losses: Sequence[float], whole: Sequence[bool]) -> Markup:
+    """A line for each trial over its settings, (key, values, logarithmic) each, to its loss; the best one thick, the worse the fainter.
+    `whole`: which were trained to their end. Values that are no numbers stand evenly apart, under their numbers in `words`' order."""
+    figure, drawn = _figure(width=max(WIDTH, 1.5 * (len(axes) + 1)), height=3.6)
+    scales = [_heights(values, log) for _, values, log in axes] + [_heights(losses, False)]
+    order = sorted(range(len(losses)), key=lambda at: losses[at], reverse=True)
+    best = min((at for at in order if whole[at]), key=lambda at: losses[at], default=None)
+    for rank, at in enumerate(order):
+        style: dict[str, Any] = {"color": INKS["series-0"], "alpha": 0.15 + 0.6 * rank / max(1, len(order)), "linewidth": 1.0}
+        style |= {} if whole[at] else {"dashes": [4, 3]}
+        style |= {"color": INKS["series-1"], "alpha": 1.0, "linewidth": 2.2, "zorder": 3} if at == best else {}
+        drawn.plot(range(len(scales)), [heights[at] for heights, _ in scales], **style)
+    for place, (_, ticks) in enumerate(scales):
+        for height, text in ticks:
+            drawn.text(place + 0.03, height, text, fontsize=8, va="center", color=INKS["ink"])
+    drawn.set(xlim=(-0.1, len(scales) - 0.6), ylim=(-0.06, 1.06), yticks=[])
+    drawn.set_xticks(range(len(scales)), [*(key for key, _, _ in axes), "held-out loss"])
+    lowest = f", the lowest loss {min(losses):.4g}" if losses else ""
+    return _svg(figure, f"{title}: {len(losses)} trials over {', '.join(key for key, _, _ in axes)}{lowest}")
+
+
+def _heights(values: Sequence[Any], log: bool) -> tuple[list[float], list[tuple[float, str]]]:
+    """Where values stand on an axis from 0 to 1, and its ticks: words and few numbers one by one, else the two ends and the middle."""
+    different = sorted(set(values)) if all(_is_number(one) for one in values) else words(values)
+    if not different:
+        return [], []
+    if not _is_number(different[0]) or len(different) == 1:
+        places = {value: at / max(1, len(different) - 1) for at, value in enumerate(different)}
+        known = [places[value if _is_number(value) else str(value)] for value in values]
+        return known, [
+            (at / max(1, len(different) - 1), f"{one:g}" if _is_number(one) else f"#{at + 1}") for at, one in enumerate(different)
+        ]
+    bent: Callable[[float], float] = math.log if log else float
+    back: Callable[[float], float] = math.exp if log else float
+    low, high = bent(different[0]), bent(different[-1])
+    shown = different if len(different) <= 5 else [back(low + (high - low) * part) for part in (0, 0.5, 1)]
+    return [(bent(one) - low) / (high - low) for one in values], [((bent(one) - low) / (high - low), f"{one:.3g}") for one in shown]
+
+
+def words(values: Sequence[Any]) -> list[str]:
+    """The different values of a setting that are no numbers, in the order in which a chart numbers them; none where all are numbers."""
+    return [] if all(_is_number(one) for one in values) else list(dict.fromkeys(map(str, values)))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _figure(width: float = WIDTH, height: float = HEIGHT) -> "tuple[Figure, Axes]":
