@@ -172,7 +172,7 @@ def parallel(title: str, axes: Sequence[tuple[str, Sequence[Any], bool]], losses
 
 def _heights(values: Sequence[Any], log: bool) -> tuple[list[float], list[tuple[float, str]]]:
     """Where values stand on an axis from 0 to 1, and its ticks: words and few numbers one by one, else the two ends and the middle."""
-    different = sorted(set(values)) if all(_is_number(one) for one in values) else words(values)
+    different: list[Any] = sorted(set(values)) if all(_is_number(one) for one in values) else words(values)
     if not different:
         return [], []
     if not _is_number(different[0]) or len(different) == 1:
