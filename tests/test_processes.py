@@ -186,7 +186,7 @@ def test_processes_with_other_rows_are_refused(make_config, tmp_path):
     other = tiny.write_rows(tmp_path / "other.jsonl", tiny.some_rows(23))
     running = Beside(tmp_path / "said", 2, other_rows, str(file), str(other))
     assert running.ended() == [2, 2]
-    assert running.said[0].startswith("error: the rows of process 1, on ")
+    assert running.said[0].strip().startswith("error: the rows of process 1, on ")
     assert running.said[1] == ""
     assert not (tmp_path / "run").exists()
 
