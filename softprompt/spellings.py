@@ -9,6 +9,13 @@ from typing import Any
 
 PARTS = ("text_config", "llm_config", "language_config")  # where a base that also sees keeps those of its language model
 SPECIAL = "extra_special_tokens"
+KNOWN_TO_4 = (
+    "linear",
+    "dynamic",
+    "yarn",
+    "longrope",
+    "llama3",
+)  # newer kinds have one spelling: 5 takes their `rope_scaling` for all layers
 LONGROPE = ("short_factor", "long_factor")  # beside its type, transformers 4 takes these and nothing else
 
 
@@ -48,4 +55,4 @@ def _rope_of_4(rope: Mapping[str, Any]) -> dict[str, Any]:
     if kind == "longrope":
         rest = {name: rest[name] for name in LONGROPE if name in rest}
         return {**named, "rope_scaling": {"type": kind, **rest}}
-    return named if kind == "default" else {**named, "rope_scaling": {"rope_type": kind, "type": kind, **rest}}
+    return named if kind not in KNOWN_TO_4 else {**named, "rope_scaling": {"rope_type": kind, "type": kind, **rest}}

@@ -142,7 +142,7 @@ def test_a_server_computes_so_too(home, monkeypatch, caplog):
 
     tell(monkeypatch, True)
     served = _Served.of([str(home / "float32"), f"half={home / 'bfloat16'}", "model.device=cpu"], None)
-    engine = asyncio.run(served.by_own(_Own({}, None, None, False)))
+    engine = asyncio.run(served.by_own(_Own({}, None, None, False), "own"))
     assert engine.base.precision == "float32"
     assert caplog.messages == [OTHERWISE.format("bfloat16", "float32", "bfloat16", AS_IN_TRAINING)], "of the second"
 
