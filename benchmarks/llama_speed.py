@@ -1,7 +1,8 @@
 """A GGUF file that llama.cpp holds: answers behind 20 prompts, rows and keys and values mixed, 16 at once, against llama.cpp's own server
-on the bare base. Tokens a second of both, and the memory that this process has at its most.
+on the bare base, both with a cache in float16. The two take turns; tokens a second of both, medians and their ratio, and the memory that a
+process of ours has at its most.
 
-python -m benchmarks.llama_speed FILE.gguf [--answers 64] [--tokens 64]
+    python -m benchmarks.llama_speed FILE.gguf [--answers 64] [--tokens 64] [--rounds 3]
 """
 
 import argparse
@@ -12,10 +13,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
+from statistics import median
 
 import torch
 
+from benchmarks.measuring import machine
 from softprompt.config import ModelConfig
 from softprompt.engine.decode import OpenBatch, Question, Token
 from softprompt.engine.prompt import DeepPrompt, Prompt, SoftPrompt
@@ -56,7 +60,7 @@ def ours(file: Path, answers: int, tokens: int, ids: tuple[int, ...]) -> dict[st
 
 
 def theirs(file: Path, answers: int, tokens: int, text: str) -> dict[str, float]:
-    command = [sys.executable, "-m", "benchmarks.serve_llama", str(file), str(AT_ONCE), str(tokens)]
+    command = [sys.executable, "-m", "benchmarks.serve_llama", str(file), str(AT_ONCE), str(tokens), "F16"]
     with tempfile.TemporaryFile("w+") as texts:
         json.dump([text] * answers, texts)
         texts.seek(0)
@@ -65,15 +69,23 @@ def theirs(file: Path, answers: int, tokens: int, text: str) -> dict[str, float]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", type=Path)
     parser.add_argument("--answers", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=3)
     given = parser.parse_args()
     text = "bring tea " * (TEXT // 2)
     ids = tuple(load_ids(given.file, text))
-    print(json.dumps({"llama.cpp's server, bare base": theirs(given.file, given.answers, given.tokens, text)}))
-    print(json.dumps({"ours, 20 prompts": ours(given.file, given.answers, given.tokens, ids)}))
+    found: dict[str, list[dict[str, float]]] = {"llama.cpp's server, bare base": [], "ours, 20 prompts": []}
+    for _ in range(given.rounds):
+        for name, call in zip(found, (partial(theirs, text=text), partial(ours, ids=ids)), strict=True):
+            found[name].append(call(given.file, given.answers, given.tokens))
+            print(json.dumps({name: found[name][-1]}), flush=True)
+    medians = {name: {what: median(one[what] for one in rounds) for what in rounds[0]} for name, rounds in found.items()}
+    theirs_, ours_ = medians.values()
+    ratios = {what: ours_[what] / theirs_[what] for what in ("tokens_per_second", "per_cpu_second")}
+    print(json.dumps({"machine": machine(), "medians": medians, "ours by theirs": ratios}))
 
 
 def load_ids(file: Path, text: str) -> list[int]:

@@ -1,6 +1,9 @@
-"""llama.cpp's server on one file under load, in a process of its own: called by `benchmarks.serve_load`.
+"""llama.cpp's server on one file under load, in a process of its own: called by `benchmarks.serve_load` and
+`benchmarks.llama_speed`.
 
-python -m benchmarks.serve_llama FILE AT_ONCE TOKENS < TEXTS.json
+    python -m benchmarks.serve_llama FILE AT_ONCE TOKENS CACHE < TEXTS.json
+
+CACHE: F32 or F16. As many threads as OMP_NUM_THREADS says, as ours.
 """
 
 import json
@@ -13,13 +16,13 @@ import xllamacpp
 
 
 def main() -> None:
-    file, at_once, tokens = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+    file, at_once, tokens, cache = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
     texts = json.loads(sys.stdin.read())
     settings = xllamacpp.CommonParams()
     settings.model.path = file
     settings.n_ctx, settings.n_parallel, settings.n_gpu_layers = 512 * at_once, at_once, 0
-    settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = os.cpu_count() or 1
-    settings.cache_type_k = settings.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+    settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1))
+    settings.cache_type_k = settings.cache_type_v = getattr(xllamacpp.ggml_type, f"GGML_TYPE_{cache}")
     settings.warmup, settings.verbosity = False, 0
     server = xllamacpp.Server(settings)
 

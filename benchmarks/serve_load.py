@@ -215,7 +215,7 @@ def as_float32(source: Path, target: Path) -> Path:
 
 def by_llama(file: Path, texts: Sequence[str], at_once: int, tokens: int) -> Loaded:
     """In a process of its own, whose threads do not stand in the way of the next server's."""
-    command = [sys.executable, "-m", "benchmarks.serve_llama", str(file), str(at_once), str(tokens)]
+    command = [sys.executable, "-m", "benchmarks.serve_llama", str(file), str(at_once), str(tokens), "F32"]
     said = subprocess.run(command, input=json.dumps(texts), capture_output=True, text=True, check=True, env=dict(os.environ))
     return Loaded(**json.loads(said.stdout.strip().splitlines()[-1]))
 

@@ -29,7 +29,7 @@ def follow_evaluation(events: "Iterable[Advanced | Evaluation]") -> "Evaluation"
     from softprompt.results import Evaluation
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         bar = progress.add_task("scoring", total=None)
         for event in events:
             if isinstance(event, Evaluation):

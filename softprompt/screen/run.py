@@ -26,7 +26,7 @@ def drawn(events: "Iterable[Event]", log_every: int) -> "Iterator[Event]":
     """The events as they are, once they are shown: a bar with loss, tokens per second and time left, and a line for what matters."""
     from softprompt.events import Evaluated, Finished, Found, Preparing, Saved, Searching, Started, Step, Studying, Warned
 
-    with Progress(*bar_columns(), console=console, transient=True) as progress:
+    with Progress(*bar_columns(), console=console, transient=True, disable=not console.is_terminal) as progress:
         bar = progress.add_task("loading", total=None, now="")
         window: list[Step] = []
         num_prompts = 1
