@@ -1,5 +1,6 @@
 """Shared fixtures: one tiny base per family and session, a run's settings, and a home of its own for caches."""
 
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,14 @@ def one_precision() -> Iterator[None]:
 def unsaid() -> None:
     """What is said once in a process is said in every test."""
     say_precision.cache_clear()
+
+
+@pytest.fixture(autouse=True)
+def standard_error_stays_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    """absl's handler keeps what standard error was when absl came, and closes it when alembic (of mlflow) sets logging up anew, unless it
+    is standard error at that moment, which pytest's own is not while `capsys` is at work."""
+    if absl := sys.modules.get("absl.logging"):
+        monkeypatch.setattr(absl.get_absl_handler().python_handler, "stream", sys.__stderr__)
 
 
 @pytest.fixture(scope="session")

@@ -155,7 +155,7 @@ def _add_vocabulary(writer: GGUFWriter, tokenizer: Any, size: int) -> None:
         texts[-1] = MERGED.replace(" ", "")
     writer.add_token_list(texts)
     writer.add_token_types(kinds)
-    writer.add_token_merges([MERGED])  # an empty list cannot be written
+    writer.add_token_merges([MERGED, MERGED])  # none cannot be written, and transformers 5.15 takes a list of one for its only text
     writer.add_bos_token_id(tokenizer.bos_token_id)
     writer.add_eos_token_id(tokenizer.eos_token_id)
     writer.add_add_bos_token(tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id)

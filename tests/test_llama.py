@@ -266,7 +266,8 @@ def test_a_prompt_of_another_base_is_told_by_its_bos(
     monkeypatch.setenv("SOFTPROMPT_CACHE", str(tmp_path / "another"))
     held = held_by_llama(file)
     assert not held.fingerprints
-    load_prompt(mine, held)
+    if load_prompt(mine, held).soft.bos_id is None:
+        pytest.skip("this transformers does not read from a GGUF file that its texts begin with BOS")
     with pytest.raises(ArtifactError, match="whose weights differ from those of"):
         load_prompt(theirs, held)
     assert load_prompt(theirs, held, allow_other_base=True).soft.length == LENGTH

@@ -41,7 +41,8 @@ def load_base(config: ModelConfig, *, layers_in_files: Path | None = None) -> Fr
     refuse_unsupported(settings)
     tokenizer = load_tokenizer(config)
     how = {"config": settings, "dtype": load_dtype(config), **_quantization(config, settings)}
-    whole = config.quantization or method_of(settings) or (gguf_file is not None and not _unpacked(config).is_dir())
+    packed = gguf_file is not None and not _unpacked(config).is_dir()
+    whole = config.quantization or method_of(settings) or packed
     if layers_in_files and not whole:
         how |= from_files(settings, device_of(config.device), layers_in_files, trust_remote_code=config.trust_remote_code)
     else:
@@ -51,8 +52,9 @@ def load_base(config: ModelConfig, *, layers_in_files: Path | None = None) -> Fr
         raise ModelError(
             f"{name}: the files lack weights ({', '.join(sorted(info['missing_keys'])[:3])} ...): the base would be partly random"
         )
-    if getattr(model, "hf_quantizer", None) is not None and gguf_file is not None:
-        model.hf_quantizer.remove_quantization_config(model)  # the weights are plain numbers by now
+    if packed:
+        if getattr(model, "hf_quantizer", None) is not None:  # transformers 5.15 has none for GGUF yet
+            model.hf_quantizer.remove_quantization_config(model)  # the weights are plain numbers by now
         keep_unpacked(model, tokenizer, _unpacked(config))
     settle(model, load_dtype(config))
     try:
