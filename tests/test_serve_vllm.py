@@ -335,7 +335,7 @@ def test_what_cannot_be_answered_is_refused(scene: Scene, served: Served) -> Non
         (replace(ask, text=""), DataError, "empty"),
         (replace(ask, text=(Message("user", " "),)), DataError, "empty"),
         (replace(ask, text="one two " * 3000), DataError, "room for 2048"),
-        (replace(ask, text=(2**30,)), DataError, "no embedding"),
+        (replace(ask, text=(2**30,)), DataError, "token ids go from 0 to"),
         (replace(ask, logprobs=21), ConfigError, "logprobs"),
         (replace(ask, sampling=replace(GREEDY, logit_bias={2**30: 1.0})), ConfigError, "logit_bias"),
         (replace(ask, sampling=replace(GREEDY, top_p=2.0)), ConfigError, "top_p"),
