@@ -18,6 +18,7 @@ from gguf import GGMLQuantizationType
 from openai import OpenAI
 from other_engines import LENGTH, some_prompt, tiny_gguf
 from test_serve_verb import serving_it
+from test_serving_engine import answered
 
 from softprompt import Ensemble, Sampling, generate, load_base, load_prompt
 from softprompt.config import ModelConfig
@@ -28,7 +29,7 @@ from softprompt.errors import ArtifactError, ConfigError, ModelError, RunError
 from softprompt.generation import without_prompt
 from softprompt.llama import context
 from softprompt.llama.base import GgufBase, load_gguf
-from softprompt.serve.asking import Ask, Begun, Said
+from softprompt.serve.asking import Ask, Said
 from softprompt.serve.own import OwnEngine, start
 
 NEAR, EXACT = 2e-2, 1e-4  # of logprobs: llama.cpp's flash attention rounds what it multiplies; the rest does not
@@ -143,7 +144,7 @@ def run_of(base: Any, softs: list[Any]) -> dict[int, list[int]]:
 
 def test_a_small_cache_lets_go_of_prompts_and_reads_them_again(scene: Scene) -> None:
     base = held_by_llama(scene.file, memory_bytes=1)
-    assert base.context_length == base.most_positions == 256
+    assert base.context_length == base.rows().most_positions == 256
     softs = [load_prompt(path, base) for path in scene.prompts.values()]
     ours = [load_prompt(path, scene.base) for path in scene.prompts.values()]
     long, answers, wanted = QUESTIONS[-1] * 4, list[str](), list[str]()
@@ -171,16 +172,6 @@ def serving(base: Any, prompts: dict[str, Path], do: Callable[[OwnEngine], Await
             await engine.close(5)
 
     return asyncio.run(run())
-
-
-async def answered(engine: OwnEngine, ask: Ask) -> tuple[Begun, str, list[Any], str | None]:
-    begun, text, scores, finish = Begun(0, 0, 0), "", list[Any](), None
-    async for event in engine.ask(ask):
-        if isinstance(event, Begun):
-            begun = event
-        else:
-            text, scores, finish = text + event.text, [*scores, *event.scores], event.finish
-    return begun, text, scores, finish
 
 
 def test_what_requests_ask_for_is_given_as_ours_gives_it(scene: Scene) -> None:

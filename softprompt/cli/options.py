@@ -119,15 +119,15 @@ def config_of(settings: list[str] | None) -> Any:
     return load_config(first, rest)
 
 
-def base_by(engine: EngineHere, config: Any) -> Any:
-    """The base that a configuration names, held by an engine."""
+def base_by(engine: EngineHere, config: Any, *, memory_bytes: int | None = None) -> Any:
+    """The base that a configuration names, held by an engine. `memory_bytes`: what llama.cpp may keep of prompts and answers."""
     if engine == EngineHere.own:
         from softprompt import load_base
 
         return load_base(config)
     from softprompt.llama.base import load_gguf
 
-    return load_gguf(config)
+    return load_gguf(config, memory_bytes=memory_bytes)
 
 
 def write_json(file: Path | None, result: dict[str, Any]) -> None:

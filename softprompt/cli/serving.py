@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from softprompt.cli import completion
-from softprompt.cli.options import OtherBase, app
+from softprompt.cli.options import EngineHere, OtherBase, app, base_by
 from softprompt.errors import ConfigError
 from softprompt.extras import need
 
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from softprompt.serve.asking import Engine
 
 MEBIBYTE = 1 << 20
-OWN, LLAMA = "own", "llama"
 OVERRIDE = re.compile(r"model\.\w+=")
 NAMED = re.compile(r"(\w[\w.-]*)=(.+)")
 
@@ -186,7 +185,7 @@ class _Vllm:
     def of(cls, engine: str, python: Path | None, folder: Path | None, own: _Own) -> "_Vllm | None":
         """None for those in this process. Raises ConfigError for options that belong to the other one."""
         kind, _, address = engine.partition("=")
-        if engine in (OWN, LLAMA):
+        if engine in list(EngineHere):
             if python or folder:
                 raise ConfigError("--vllm-python and --vllm-folder go with --engine vllm")
             return None
@@ -223,17 +222,10 @@ class _Served:
         return cls(model, given)
 
     async def by_own(self, own: _Own, engine: str) -> "Engine":
-        from softprompt import load_base
         from softprompt.serve.own import start
 
         memory = own.memory and own.memory * MEBIBYTE
-        base: Any
-        if engine == LLAMA:
-            from softprompt.llama.base import load_gguf
-
-            base = load_gguf(self.model, memory_bytes=memory)
-        else:
-            base = load_base(self.model)
+        base = base_by(EngineHere(engine), self.model, memory_bytes=memory)
         sizes = {"memory_bytes": memory, "most_waiting": own.max_waiting}
         said: dict[str, Any] = {name: value for name, value in sizes.items() if value is not None}
         together: Any = own.ensembles

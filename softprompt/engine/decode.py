@@ -256,11 +256,10 @@ def decode(base: FrozenBase | Held, questions: Sequence[Question]) -> Iterator[T
 def fitting(batch: OpenBatch, waiting: Iterator[Question]) -> int:
     """How many of those that wait have room in the batch; at least one has in an empty one."""
     rows, joining, widest = batch.num_rows, 0, batch.widest
-    most = POSITIONS if isinstance(batch.base, FrozenBase) else batch.base.most_positions
     for question in waiting:
         rows += len(question.texts)
         widest = max(widest, question.length + question.limit(batch.base))
-        if (batch.num_rows or joining) and (rows > ROWS or rows * widest > most):
+        if (batch.num_rows or joining) and (rows > ROWS or rows * widest > batch.rows.most_positions):
             break
         joining += 1
     return joining

@@ -154,7 +154,6 @@ def freeze(model: Any, tokenizer: Any, name: str) -> FrozenBase:
     sample_VH = _sample_rows(model)
     head = head_of(model)
     fingerprint, sample = _fingerprint(model)
-    stop = [tokenizer.eos_token_id, model.generation_config.eos_token_id if model.generation_config else None]
     return FrozenBase(
         name=name,
         model=model,
@@ -165,11 +164,17 @@ def freeze(model: Any, tokenizer: Any, name: str) -> FrozenBase:
         row_std_H=sample_VH.std(dim=0),
         rms=sample_VH.square().mean().sqrt().item(),
         sharing=check(model, head, name),
-        stop_ids=frozenset(token for item in stop for token in (item if isinstance(item, list) else [item]) if token is not None),
+        stop_ids=stop_ids(tokenizer, model.generation_config),
         fingerprint=fingerprint,
         sample=sample,
         tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
     )
+
+
+def stop_ids(tokenizer: Any, generation: Any) -> frozenset[int]:
+    """Tokens that end a text: of the tokenizer, and of the base's settings for generation, if it has any."""
+    ends = [tokenizer.eos_token_id, generation.eos_token_id if generation else None]
+    return frozenset(token for item in ends for token in (item if isinstance(item, list) else [item]) if token is not None)
 
 
 def context_length(settings: Any) -> int | None:

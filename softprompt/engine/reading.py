@@ -48,7 +48,8 @@ class OwnRows:
     """See rows.Rows: the base computes them, what the layers keep of them lies in slots."""
 
     def __init__(self, base: FrozenBase, most_rows: int, most_positions: int) -> None:
-        self.base, self.slots = base, Slots(base.device, most_rows, most_positions)
+        self.base, self.most_positions = base, most_positions
+        self.slots = Slots(base.device, most_rows, most_positions)
         self._hidden_BH = torch.empty(0)
 
     @property

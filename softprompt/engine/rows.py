@@ -47,6 +47,10 @@ class Rows(Protocol):
     """The rows of one open batch."""
 
     @property
+    def most_positions(self) -> int:
+        """That all of them together may have."""
+
+    @property
     def num_bytes(self) -> int:
         """What the layers keep of them."""
 
@@ -101,10 +105,8 @@ class Base(Protocol):
 
 
 class Held(Base, Protocol):
-    """A base that another engine holds, in its own form. `most_positions`: that a batch may have."""
+    """A base that another engine holds, in its own form."""
 
-    @property
-    def most_positions(self) -> int: ...
     @property
     def shapes(self) -> tuple[tuple[int, int], ...]: ...
 

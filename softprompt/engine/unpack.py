@@ -90,8 +90,9 @@ def spell_for_others(folder: Path) -> None:
     """Its settings in both spellings: other engines read such a folder too."""
     for name, in_both in (("config.json", settings_in_both), ("tokenizer_config.json", tokenizer_in_both)):
         before = json.loads((folder / name).read_text(encoding="utf-8"))
-        if in_both(before) != before:
-            write_text(folder / name, json.dumps(in_both(before), indent=2, ensure_ascii=False) + "\n")
+        both = in_both(before)
+        if both != before:
+            write_text(folder / name, json.dumps(both, indent=2, ensure_ascii=False) + "\n")
 
 
 def content_hash(path: Path) -> str:

@@ -4,7 +4,6 @@ Source: mlx-lm 0.32, mlx_lm/models/cache.py (save_prompt_cache, KVCache, Rotatin
 """
 
 import json
-from collections.abc import Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -21,7 +20,7 @@ from softprompt.engine.prompt import SoftPrompt
 from softprompt.engine.unpack import spell_for_others
 from softprompt.errors import ArtifactError, ConfigError
 from softprompt.export import vocab
-from softprompt.export.carried import QUESTIONS, Carried, Exported, Goal
+from softprompt.export.carried import QUESTIONS, Carried, Exported, Goal, states_behind
 from softprompt.export.chat import chat_ids, without_opening
 from softprompt.export.kv_folder import keys_and_values
 from softprompt.extras import has
@@ -113,6 +112,7 @@ def _missing(source: Path, settings: dict[str, Any]) -> tuple[str, ...]:
 # ---- tried -----------------------------------------------------------------------------------------------------------
 
 
+@torch.no_grad()
 def _error_in_mlx(goal: Goal, exported: Exported, folder: Path) -> float:
     """The largest relative error of MLX's logits behind the prompts. Raises ArtifactError where they are others."""
     import mlx.core as mx
@@ -121,31 +121,18 @@ def _error_in_mlx(goal: Goal, exported: Exported, folder: Path) -> float:
 
     model, _ = load_model(folder)
     worst, new = 0.0, [token for facts in exported.prompts.values() for token in facts.get("ids", ())]
+    tokenizer = AutoTokenizer.from_pretrained(folder) if new else None
     for prompt in goal.prompts:
-        for question in QUESTIONS:
-            if new:
-                ids, cache = chat_ids(AutoTokenizer.from_pretrained(folder), prompt, question), None
+        states = states_behind(goal.base, [prompt.soft], [(0, prompt.asked(question)) for question in QUESTIONS])
+        for question, states_TH in zip(QUESTIONS, states, strict=True):
+            if tokenizer:
+                ids, cache = chat_ids(tokenizer, prompt, question), None
             else:
                 ids, cache = list(prompt.asked(question)), load_prompt_cache(str(goal.draft / f"{prompt.name}.safetensors"))
-            theirs_V = torch.tensor(model(mx.array([ids]), cache=cache)[0, -1].astype(mx.float32).tolist())
-            worst = max(worst, _distance(theirs_V, _logits(goal, prompt, question), new))
+            theirs_1V = torch.tensor(model(mx.array([ids]), cache=cache)[:, -1].astype(mx.float32).tolist())
+            ours_1V = goal.base.logits(states_TH[-1:]).float().cpu()
+            worst = max(worst, vocab.relative_error(theirs_1V, ours_1V, new))
     if not worst <= TOLERANCE.get(_dtype(_settings(folder)), COARSE):
         why = "; ".join(_missing(folder, _settings(folder))) or f"mlx-lm {version('mlx-lm')} does not compute what the base does"
         raise ArtifactError(f"in MLX the logits behind the prompts differ from ours by {worst:.1e}: {why}")
     return worst
-
-
-@torch.no_grad()
-def _logits(goal: Goal, prompt: Carried, question: str) -> Tensor:
-    """[V]: ours, behind a question."""
-    ids_1T = torch.tensor([prompt.asked(question)], device=goal.base.device)
-    prefix, first_1 = prompt.soft.prefix(goal.base), torch.zeros_like(ids_1T[:, 0])
-    hidden_1TH = goal.base.continue_from(prefix, first_1, ids_1T, torch.ones_like(ids_1T)).hidden_BTH
-    return goal.base.logits(hidden_1TH[0, -1]).float().cpu()
-
-
-def _distance(theirs_V: Tensor, ours_V: Tensor, new: Sequence[int]) -> float:
-    """Over the tokens of the base: a spare row of its table that a prompt took had a logit of its own before."""
-    kept = torch.ones_like(ours_V, dtype=torch.bool)
-    kept[[token for token in new if token < len(kept)]] = False
-    return ((theirs_V[: len(kept)] - ours_V)[kept].norm() / ours_V[kept].norm()).item()

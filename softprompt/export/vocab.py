@@ -22,11 +22,11 @@ from softprompt.engine.loading import folder_of
 from softprompt.engine.model import FrozenBase
 from softprompt.engine.offload import EVERYTHING
 from softprompt.engine.quantized import bits_of, computed_in, method_of, settle
+from softprompt.engine.unpack import spell_for_others
 from softprompt.errors import ArtifactError, ModelError
 from softprompt.export.carried import QUESTIONS, Carried, Exported, Goal, states_behind
 from softprompt.export.chat import chat_ids, check_ids, extended_tokenizer
 from softprompt.export.silence import Silence, silence
-from softprompt.spellings import settings_in_both, tokenizer_in_both
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 SKIPPED = (".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".safetensors", ".index.json")
@@ -179,9 +179,8 @@ def _write_settings(goal: Goal, size: int, ids: list[int]) -> None:
     rope = getattr(goal.base.model.config.get_text_config(decoder=True), "rope_parameters", None)
     if rope:
         parts[-1].setdefault("rope_parameters", rope)
-    _write_json(draft / "config.json", settings_in_both(settings))
-    tokenizer = draft / "tokenizer_config.json"
-    _write_json(tokenizer, tokenizer_in_both(json.loads(tokenizer.read_text(encoding="utf-8"))))
+    _write_json(draft / "config.json", settings)
+    spell_for_others(draft)
     file = draft / "generation_config.json"
     generation = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     generation["suppress_tokens"] = sorted({*(generation.get("suppress_tokens") or ()), *ids})
@@ -221,8 +220,8 @@ def _read_back(goal: Goal, ids: list[int], rounded: Goal) -> dict[str, float]:
         for question, exact_TV, ours_TV in _ours(goal.base, exact, prompt):
             given = torch.tensor([chat_ids(tokenizer, prompt, question)])
             theirs_TV = model(given).logits[0, -len(ours_TV) :].float().cpu()
-            worst = max(worst, _relative_error(theirs_TV, ours_TV, ids))
-            rounding = max(rounding, _relative_error(ours_TV, exact_TV, ids))
+            worst = max(worst, relative_error(theirs_TV, ours_TV, ids))
+            rounding = max(rounding, relative_error(ours_TV, exact_TV, ids))
     if not worst <= tolerance:
         raise ArtifactError(
             f"read back, the model's logits differ from ours by {worst:.1e} (allowed {tolerance:.0e}): {goal.base.name} cannot carry "
@@ -240,7 +239,7 @@ def _ours(base: FrozenBase, exact: Carried, rounded: Carried) -> Iterator[tuple[
         yield question, exact_TV, rounded_TV
 
 
-def _relative_error(logits_TV: Tensor, reference_TV: Tensor, ids: list[int]) -> float:
+def relative_error(logits_TV: Tensor, reference_TV: Tensor, ids: list[int]) -> float:
     """Over the tokens of the base: a spare row of its table that a prompt took had a logit of its own before."""
     kept = torch.ones(reference_TV.shape[1], dtype=torch.bool)
     kept[[token for token in ids if token < len(kept)]] = False

@@ -17,7 +17,7 @@ from transformers.utils import cached_file
 from softprompt.config import ModelConfig
 from softprompt.engine.gguf_reader import BareReader
 from softprompt.engine.loading import device_of, load_settings, load_tokenizer, refuse_unsupported
-from softprompt.engine.model import context_length, tokenizer_fingerprint
+from softprompt.engine.model import context_length, stop_ids, tokenizer_fingerprint
 from softprompt.engine.prompt import DeepPrompt, Prompt, SoftPrompt
 from softprompt.engine.unpack import content_hash, known_fingerprints
 from softprompt.errors import ConfigError, ModelError
@@ -54,10 +54,6 @@ class GgufBase:
     table: "Table" = field(repr=False)
     layout: "Layout | ModelError" = field(repr=False)
     device: torch.device
-
-    @property
-    def most_positions(self) -> int:
-        return self.sequences.context.num_positions
 
     @property
     def num_tokens(self) -> int:
@@ -133,7 +129,7 @@ def load_gguf(config: ModelConfig, *, memory_bytes: int | None = None, cache_typ
     return GgufBase(
         name=f"{name}/{gguf_file}",
         tokenizer=tokenizer,
-        stop_ids=_stop_ids(tokenizer, settings),
+        stop_ids=stop_ids(tokenizer, GenerationConfig.from_model_config(settings)),
         context_length=min(context.num_positions, context_length(settings) or context.num_positions),
         model_type=settings.model_type,
         hidden_size=context.row_size,
@@ -146,12 +142,6 @@ def load_gguf(config: ModelConfig, *, memory_bytes: int | None = None, cache_typ
         layout=layout,
         device=torch.device("cpu"),  # where tokens are chosen
     )
-
-
-def _stop_ids(tokenizer: Any, settings: Any) -> frozenset[int]:
-    """As engine.model.freeze has them."""
-    ends = [tokenizer.eos_token_id, GenerationConfig.from_model_config(settings).eos_token_id]
-    return frozenset(token for item in ends for token in (item if isinstance(item, list) else [item]) if token is not None)
 
 
 def _shapes(text: Any) -> tuple[tuple[int, int], ...]:

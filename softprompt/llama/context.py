@@ -8,7 +8,7 @@ Source: llama.cpp, include/llama.h.
 
 import ctypes
 from collections.abc import Sequence
-from ctypes import POINTER, c_bool, c_char_p, c_float, c_int, c_int32, c_size_t, c_uint32, c_uint64, c_void_p
+from ctypes import POINTER, c_bool, c_char_p, c_float, c_int, c_int32, c_size_t, c_uint32, c_void_p
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
@@ -96,9 +96,7 @@ FUNCTIONS: dict[str, tuple[Any, ...]] = {  # what each returns, then what it tak
     "llama_n_ctx": (c_uint32, c_void_p),
     "llama_model_get_vocab": (c_void_p, c_void_p),
     "llama_vocab_n_tokens": (c_int32, c_void_p),
-    "llama_model_size": (c_uint64, c_void_p),
     "llama_model_n_embd_inp": (c_int32, c_void_p),
-    "llama_model_n_layer": (c_int32, c_void_p),
     "llama_model_rope_type": (c_int, c_void_p),
     **{f"llama_model_{what}": (c_bool, c_void_p) for what in ("is_recurrent", "is_hybrid", "is_diffusion", "has_encoder")},
 }
@@ -194,10 +192,6 @@ class Context:
     @property
     def row_size(self) -> int:
         return int(self._library.llama_model_n_embd_inp(self._model))
-
-    @property
-    def num_layers(self) -> int:
-        return int(self._library.llama_model_n_layer(self._model))
 
     @property
     def turned(self) -> int:

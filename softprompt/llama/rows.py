@@ -136,6 +136,10 @@ class LlamaRows:
         self._open: set[int] = set()
 
     @property
+    def most_positions(self) -> int:
+        return self._sequences.context.num_positions
+
+    @property
     def num_bytes(self) -> int:
         return sum(length for _, length in self._rows) * self._sequences.bytes_of_position
 

@@ -12,7 +12,7 @@ from softprompt.metrics import percent
 
 @dataclass(frozen=True)
 class Trial:
-    """`loss`: the lowest of the held-out rows; `note`: why it failed."""
+    """`loss`: the lowest of the held-out rows so far; `note`: why it failed; `prompt`: its folder in the sweep's."""
 
     number: int
     values: dict[str, Any]

@@ -78,8 +78,7 @@ def draw_outcome(sweep: "Sweep", outcome: "Outcome") -> None:
         shares = ", ".join(f"{key} {share:.0%}" for key, share in outcome.importance.items())
         console.print(f"what decides: {shares}", markup=False)
     console.print(f"prompt: {outcome.prompt}", markup=False)
-    if outcome.report is not None:
-        console.print(f"report: {outcome.report}", markup=False)
+    console.print(f"report: {outcome.report}", markup=False)
 
 
 SHOWN = ("loss", "accuracy")

@@ -13,7 +13,7 @@ from softprompt.data.examples import Example
 from softprompt.engine.loading import load_base
 from softprompt.errors import DataError, RunError
 from softprompt.evaluation import Contest, evaluate
-from softprompt.report.sweeps import Shown, Trial, write_sweep
+from softprompt.report.sweeps import Shown, write_sweep
 from softprompt.sweep.folder import Sweep
 from softprompt.sweep.study import UNLOCKED, Seen, Trials
 
@@ -28,7 +28,7 @@ class Outcome:
     prompt: Path
     judged: dict[str, Any]
     importance: dict[str, float]
-    report: Path | None
+    report: Path
 
     def as_dict(self) -> dict[str, Any]:
         """The documented JSON of `softprompt sweep`."""
@@ -55,9 +55,8 @@ def concluded(sweep: Sweep) -> Outcome:
     with locked(sweep.path / ".result.lock", wait=True, unlocked=UNLOCKED):
         judged = json.loads(result.read_text(encoding="utf-8"))["best"]["judged"] if result.is_file() else _judged(sweep, prompt)
         importance = trials.importance()
-        outcome = Outcome(seen, best, prompt, judged, importance, None)
-        report = write_sweep(_shown(sweep, outcome), sweep.path / "report.html")
-        outcome = Outcome(seen, best, prompt, judged, importance, report)
+        outcome = Outcome(seen, best, prompt, judged, importance, sweep.path / "report.html")
+        write_sweep(_shown(sweep, outcome), outcome.report)
         write_text(result, json.dumps(outcome.as_dict(), indent=2, ensure_ascii=False) + "\n")
     return outcome
 
@@ -95,6 +94,7 @@ def judging_rows(sweep: Sweep) -> tuple[Loaded, int]:
 
 
 def _shown(sweep: Sweep, outcome: Outcome) -> Shown:
-    rows = tuple(Trial(one.number, one.values, one.state, one.loss, one.prompt, one.note) for one in outcome.trials)
     log = {one.key for one in sweep.spec.dimensions if one.log}
-    return Shown(sweep.path.name, sweep.keys, rows, outcome.best.number, str(outcome.prompt), outcome.judged, outcome.importance, log)
+    return Shown(
+        sweep.path.name, sweep.keys, outcome.trials, outcome.best.number, str(outcome.prompt), outcome.judged, outcome.importance, log
+    )

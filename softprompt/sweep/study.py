@@ -13,6 +13,7 @@ from filelock import FileLock
 from softprompt.atomic import locked
 from softprompt.errors import ConfigError, RunError, first_line
 from softprompt.extras import need
+from softprompt.report import sweeps
 from softprompt.sweep.folder import Sweep
 from softprompt.sweep.space import Dimension, State, shown
 
@@ -26,16 +27,10 @@ UNLOCKED = "start one process alone on this sweep"
 
 
 @dataclass(frozen=True)
-class Seen:
-    """A trial as it stands. `loss`: of the held-out rows, the lowest so far; `note`: why it failed; `prompt`: its folder in the sweep's."""
+class Seen(sweeps.Trial):
+    """A trial as it stands. `step`: the last one that something is known of."""
 
-    number: int
-    values: dict[str, Any]
-    state: State
-    loss: float | None
-    step: int | None = None
-    prompt: str | None = None
-    note: str | None = None
+    step: int | None
 
 
 class Lock:
@@ -69,7 +64,7 @@ class Trials:
     def fill(self) -> None:
         """Puts what is missing of the drawn trials into the queue."""
         with self._alone("queue"):
-            for number in range(len(self.study.get_trials(deepcopy=False)), len(self.sweep.spec.trials)):
+            for number in range(len(self.all()), len(self.sweep.spec.trials)):
                 values = {key: shown(value) for key, value in self.sweep.spec.trials[number].items()}
                 self.study.enqueue_trial(values, user_attrs={"trial": number})
 
@@ -93,24 +88,25 @@ class Trials:
         order."""
         from optuna.trial import Trial, TrialState
 
+        before = self.all()
         for bank, numbers in enumerate(self.sweep.banks):
-            if all(self.all()[number].state.is_finished() for number in numbers):
+            if all(before[number].state.is_finished() for number in numbers):
                 continue
             with locked(self.sweep.path / f".bank-{bank:03d}.lock", wait=False, unlocked=UNLOCKED) as ours:
-                found = {number: self.all()[number] for number in numbers}
+                now = self.all()
+                found = {number: now[number] for number in numbers}
                 left = [number for number, one in found.items() if not one.state.is_finished()]
                 if ours and left:  # else it was finished just now
-                    self._begin(left)
+                    self._begin([found[number] for number in left])
                     yield bank, {number: Trial(self.study, one._trial_id) for number, one in found.items() if one.state != TrialState.FAIL}
                     return
         yield None
 
-    def _begin(self, numbers: list[int]) -> None:
+    def _begin(self, trials: "list[FrozenTrial]") -> None:
         """Says that these trials run, with their settings."""
         from optuna.trial import Trial, TrialState
 
-        for number in numbers:
-            found = self.all()[number]
+        for found in trials:
             if found.state == TrialState.WAITING:  # `ask` takes whichever waits for longest
                 self.study._storage.set_trial_state_values(found._trial_id, TrialState.RUNNING)
             trial = Trial(self.study, found._trial_id)
@@ -142,7 +138,7 @@ def _seen(trial: "FrozenTrial", values: dict[str, Any]) -> Seen:
     loss = trial.value if trial.value is not None else min(steps.values(), default=None)
     told = trial.user_attrs
     last = told.get("steps", max(steps, default=None))
-    return Seen(trial.number, values, STATES[trial.state.name], loss, last, told.get("prompt"), told.get("note"))
+    return Seen(trial.number, values, STATES[trial.state.name], loss, told.get("prompt"), told.get("note"), last)
 
 
 def _study(sweep: Sweep) -> "Study":
